@@ -1,0 +1,54 @@
+"""The errors of stillhouse's rooms, drawn as a tree.
+
+StillhouseError                 anything a person can do something about: one line, and a hint
+├── UsageError                  the request itself is wrong (a bad key, a bad value): exit code 2
+├── VersionError                a version directory that is missing, foreign, or not whole
+│   └── TamperedError           a file's sha256 differs from the manifest
+└── EngineError                 the engine cannot do what was asked
+    ├── InvalidRequest          a parameter that is unknown, ill-typed or out of range
+    │   └── PromptTooLong       more tokens than the context holds
+    ├── QueueFull               the bounded queue has no place left
+    └── EngineClosed            the engine was shut down, or its loop failed
+"""
+
+from __future__ import annotations
+
+
+class StillhouseError(Exception):
+    """One clear line about what rule was broken and by what; `hint` says what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(StillhouseError):
+    """What was asked for is not a thing that can be asked for."""
+
+
+class VersionError(StillhouseError):
+    """A version directory that is missing, foreign, or not whole."""
+
+
+class TamperedError(VersionError):
+    """A file of a version differs from what its manifest says."""
+
+
+class EngineError(StillhouseError):
+    """The engine cannot do what was asked."""
+
+
+class InvalidRequest(EngineError):
+    """A parameter that is unknown, ill-typed or out of range."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt and what is to be generated do not fit into the context."""
+
+
+class QueueFull(EngineError):
+    """The bounded queue has no place left."""
+
+
+class EngineClosed(EngineError):
+    """The engine was shut down, or its loop failed."""

@@ -1,0 +1,128 @@
+"""manifest.json, schema 1: what a version is and how it came to be. Written by build, read by everyone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Target = Literal["cpu", "cuda"]
+
+
+class _Record(BaseModel):
+    # A newer build may write more keys; a reader of schema 1 keeps what it knows and ignores the rest.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class FileRecord(_Record):
+    """One file of the version; `path` is relative to the version directory."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class BaseRecord(_Record):
+    """The base checkpoint: `id` is its public id or folder name, `sha256` covers its weights and config."""
+
+    id: str
+    sha256: str
+
+
+class AdapterRecord(_Record):
+    """One LoRA adapter: its id, hash, weight in the merge and its `adapter_config.json`."""
+
+    id: str
+    sha256: str
+    weight: float = 1.0
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelRecord(_Record):
+    """The shape of the network; sizes in elements, lengths in tokens."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    bos_token_id: int | None = None
+
+
+class GateRecord(_Record):
+    """The limits that the version was held to; None means not asked for."""
+
+    perplexity_ratio: float | None = None
+    top1_agreement: float | None = None
+
+
+class QualityRecord(_Record):
+    """How much of the reference is left, measured teacher-forced on held-out text.
+
+    `kl_mean` is KL(reference ‖ version) in nats a token; `top1_agreement` the share of positions (0…1) at which
+    both name the same most likely token. `decode_*` are the same figures measured by one-token decode steps.
+    """
+
+    reference: str
+    text: str
+    text_sha256: str
+    tokens: int
+    perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    top1_agreement: float
+    decode_tokens: int = 0
+    decode_perplexity_ratio: float | None = None
+    decode_top1_agreement: float | None = None
+    gate: GateRecord = GateRecord()
+    passed: bool
+
+
+class MergeRecord(_Record):
+    """What the merge did to the base, and the proof that merged equals attached."""
+
+    modules_changed: list[str] = Field(default_factory=list)
+    relative_change_max: float = 0.0
+    relative_change_median: float = 0.0
+    max_logit_difference: float = 0.0
+
+
+class MemoryRecord(_Record):
+    """Bytes of weights on disk, and of KV cache a token over all layers."""
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+class Manifest(_Record):
+    """The whole of manifest.json (DESIGN §3)."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: str
+    model: str
+    version: int = Field(ge=1)
+    precision: Precision
+    target: Target
+    created: datetime
+    inputs_sha256: str
+    base: BaseRecord
+    adapters: list[AdapterRecord] = Field(default_factory=list)
+    recipe: dict[str, Any]
+    tools: dict[str, str]
+    files: list[FileRecord]
+    network: ModelRecord
+    quality: QualityRecord | None = None
+    merge: MergeRecord | None = None
+    memory: MemoryRecord
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), populate_by_name=True)
+
+    def to_json(self) -> str:
+        """The file's text: keys as in the schema, two spaces, a newline at the end."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"

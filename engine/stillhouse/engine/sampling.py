@@ -1,0 +1,179 @@
+"""Sampling parameters in vLLM's words, and the sampler that obeys them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from stillhouse.engine.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next token; names, defaults and ranges are those of vLLM's `SamplingParams`.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 switch these filters off. `stop` strings end the
+    text before them. `seed` None draws one.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise InvalidRequest(f"{name} must be {rule}, got {value!r}")
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+_RULES: dict[str, tuple[str, Any]] = {
+    "max_tokens": ("at least 1", lambda v: v >= 1),
+    "min_tokens": ("at least 0", lambda v: v >= 0),
+    "temperature": ("between 0 and 100", lambda v: _finite(v) and 0 <= v <= 100),
+    "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "top_k": ("-1, 0 (off) or more", lambda v: v >= -1),
+    "min_p": ("between 0 and 1", lambda v: 0 <= v <= 1),
+    "repetition_penalty": ("above 0", lambda v: _finite(v) and v > 0),
+    "presence_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
+    "frequency_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
+    "seed": ("a whole number of 64 bits", lambda v: -(2**63) <= v < 2**64),
+    "stop": ("a list of non-empty strings", lambda v: all(v)),
+    "stop_token_ids": ("a list of token ids", lambda v: all(t >= 0 for t in v)),
+    "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
+    "logit_bias": (
+        "token ids with a bias between -100 and 100",
+        lambda v: all(-100 <= b <= 100 for b in v.values()),
+    ),
+}
+
+
+def parse_params(given: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
+    """Sampling parameters from untyped ones (JSON; values may be strings, as Triton's vLLM backend allows).
+
+    Raises InvalidRequest, naming the parameter that is unknown, ill-typed or out of range.
+    """
+    known = {f.name for f in fields(SamplingParams)}
+    changes: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise InvalidRequest(
+                f"unknown sampling parameter {name!r}", hint=f"known: {', '.join(sorted(known))}"
+            )
+        if value is not None:
+            changes[name] = _READERS[name](name, value)
+        elif name in _NULLABLE:
+            changes[name] = None
+    return replace(defaults or SamplingParams(), **changes)
+
+
+def _read_int(name: str, value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            raise InvalidRequest(f"{name} must be a whole number, got {value!r}") from None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or value in (math.inf, -math.inf)
+    ):
+        raise InvalidRequest(f"{name} must be a whole number, got {value!r}")
+    if int(value) != value:
+        raise InvalidRequest(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _read_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise InvalidRequest(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def _read_bool(name: str, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value
+    raise InvalidRequest(f"{name} must be true or false, got {value!r}")
+
+
+def _read_json_if_string(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise InvalidRequest(f"{name} must be JSON, got {value!r}") from None
+
+
+def _read_strings(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise InvalidRequest(f"{name} must be a string or a list of strings, got {value!r}")
+
+
+def _read_ids(name: str, value: Any) -> tuple[int, ...]:
+    value = _read_json_if_string(name, value)
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{name} must be a list of token ids, got {value!r}")
+    return tuple(_read_int(name, item) for item in value)
+
+
+def _read_bias(name: str, value: Any) -> dict[int, float]:
+    value = _read_json_if_string(name, value)
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{name} must be an object of token ids to biases, got {value!r}")
+    return {_read_int(name, key): _read_float(name, bias) for key, bias in value.items()}
+
+
+_NULLABLE = {"seed", "logprobs"}
+_READERS: dict[str, Any] = {
+    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed", "logprobs"), _read_int),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        _read_float,
+    ),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _read_bool),
+    "stop": _read_strings,
+    "stop_token_ids": _read_ids,
+    "logit_bias": _read_bias,
+}
