@@ -1,6 +1,7 @@
-"""The engine: one version directory in, tokens out. Used unchanged by the Triton backend and by the edge runner.
+"""The engine: a version directory in, tokens out. The same in the Triton backend and in the edge runner.
 
-manifest.py, directory.py, policy.py, options.py   what build writes and everyone else reads
-request.py, sampling.py, scheduler.py, runner.py, core.py   continuous batching over token ids
-text.py, model.py   the door where text becomes tokens and back
+manifest, directory, policy, options    what build writes and everyone else reads
+request, sampling, sampler, core        continuous batching over token ids
+kv_cache, runner                        the graph and its memory
+text, model                             the door where text becomes tokens and back
 """

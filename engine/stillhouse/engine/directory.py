@@ -34,9 +34,7 @@ def open_version(path: Path, *, verify: bool = True) -> VersionDirectory:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise VersionError(
-            f"{path} is not a version directory: it has no {MANIFEST}", hint=_where_versions_are(path)
-        )
+        raise VersionError(f"{path} is not a version directory: it has no {MANIFEST}", hint=_where_versions_are(path))
     try:
         manifest = Manifest.model_validate_json(manifest_path.read_bytes())
     except ValidationError as error:
@@ -83,9 +81,7 @@ def version_numbers(model_directory: Path) -> list[int]:
     """The version numbers below a model's directory, in ascending order; a name with a dot or a letter is none."""
     if not model_directory.is_dir():
         return []
-    return sorted(
-        int(entry.name) for entry in model_directory.iterdir() if entry.is_dir() and entry.name.isdecimal()
-    )
+    return sorted(int(entry.name) for entry in model_directory.iterdir() if entry.is_dir() and entry.name.isdecimal())
 
 
 def model_directories(repository: Path) -> list[Path]:

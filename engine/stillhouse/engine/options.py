@@ -1,4 +1,4 @@
-"""engine.json: how an engine runs a version; written by build beside the versions, overridden by serve and edge."""
+"""engine.json: how an engine runs a version. Build writes it beside the versions; serve and edge override it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ class EngineOptions(BaseModel):
     max_num_seqs: int = Field(default=32, ge=1, description="sequences that decode at the same time (slots)")
     max_model_len: int | None = Field(default=None, ge=8, description="context served, in tokens")
     kv_cache_bytes: int | None = Field(default=None, ge=1, description="budget of the KV cache, in bytes")
-    prefill_chunk_tokens: int = Field(
-        default=256, ge=2, description="tokens of a prompt between two decode steps"
-    )
+    prefill_chunk_tokens: int = Field(default=256, ge=2, description="tokens of a prompt between two decode steps")
     max_waiting: int = Field(default=1024, ge=0, description="requests that may wait for a slot")
     threads: int | None = Field(default=None, ge=1, description="ONNX Runtime's threads; None: one a core")
 
@@ -34,9 +32,7 @@ def read_options(model_directory: Path, overrides: dict[str, object] | None = No
     file = model_directory / ENGINE_JSON
     try:
         options = EngineOptions.model_validate_json(file.read_bytes()) if file.is_file() else EngineOptions()
-        merged = options.model_dump() | {
-            key: value for key, value in (overrides or {}).items() if value is not None
-        }
+        merged = options.model_dump() | {key: value for key, value in (overrides or {}).items() if value is not None}
         return EngineOptions.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""Which versions of a model are live: `version_policy` in its config.pbtxt, read and written here and nowhere else."""
+"""Which versions of a model are live: `version_policy` in config.pbtxt, read and written here and nowhere else."""
 
 from __future__ import annotations
 

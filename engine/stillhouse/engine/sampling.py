@@ -43,9 +43,7 @@ class SamplingParams:
             if value is not None and not holds(value):
                 raise InvalidRequest(f"{name} must be {rule}, got {value!r}")
         if self.min_tokens > self.max_tokens:
-            raise InvalidRequest(
-                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
-            )
+            raise InvalidRequest(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
 
     @property
     def greedy(self) -> bool:
@@ -86,9 +84,7 @@ def parse_params(given: Mapping[str, Any], defaults: SamplingParams | None = Non
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            raise InvalidRequest(
-                f"unknown sampling parameter {name!r}", hint=f"known: {', '.join(sorted(known))}"
-            )
+            raise InvalidRequest(f"unknown sampling parameter {name!r}", hint=f"known: {', '.join(sorted(known))}")
         if value is not None:
             changes[name] = _READERS[name](name, value)
         elif name in _NULLABLE:

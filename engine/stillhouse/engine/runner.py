@@ -1,0 +1,133 @@
+"""Runs the graph: one ONNX Runtime session, its tensors bound to the slots of the KV cache (no copy of KV)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from stillhouse.engine.errors import EngineError
+from stillhouse.engine.kv_cache import SlotCache
+from stillhouse.engine.manifest import ModelRecord
+
+Logits = NDArray[np.float32]
+_KV_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+
+class OrtRunner:
+    """A decoder graph of the model builder's form (GroupQueryAttention) on the CPU execution provider.
+
+    Not supported by GroupQueryAttention: several tokens a row, with a past, at batch > 1. So a prefill is one row
+    (in chunks, if wanted), and a decode step is one token a row over the slots 0 … rows − 1.
+    """
+
+    def __init__(
+        self, model_path: Path, *, network: ModelRecord, slots: int, max_len: int, threads: int | None = None
+    ) -> None:
+        self._session = _open_session(model_path, threads)
+        inputs = {node.name: node for node in self._session.get_inputs()}
+        self._output_names = [node.name for node in self._session.get_outputs()]
+        if missing := {"input_ids", "attention_mask", "past_key_values.0.key"} - set(inputs):
+            raise EngineError(
+                f"{model_path} is not a decoder graph of the model builder: it has no input {sorted(missing)[0]!r}",
+                hint="build it with 'stillhouse build'",
+            )
+        self._takes_positions = "position_ids" in inputs
+        self._vocab_size = network.vocab_size
+        self.cache = SlotCache(
+            layers=network.layers,
+            slots=slots,
+            kv_heads=network.kv_heads,
+            max_len=max_len,
+            head_dim=network.head_dim,
+            dtype=_KV_DTYPES[inputs["past_key_values.0.key"].type],
+        )
+        self._kv_names = [
+            (f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}")
+            for layer in range(network.layers)
+            for kind in ("key", "value")
+        ]
+        # A binding a number of rows is kept: rebinding 4 × layers tensors costs more than the rest of a small step.
+        self._decode_bindings: dict[int, ort.IOBinding] = {}
+        self._decode_logits = np.empty((slots, self._vocab_size), np.float32)
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
+        """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32, for each."""
+        count = len(tokens)
+        ids = np.asarray(tokens, np.int64).reshape(1, count)
+        mask = np.ones((1, past + count), np.int64)
+        logits = np.empty((1, count, self._vocab_size), np.float32)
+        binding = self._bind_cache(slot, rows=1)
+        _bind_input(binding, "input_ids", ids)
+        _bind_input(binding, "attention_mask", mask)
+        positions = np.arange(past, past + count, dtype=np.int64).reshape(1, count)
+        if self._takes_positions:
+            _bind_input(binding, "position_ids", positions)
+        _bind_output(binding, "logits", logits)
+        self._session.run_with_iobinding(binding)
+        return logits.reshape(count, self._vocab_size)
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token a row: row r is slot r, which holds lengths[r] tokens already.
+
+        Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
+        """
+        rows = len(tokens)
+        ids = np.asarray(tokens, np.int64).reshape(rows, 1)
+        past = np.asarray(lengths, np.int64).reshape(rows, 1)
+        # Right-padded, a row its own length: position p of a row counts when p <= past.
+        mask = (np.arange(int(past.max()) + 1) <= past).astype(np.int64)
+        binding = self._decode_bindings.get(rows)
+        if binding is None:
+            binding = self._decode_bindings[rows] = self._bind_cache(0, rows=rows)
+            _bind_output(binding, "logits", self._decode_logits[:rows].reshape(rows, 1, self._vocab_size))
+        _bind_input(binding, "input_ids", ids)
+        _bind_input(binding, "attention_mask", mask)
+        if self._takes_positions:
+            _bind_input(binding, "position_ids", past)
+        self._session.run_with_iobinding(binding)
+        return self._decode_logits[:rows]
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Moves the first `tokens` of slot `source` into slot `target`."""
+        self.cache.move(source, target, tokens)
+
+    def release(self, slot: int) -> None:
+        """Forgets what `slot` holds and gives its memory back."""
+        self.cache.release(slot)
+
+    def _bind_cache(self, slot: int, *, rows: int) -> ort.IOBinding:
+        """A binding whose past and present are the same memory: slots slot … slot + rows − 1."""
+        binding = self._session.io_binding()
+        shape = self.cache.shape(rows)
+        for tensor, (past_name, present_name) in enumerate(self._kv_names):
+            address = self.cache.address(tensor, slot)
+            binding.bind_input(past_name, "cpu", 0, self.cache.dtype, shape, address)
+            binding.bind_output(present_name, "cpu", 0, self.cache.dtype, shape, address)
+        return binding
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
+
+
+def _open_session(model_path: Path, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class of their own
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot load {model_path}: {str(error).splitlines()[0]}",
+            hint="'stillhouse inspect DIR' tells which versions it was built with",
+        ) from error

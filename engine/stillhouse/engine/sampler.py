@@ -1,0 +1,127 @@
+"""Chooses the next token of each row from its logits; numpy only.
+
+The order of the steps is vLLM's: penalties and bias, temperature, min-p, top-k, top-p. Log-probabilities are those
+of the model itself, before any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.engine.request import Request
+from stillhouse.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A sampled token; `token_id` is None when the logits held NaN or inf."""
+
+    token_id: int | None
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+def choose(logits: NDArray[np.float32], requests: Sequence[Request], eos_ids: frozenset[int]) -> list[Choice]:
+    """One choice a row of `logits` (rows, vocab_size); a row's choice depends on its own request alone."""
+    best = logits.argmax(axis=1)
+    choices = []
+    for row, request in enumerate(requests):
+        # argmax finds a NaN before any number, so the winner alone tells whether the row is sound.
+        if not np.isfinite(logits[row, best[row]]):
+            choices.append(Choice(None))
+        elif _is_plain(request, eos_ids):
+            choices.append(Choice(int(best[row])))
+        else:
+            choices.append(_choose_one(logits[row], request, eos_ids))
+    return choices
+
+
+def _is_plain(request: Request, eos_ids: frozenset[int]) -> bool:
+    """Whether the most likely token is the answer as it stands."""
+    params = request.params
+    return (
+        params.greedy
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == 0.0
+        and params.frequency_penalty == 0.0
+        and not _forbidden(request, eos_ids)
+    )
+
+
+def _choose_one(row: NDArray[np.float32], request: Request, eos_ids: frozenset[int]) -> Choice:
+    params = request.params
+    scores = row.astype(np.float32, copy=True)  # (vocab_size,)
+    _penalize(scores, request)
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    scores[list(_forbidden(request, eos_ids))] = -np.inf
+    token = int(scores.argmax()) if params.greedy else _draw(scores, params, _generator(request))
+    if params.logprobs is None:
+        return Choice(token)
+    return _with_logprobs(row, token, params.logprobs)
+
+
+def _penalize(scores: NDArray[np.float32], request: Request) -> None:
+    """Repetition penalty over prompt and output (Keskar et al., 2019); presence and frequency over the output."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.asarray(request.prompt_ids + request.output_ids, np.int64))
+        values = scores[seen]
+        scores[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and request.output_ids:
+        tokens, counts = np.unique(np.asarray(request.output_ids, np.int64), return_counts=True)
+        scores[tokens] -= params.presence_penalty + params.frequency_penalty * counts.astype(np.float32)
+
+
+def _forbidden(request: Request, eos_ids: frozenset[int]) -> frozenset[int]:
+    """Tokens that would end the answer before `min_tokens`."""
+    if len(request.output_ids) >= request.params.min_tokens:
+        return frozenset()
+    return eos_ids | frozenset(request.params.stop_token_ids)
+
+
+def _draw(scores: NDArray[np.float32], params: SamplingParams, generator: np.random.Generator) -> int:
+    """A token id from softmax(scores / temperature) cut by min-p, top-k and top-p, with one uniform number."""
+    # Relative to the largest: division by a tiny temperature must not overflow to inf − inf.
+    weights = np.exp((scores.astype(np.float64) - float(scores.max())) / params.temperature)
+    ids = np.flatnonzero(weights > 0 if params.min_p == 0.0 else weights >= params.min_p)
+    if 0 < params.top_k < ids.size:
+        ids = ids[np.argpartition(weights[ids], -params.top_k)[-params.top_k :]]
+    if params.top_p < 1.0:
+        ids = _nucleus(weights, ids, params.top_p)
+    mass = np.cumsum(weights[ids])
+    drawn = int(np.searchsorted(mass, generator.random() * mass[-1], side="right"))
+    return int(ids[min(drawn, ids.size - 1)])
+
+
+def _nucleus(weights: NDArray[np.float64], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
+    """The smallest set of `ids` whose share of the mass reaches `top_p` (Holtzman et al., 2020); never empty."""
+    target = top_p * float(weights[ids].sum())
+    # Sorting a whole vocabulary costs milliseconds: the few heaviest nearly always suffice.
+    head = ids if ids.size <= 512 else ids[np.argpartition(weights[ids], -256)[-256:]]
+    if head.size < ids.size and float(weights[head].sum()) < target:
+        head = ids
+    order = head[np.argsort(-weights[head], kind="stable")]
+    return order[: int(np.searchsorted(np.cumsum(weights[order]), target)) + 1]
+
+
+def _generator(request: Request) -> np.random.Generator:
+    """The request's own random numbers: what else runs cannot change them."""
+    if not isinstance(request.sampler_state, np.random.Generator):
+        seed = request.params.seed
+        request.sampler_state = np.random.default_rng(None if seed is None else seed % 2**64)
+    return request.sampler_state
+
+
+def _with_logprobs(row: NDArray[np.float32], token: int, count: int) -> Choice:
+    shifted = row.astype(np.float64) - float(row.max())
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    top = np.argpartition(-logprobs, count)[:count] if count else np.empty(0, np.int64)
+    top = top[np.argsort(-logprobs[top], kind="stable")]
+    return Choice(token, float(logprobs[token]), {int(t): float(logprobs[t]) for t in top})

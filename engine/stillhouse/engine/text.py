@@ -1,0 +1,184 @@
+"""The text door: tokens from text and chat messages, and text from tokens, piece by piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer as RustTokenizer
+
+from stillhouse.engine.errors import InvalidRequest, VersionError
+
+Message = Mapping[str, Any]
+_REPLACEMENT = "\ufffd"  # what half a character decodes to
+
+
+class Tokenizer:
+    """A version's tokenizer.json and chat template, without transformers."""
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise VersionError(f"{file} is missing", hint="build the version again with 'stillhouse build'")
+        self._rust = RustTokenizer.from_file(str(file))
+        self._rust.no_padding()
+        self._rust.no_truncation()
+        config_file = directory / "tokenizer_config.json"
+        config: dict[str, Any] = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        self._special_texts = {
+            name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        bos = self._special_texts["bos_token"]
+        self._bos_id = self._rust.token_to_id(bos) if bos else None
+        self.special_ids = frozenset(
+            token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special
+        )
+        self._template = _load_template(directory, config)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; a BOS that the text already begins with is not put in twice."""
+        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(ids) > 1 and self._bos_id is not None and ids[0] == ids[1] == self._bos_id:
+            return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, at once."""
+        return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as the chat template writes it.
+
+        Raises InvalidRequest when a message is no {"role": …, "content": …} or the template refuses it.
+        """
+        if self._template is None:
+            raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
+        check_messages(messages)
+        special = {name: text for name, text in self._special_texts.items() if text is not None}
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
+
+
+def check_messages(messages: Any) -> None:
+    """Raises InvalidRequest, naming the first message that is not {"role": …, "content": …} in OpenAI's form."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise InvalidRequest("messages must be a non-empty list of {role, content} objects")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"messages[{index}] must be an object with a role")
+        if not isinstance(message.get("content"), str):
+            raise InvalidRequest(f"messages[{index}].content must be a string")
+
+
+class Detokenizer:
+    """Text from tokens as they come: the pieces joined are what decoding at once gives.
+
+    Half a character is held back until the rest of it comes, or `flush` is called. Only a short tail of tokens is
+    decoded again at each step, from a border between characters on (the method of Hugging Face's text streamer).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._tail: list[int] = []  # tokens since the last but one border
+        self._sent = 0  # how many of them are sent already
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; "" while a character is not whole."""
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""
+        self._tail.append(token_id)
+        text = self._decode(self._tail)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        piece = text[len(self._decode(self._tail[: self._sent])) :]
+        if piece:
+            self._tail = self._tail[self._sent :]
+            self._sent = len(self._tail)
+        return piece
+
+    def flush(self) -> str:
+        """What is still held back, as it is."""
+        piece = self._decode(self._tail)[len(self._decode(self._tail[: self._sent])) :]
+        self._sent = len(self._tail)
+        return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
+
+
+class StopMatcher:
+    """Ends a text before (or behind) the first stop string, also one that comes in pieces."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is safe to send, and whether a stop string was found."""
+        if not self._stops:
+            return piece, False
+        text = self._held + piece
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+            self._held = ""
+            return text[: at + len(stop)] if self._include else text[:at], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back because it might have begun a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest proper beginning of `stop` that `text` ends with."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token in tokenizer_config.json is a string or an object with its content."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _load_template(directory: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+    file = directory / "chat_template.jinja"
+    source = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    if not isinstance(source, str):
+        return None
+    # The settings that chat templates are written for are those of transformers' apply_chat_template.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise VersionError(f"the chat template of {directory} is broken: {error}") from error
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
