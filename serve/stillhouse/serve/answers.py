@@ -1,0 +1,60 @@
+"""From the engine's chunks to output tensors: one response a chunk, or one for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.serve.tensors import Question, strings
+
+if TYPE_CHECKING:
+    from stillhouse.engine.model import Chunk
+
+Tensors = dict[str, "NDArray[Any]"]
+
+
+def answer_tensors(
+    question: Question, chunks: Sequence[Chunk], prompt: str, token_text: Callable[[int], str]
+) -> Tensors:
+    """The outputs that `question` asks for, over `chunks`, which follow one another and are not empty.
+
+    As in Triton's vLLM backend: text, logprobs and num_output_tokens are of these chunks alone, the cumulative
+    log-probability and finish_reason ("None" before the end) are the request's so far. `prompt` goes before the text.
+    """
+    last = chunks[-1]
+    tensors: Tensors = {"text_output": strings(prompt + "".join(chunk.text for chunk in chunks))}
+    if "finish_reason" in question.returns:
+        tensors["finish_reason"] = strings(str(last.finish_reason))
+    if "cumulative_logprob" in question.returns:
+        tensors["cumulative_logprob"] = np.array([last.cumulative_logprob], np.float32)
+    if "logprobs" in question.returns:
+        tensors["logprobs"] = strings(_logprobs_json(chunks, token_text) if question.logprobs_asked else "null")
+    if "num_input_tokens" in question.returns:
+        tensors["num_input_tokens"] = np.array([last.num_prompt_tokens], np.uint32)
+    if "num_output_tokens" in question.returns:
+        tensors["num_output_tokens"] = np.array([sum(len(chunk.token_ids) for chunk in chunks)], np.uint32)
+    return tensors
+
+
+def _logprobs_json(chunks: Sequence[Chunk], token_text: Callable[[int], str]) -> str:
+    """A JSON list with one object a token: token id → logprob, rank (1: the most likely) and decoded_token."""
+    positions = []
+    for chunk in chunks:
+        for token_id in chunk.token_ids:
+            ranked: dict[int, tuple[float, int]] = {}
+            for rank, (other, logprob) in enumerate((chunk.top_logprobs or {}).items(), start=1):
+                ranked[other] = (logprob, rank)
+            if token_id not in ranked and chunk.logprob is not None:
+                # Below those listed; how far below, the engine does not say.
+                ranked[token_id] = (chunk.logprob, len(ranked) + 1)
+            positions.append(
+                {
+                    str(other): {"logprob": logprob, "rank": rank, "decoded_token": token_text(other)}
+                    for other, (logprob, rank) in ranked.items()
+                }
+            )
+    return json.dumps(positions)

@@ -1,0 +1,96 @@
+"""The process between the launcher and Triton: whatever ends the launcher, nothing of the server stays.
+
+Started by path with the standard library alone: `python guard.py RUN_DIRECTORY SHM_PREFIX GRACE_S -- COMMAND…`.
+Its standard input is a pipe from the launcher: a line `stop` drains the server, `kill` ends it at once, and the end
+of the pipe (the launcher is gone, by whatever signal) drains it too. The server dies with the guard (PDEATHSIG); the
+server's children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the server to its end and cleans up behind it; returns its exit status."""
+    run_directory, shm_prefix, grace_s = Path(arguments[0]), arguments[1], float(arguments[2])
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    told: list[str] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append("stop"))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = subprocess.Popen(
+        arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+    )
+    (run_directory / "server.pid").write_text(f"{server.pid}\n")
+    _attend(server, told, grace_s)
+    _end_orphans()
+    remove_shared_memory(shm_prefix)
+    shutil.rmtree(run_directory, ignore_errors=True)
+    return server.returncode if server.returncode >= 0 else 128 - server.returncode
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Removes the shared memory files whose name begins with `prefix`."""
+    for file in SHARED_MEMORY.glob(f"{prefix}*"):
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+
+
+def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float) -> None:
+    """Waits for the server's end; asks for it when told to, and forces it once `grace_s` have passed."""
+    listening, kill_at = True, float("inf")
+    while server.poll() is None:
+        if listening:
+            listening = _listen(told)
+        else:
+            time.sleep(0.05)
+        if "kill" in told or time.monotonic() > kill_at:
+            server.kill()
+        elif told and kill_at == float("inf"):
+            server.terminate()
+            kill_at = time.monotonic() + grace_s
+
+
+def _listen(told: list[str]) -> bool:
+    """Takes what the launcher says within 50 ms; false once it has nothing more to say."""
+    if not select.select([0], [], [], 0.05)[0]:
+        return True
+    words = os.read(0, 256).decode().split()
+    told.extend(words or ["stop"])
+    return bool(words)
+
+
+def _end_orphans() -> None:
+    """Kills and reaps what became this process's child when the server died."""
+    while True:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _die_with_parent() -> None:
+    # Runs in the server between fork and exec. The guard has one thread, so "parent" means the guard.
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

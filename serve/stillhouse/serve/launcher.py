@@ -1,0 +1,297 @@
+"""Starts Triton on a repository, waits until it really answers, and ends it without leaving anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from stillhouse.engine.errors import UsageError
+from stillhouse.engine.options import EngineOptions, read_options
+from stillhouse.serve.errors import ServeError
+from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
+from stillhouse.serve.ports import Ports, settle_ports
+from stillhouse.serve.repository import ServedModel, served_models
+from stillhouse.serve.startup import wait_until_ready
+from stillhouse.serve.tritonserver import (
+    TritonInstall,
+    find_libpython,
+    find_tritonserver,
+    lay_out_backends,
+    server_environment,
+)
+
+log = logging.getLogger(__name__)
+
+# The server gets the grace time itself (--exit-timeout-secs); the guard waits this much longer before SIGKILL.
+_GUARD_EXTRA_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json."""
+
+    repository: Path
+    host: str = "127.0.0.1"
+    ports: Ports = field(default_factory=Ports)
+    models: Sequence[str] | None = None
+    tritonserver: Path | None = None
+    engine: dict[str, int | None] = field(default_factory=dict)
+    log_file: Path | None = None
+    grace_s: float = 30.0
+    ready_timeout_s: float = 300.0
+
+
+class Server:
+    """A running Triton. `stop()` ends it; when this process dies, by whatever signal, it ends too."""
+
+    def __init__(
+        self,
+        guard: subprocess.Popen[bytes],
+        host: str,
+        ports: Ports,
+        models: list[ServedModel],
+        log_file: Path,
+        run_directory: Path,
+    ) -> None:
+        self.models = models
+        self.log_file = log_file
+        self.run_directory = run_directory
+        self.host = host
+        self.ports = ports
+        self._guard = guard
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{_reachable(self.host)}:{self.ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"grpc://{_reachable(self.host)}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{_reachable(self.host)}:{self.ports.metrics}/metrics"
+
+    @property
+    def pid(self) -> int:
+        """The process of tritonserver itself."""
+        return int((self.run_directory / "server.pid").read_text())
+
+    def exit_status(self) -> int | None:
+        """None while the server runs."""
+        return self._guard.poll()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the server to end by itself; false if it still runs after `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._guard.wait(timeout_s)
+        return self._guard.returncode is not None
+
+    def stop(self, *, at_once: bool = False) -> int:
+        """Drains and ends the server (`at_once`: kills it), waits until nothing is left, returns its exit status."""
+        self._tell("kill" if at_once else "stop")
+        return self._guard.wait()
+
+    def hurry(self) -> None:
+        """Cuts the grace time of a stop() short; may be called from another thread or a signal handler."""
+        self._tell("kill")
+
+    def _tell(self, word: str) -> None:
+        if self._guard.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._guard.stdin.fileno(), f"{word}\n".encode())
+
+
+def start_server(options: ServeOptions, *, stop: threading.Event | None = None) -> Server:
+    """Starts Triton on `options.repository` and returns once every model has answered a question.
+
+    Raises StillhouseError (a port in use, no repository, a model that does not load, …), with nothing left running.
+    `stop`, once set, ends the wait: ServeError.
+    """
+    models = served_models(options.repository, options.models)
+    engine_options = _checked_engine_options(options, models)
+    install = find_tritonserver(options.tritonserver)
+    libpython = find_libpython()
+    for leftover in remove_leftovers():
+        log.info("cleaned up after a run that was killed: %s", leftover.name)
+    ports = settle_ports(options.host, options.ports)
+    log_file = (options.log_file or _default_log_file(ports)).absolute()
+
+    run_directory, lock = new_run_directory()
+    try:
+        command = _command(options, install, ports, models, run_directory)
+        environment = server_environment(libpython, json.dumps(engine_options))
+        guard = _spawn_guard(command, environment, run_directory, lock, options.grace_s, log_file)
+    except BaseException:
+        shutil.rmtree(run_directory, ignore_errors=True)
+        raise
+    finally:
+        # From here on the guard alone holds the lock.
+        os.close(lock)
+    server = Server(guard, options.host, ports, models, log_file, run_directory)
+    try:
+        wait_until_ready(server, options.ready_timeout_s, stop or threading.Event())
+    except BaseException:
+        server.stop(at_once=True)
+        raise
+    return server
+
+
+@contextlib.contextmanager
+def running_server(
+    repository: Path,
+    *,
+    models: Sequence[str] | None = None,
+    http_port: int = 0,
+    grpc_port: int = 0,
+    metrics_port: int = 0,
+    engine: dict[str, int | None] | None = None,
+    log_file: Path | None = None,
+    grace_s: float = 5.0,
+    tritonserver: Path | None = None,
+) -> Iterator[Server]:
+    """A server on free ports (0) for the time of a `with` block; see start_server() for errors."""
+    options = ServeOptions(
+        repository,
+        ports=Ports(http_port, grpc_port, metrics_port),
+        models=models,
+        engine=engine or {},
+        log_file=log_file,
+        grace_s=grace_s,
+        tritonserver=tritonserver,
+    )
+    server = start_server(options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
+    """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
+
+    Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
+    if the server ended by itself.
+    """
+    asked, servers = threading.Event(), list[Server]()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if asked.is_set() and servers:
+            servers[0].hurry()
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        try:
+            server = start_server(options, stop=asked)
+        except ServeError:
+            if asked.is_set():
+                return 0
+            raise
+        servers.append(server)
+        announce(server)
+        while not asked.wait(0.2):
+            if (status := server.exit_status()) is not None:
+                raise ServeError(
+                    f"the Triton server ended by itself with status {status}",
+                    hint=f"its log: {server.log_file}",
+                )
+        log.info("ending: running requests have %g s to finish", options.grace_s)
+        server.stop()
+        return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _checked_engine_options(options: ServeOptions, models: list[ServedModel]) -> dict[str, int]:
+    """The overrides that were given, after a check of each against what it would make of the models' engine.json."""
+    given = {key: value for key, value in options.engine.items() if value is not None}
+    if unknown := sorted(given.keys() - EngineOptions.model_fields.keys()):
+        raise UsageError(
+            f"unknown engine option {unknown[0]!r}", hint=f"known: {', '.join(EngineOptions.model_fields)}"
+        )
+    for model in models:
+        read_options(options.repository / model.name, dict(given))
+    return given
+
+
+def _command(
+    options: ServeOptions,
+    install: TritonInstall,
+    ports: Ports,
+    models: list[ServedModel],
+    run_directory: Path,
+) -> list[str]:
+    backends = lay_out_backends(install, run_directory / "backends")
+    return [
+        str(install.binary),
+        f"--model-repository={options.repository.absolute()}",
+        f"--backend-directory={backends}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix(run_directory)}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={model.name}" for model in models),
+        f"--http-address={options.host}",
+        f"--http-port={ports.http}",
+        f"--grpc-address={options.host}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-address={options.host}",
+        f"--metrics-port={ports.metrics}",
+        f"--exit-timeout-secs={max(1, round(options.grace_s))}",
+    ]
+
+
+def _spawn_guard(
+    command: list[str],
+    environment: dict[str, str],
+    run_directory: Path,
+    lock: int,
+    grace_s: float,
+    log_file: Path,
+) -> subprocess.Popen[bytes]:
+    guard = Path(__file__).with_name("guard.py")
+    settings = [str(run_directory), shm_prefix(run_directory), str(grace_s + _GUARD_EXTRA_S)]
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        output = log_file.open("wb")
+    except OSError as error:
+        raise ServeError(
+            f"the log file {log_file} cannot be written: {error.strerror}", hint="choose one with --log-file"
+        ) from error
+    with output:
+        output.write(f"{time.strftime('%F %T')} {' '.join(command)}\n".encode())
+        output.flush()
+        # A session of its own: Ctrl-C in a terminal reaches the launcher, which drains, and not the server.
+        return subprocess.Popen(
+            [sys.executable, "-I", str(guard), *settings, "--", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+
+
+def _default_log_file(ports: Ports) -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "stillhouse" / f"triton-{ports.http}.log"
+
+
+def _reachable(host: str) -> str:
+    """The address under which a server that listens on `host` is reached from this machine."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host

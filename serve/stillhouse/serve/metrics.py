@@ -1,0 +1,137 @@
+"""stillhouse's metrics on Triton's own metrics page, in vLLM's words (DESIGN §4).
+
+Everything that touches Triton's metrics runs on one thread: calls from several abort the whole server. The others
+put figures into a queue.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+_EVERY_S = 0.25
+_LATENCY_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
+_TOKEN_BUCKETS_S = [0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5]
+
+GAUGES = {
+    "num_requests_running": "Requests that hold a slot",
+    "num_requests_waiting": "Requests that wait for a slot",
+    "kv_cache_usage_perc": "Share of the KV cache in use, 0 to 1",
+    "process_resident_memory_bytes": "Resident memory of the model's process",
+}
+COUNTERS = {
+    "prompt_tokens_total": "Prompt tokens processed",
+    "generation_tokens_total": "Tokens generated",
+    "request_success_total": "Requests that ended with stop or length",
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From submission to the first token", _LATENCY_BUCKETS_S),
+    "inter_token_latency_seconds": ("Between two tokens of a request", _TOKEN_BUCKETS_S),
+    "e2e_request_latency_seconds": ("From submission to the last token", _LATENCY_BUCKETS_S),
+    "request_queue_time_seconds": ("From submission to a slot", _LATENCY_BUCKETS_S),
+}
+SUCCESSES = ("stop", "length")
+
+
+class EngineStats(Protocol):
+    """What of the engine's stats is published."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_capacity: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    requests_finished: dict[str, int]
+
+
+class Metrics:
+    """Publishes a model's figures: gauges and counters from `stats`, histograms from `observe`."""
+
+    def __init__(self, pb_utils: Any, model: str, version: str, stats: Callable[[], EngineStats]) -> None:
+        self._pb_utils = pb_utils
+        self._labels = {"model_name": model, "model_version": version}
+        self._stats = stats
+        self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="stillhouse-metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def observe(self, name: str, value_s: float) -> None:
+        """Adds a value to a histogram; returns at once, from any thread."""
+        self._observations.put((name, value_s))
+
+    def close(self) -> None:
+        """Publishes what is queued and takes this version's figures off the page."""
+        self._closing.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        with self._registered() as (gauges, counters, histograms):
+            published = dict.fromkeys(counters, 0)
+            while True:
+                last = self._closing.wait(_EVERY_S)
+                self._publish(gauges, counters, published)
+                while not self._observations.empty():
+                    name, value_s = self._observations.get()
+                    histograms[name].observe(value_s)
+                if last:
+                    return
+
+    def _publish(self, gauges: dict[str, Any], counters: dict[str, Any], published: dict[str, int]) -> None:
+        stats = self._stats()
+        gauges["num_requests_running"].set(stats.running)
+        gauges["num_requests_waiting"].set(stats.waiting)
+        gauges["kv_cache_usage_perc"].set(stats.kv_tokens_used / max(1, stats.kv_tokens_capacity))
+        gauges["process_resident_memory_bytes"].set(resident_memory_bytes())
+        totals = {
+            "prompt_tokens_total": stats.prompt_tokens_total,
+            "generation_tokens_total": stats.generation_tokens_total,
+            **{reason: stats.requests_finished.get(reason, 0) for reason in SUCCESSES},
+        }
+        for name, total in totals.items():
+            if total > published[name]:
+                counters[name].increment(total - published[name])
+                published[name] = total
+
+    @contextmanager
+    def _registered(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+        """The metrics by name (the successes by their reason); they leave the page when the block ends."""
+        family = self._pb_utils.MetricFamily
+        families = {
+            name: family(name=f"stillhouse_{name}", description=text, kind=kind)
+            for kind, group in ((family.GAUGE, GAUGES), (family.COUNTER, COUNTERS))
+            for name, text in group.items()
+        }
+        timings = {
+            name: family(name=f"stillhouse_{name}", description=text, kind=family.HISTOGRAM)
+            for name, (text, _) in HISTOGRAMS.items()
+        }
+        gauges = {name: families[name].Metric(labels=self._labels) for name in GAUGES}
+        counters = {
+            name: families[name].Metric(labels=self._labels)
+            for name in ("prompt_tokens_total", "generation_tokens_total")
+        }
+        for reason in SUCCESSES:
+            labels = self._labels | {"finished_reason": reason}
+            counters[reason] = families["request_success_total"].Metric(labels=labels)
+        histograms = {
+            name: timings[name].Metric(labels=self._labels, buckets=buckets)
+            for name, (_, buckets) in HISTOGRAMS.items()
+        }
+        yield gauges, counters, histograms
+        # Metrics before their families, as Triton wants it.
+        for group in (gauges, counters, histograms, families, timings):
+            group.clear()
+
+
+def resident_memory_bytes() -> int:
+    """The resident set of this process, from /proc."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

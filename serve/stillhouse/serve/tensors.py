@@ -1,0 +1,168 @@
+"""The tensors of Triton's vLLM backend, name by name, and what a request says with them.
+
+Beyond that backend's, there are two more ways to give the prompt: `messages` and `input_ids`.
+Source of names, types and defaults: https://github.com/triton-inference-server/vllm_backend (src/model.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.sampling import SamplingParams, parse_params
+
+# The outputs that come only when their `return_…` input is true.
+EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+PROMPTS = ("text_input", "messages", "input_ids")
+FLAGS = ("stream", "exclude_input_in_output", *(f"return_{name}" for name in EXTRA_OUTPUTS))
+
+INPUTS: list[dict[str, Any]] = [
+    {"name": "text_input", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+    {"name": "messages", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+    {"name": "input_ids", "data_type": "TYPE_INT32", "dims": [-1], "optional": True},
+    {"name": "sampling_parameters", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+    *({"name": name, "data_type": "TYPE_BOOL", "dims": [1], "optional": True} for name in FLAGS),
+]
+OUTPUTS: list[dict[str, Any]] = [
+    {"name": "text_output", "data_type": "TYPE_STRING", "dims": [-1]},
+    {"name": "finish_reason", "data_type": "TYPE_STRING", "dims": [-1]},
+    {"name": "cumulative_logprob", "data_type": "TYPE_FP32", "dims": [-1]},
+    {"name": "logprobs", "data_type": "TYPE_STRING", "dims": [-1]},
+    {"name": "num_input_tokens", "data_type": "TYPE_UINT32", "dims": [1]},
+    {"name": "num_output_tokens", "data_type": "TYPE_UINT32", "dims": [-1]},
+]
+
+TensorReader = Callable[[str], "NDArray[Any] | None"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A request as its tensors and parameters say it; exactly one of text, messages, input_ids is not None.
+
+    `repeats_prompt`: the text of the answer begins with the prompt. `returns`: names of the extra outputs wanted.
+    `logprobs_asked`: the caller set `logprobs`, and not we because an output needs the sampled token's.
+    """
+
+    text: str | None
+    messages: list[Any] | None
+    input_ids: list[int] | None
+    stream: bool
+    repeats_prompt: bool
+    params: SamplingParams
+    logprobs_asked: bool
+    returns: frozenset[str]
+
+
+def read_question(tensor: TensorReader, parameters_json: str) -> Question:
+    """What a request asks. `tensor` gives an input by name, None where there is none.
+
+    `parameters_json` are Triton's request parameters. Those called like a flag stand for it (that is how
+    `"parameters": {"stream": false}` of /generate arrives), the others are sampling parameters; a tensor goes before
+    a parameter. Raises InvalidRequest, naming what is missing, twofold, unknown or ill-typed.
+    """
+    parameters = {
+        name: value
+        for name, value in _json_object("request parameters", parameters_json or "{}").items()
+        if not name.startswith("triton_")
+    }
+    flags = {name: _read_flag(tensor, name, parameters.pop(name, None)) for name in FLAGS}
+    text, messages, input_ids = _read_prompt(tensor)
+
+    given = _read_string(tensor, "sampling_parameters")
+    params = parse_params(parameters | (_json_object("sampling_parameters", given) if given else {}))
+    returns = frozenset(name for name in EXTRA_OUTPUTS if flags[f"return_{name}"])
+    logprobs_asked = params.logprobs is not None
+    if "cumulative_logprob" in returns and not logprobs_asked:
+        params = replace(params, logprobs=0)
+
+    stream = bool(flags["stream"])
+    return Question(
+        text=text,
+        messages=messages,
+        input_ids=input_ids,
+        stream=stream,
+        repeats_prompt=_repeats_prompt(flags["exclude_input_in_output"], stream, has_text=text is not None),
+        params=params,
+        logprobs_asked=logprobs_asked,
+        returns=returns,
+    )
+
+
+def _repeats_prompt(exclude: bool | None, stream: bool, *, has_text: bool) -> bool:
+    """vLLM's rule for text: repeated unless excluded or streamed. Messages and ids are repeated only when asked."""
+    if exclude is None:
+        return has_text and not stream
+    if stream and not exclude:
+        # The words of Triton's vLLM backend, which its clients look for.
+        raise InvalidRequest("When streaming, `exclude_input_in_output` = False is not allowed.")
+    return not exclude
+
+
+def _read_prompt(tensor: TensorReader) -> tuple[str | None, list[Any] | None, list[int] | None]:
+    text, messages_json, ids = _read_string(tensor, "text_input"), _read_string(tensor, "messages"), tensor("input_ids")
+    given = [name for name, value in zip(PROMPTS, (text, messages_json, ids), strict=True) if value is not None]
+    if len(given) != 1:
+        raise InvalidRequest(f"exactly one of {', '.join(PROMPTS)} must be given, got {' and '.join(given) or 'none'}")
+    if text == "":
+        raise InvalidRequest("text_input is empty: at least one character is needed")
+    messages: list[Any] | None = None
+    if messages_json is not None:
+        messages = _json("messages", messages_json)
+        if not isinstance(messages, list):
+            raise InvalidRequest("messages must be a JSON list of {role, content} objects")
+    if ids is not None and ids.size == 0:
+        raise InvalidRequest("input_ids is empty: at least one token id is needed")
+    return text, messages, None if ids is None else [int(token) for token in ids.reshape(-1)]
+
+
+def _read_string(tensor: TensorReader, name: str) -> str | None:
+    array = tensor(name)
+    if array is None:
+        return None
+    if array.size != 1:
+        raise InvalidRequest(f"{name} must hold one string, got {array.size}")
+    value = array.reshape(-1)[0]
+    if isinstance(value, str):
+        return value
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name} must be UTF-8: byte {error.start} is not") from error
+
+
+def _read_flag(tensor: TensorReader, name: str, parameter: Any) -> bool | None:
+    array = tensor(name)
+    if array is not None:
+        if array.size != 1:
+            raise InvalidRequest(f"{name} must hold one boolean, got {array.size}")
+        return bool(array.reshape(-1)[0])
+    if parameter is None or isinstance(parameter, bool):
+        return parameter
+    if isinstance(parameter, str) and parameter.lower() in ("true", "false"):
+        return parameter.lower() == "true"
+    raise InvalidRequest(f"{name} must be true or false, got {parameter!r}")
+
+
+def _json_object(name: str, text: str) -> Mapping[str, Any]:
+    value = _json(name, text)
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{name} must be a JSON object, got {text[:40]!r}")
+    return value
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} must be JSON: {error}") from error
+
+
+def strings(*values: str) -> NDArray[np.object_]:
+    """A STRING tensor (N,) as Triton takes it."""
+    return np.array([value.encode("utf-8") for value in values], dtype=np.object_)
