@@ -6,13 +6,19 @@ put figures into a queue.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillhouse.engine.core import Stats
+
+log = logging.getLogger(__name__)
 
 _EVERY_S = 0.25
 _LATENCY_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
@@ -38,22 +44,10 @@ HISTOGRAMS = {
 SUCCESSES = ("stop", "length")
 
 
-class EngineStats(Protocol):
-    """What of the engine's stats is published."""
-
-    running: int
-    waiting: int
-    kv_tokens_used: int
-    kv_tokens_capacity: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    requests_finished: dict[str, int]
-
-
 class Metrics:
     """Publishes a model's figures: gauges and counters from `stats`, histograms from `observe`."""
 
-    def __init__(self, pb_utils: Any, model: str, version: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, pb_utils: Any, model: str, version: str, stats: Callable[[], Stats]) -> None:
         self._pb_utils = pb_utils
         self._labels = {"model_name": model, "model_version": version}
         self._stats = stats
@@ -74,6 +68,13 @@ class Metrics:
         self._thread.join()
 
     def _loop(self) -> None:
+        try:
+            self._run()
+        except self._pb_utils.TritonModelException as error:
+            # A server that was started with --allow-metrics=false: the model serves all the same.
+            log.warning("no metrics: %s", error)
+
+    def _run(self) -> None:
         with self._registered() as (gauges, counters, histograms):
             published = dict.fromkeys(counters, 0)
             while True:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _QUESTION = {"text_input": "Hello", "sampling_parameters": json.dumps({"max_tokens": 1, "temperature": 0})}
 _PROBE_TIMEOUT_S = 30.0
+# Errors that Triton logs on every machine without a GPU.
+_HARMLESS = re.compile(r"CudaDriverHelper|NVML|DCGM")
 # The server is on this machine: a proxy from the environment has no part in it.
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -67,6 +69,7 @@ def reason_of_failure(log_file: Path, status: int) -> ServerFailed:
                 f"{report['model']}/{report['version']} cannot be loaded: {report['message']}",
                 hint=report["hint"] or f"the server's log: {log_file}",
             )
+    lines = [line for line in lines if not _HARMLESS.search(line)]
     errors = [re.sub(r"^E\d+ .*?\] ", "", line).strip('"') for line in lines if re.match(r"E\d{4} ", line)]
     what = errors[0] if errors else (lines[-1] if lines else "it said nothing")
     return ServerFailed(f"the Triton server ended with status {status}: {what}", hint=f"the server's log: {log_file}")

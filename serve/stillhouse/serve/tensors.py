@@ -7,7 +7,7 @@ Source of names, types and defaults: https://github.com/triton-inference-server/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,26 @@ OUTPUTS: list[dict[str, Any]] = [
     {"name": "num_output_tokens", "data_type": "TYPE_UINT32", "dims": [-1]},
 ]
 
+
 TensorReader = Callable[[str], "NDArray[Any] | None"]
+
+
+def complete_config(config: Any) -> Any:
+    """Adds to a model's config what config.pbtxt does not say: tensors, no batching by Triton, many responses.
+
+    `config` is what Triton hands to auto_complete_config.
+    """
+    known = config.as_dict()
+    inputs, outputs = ({tensor["name"] for tensor in known[kind]} for kind in ("input", "output"))
+    for tensor in INPUTS:
+        if tensor["name"] not in inputs:
+            config.add_input(tensor)
+    for tensor in OUTPUTS:
+        if tensor["name"] not in outputs:
+            config.add_output(tensor)
+    config.set_max_batch_size(0)
+    config.set_model_transaction_policy({"decoupled": True})
+    return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +168,7 @@ def _read_flag(tensor: TensorReader, name: str, parameter: Any) -> bool | None:
     raise InvalidRequest(f"{name} must be true or false, got {parameter!r}")
 
 
-def _json_object(name: str, text: str) -> Mapping[str, Any]:
+def _json_object(name: str, text: str) -> dict[str, Any]:
     value = _json(name, text)
     if not isinstance(value, dict):
         raise InvalidRequest(f"{name} must be a JSON object, got {text[:40]!r}")

@@ -1,4 +1,4 @@
-"""The model as Triton's Python backend drives it: initialize, execute, finalize, in the model's own process.
+"""The model as Triton's Python backend drives it: loaded, asked, ended, in the model's own process.
 
 A request's way: execute() reads its tensors and hands it to a door thread (tokenizing), which submits it to the
 engine; the engine's thread sends the answers. Nothing waits in between, so a model's requests run together.
@@ -26,7 +26,7 @@ from stillhouse.serve.protocol import LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.watch import Watcher
 
 if TYPE_CHECKING:
-    from stillhouse.engine.model import Request
+    from stillhouse.engine.request import Request
     from stillhouse.serve.tensors import Question
 
 log = logging.getLogger(__name__)
@@ -36,25 +36,14 @@ _DOOR_THREADS = 2
 _CLOSE_TIMEOUT_S = 5.0
 
 
-class TritonPythonModel:
-    """One version of a model; Triton makes one object in each process."""
+class ServedVersion:
+    """One version of a model, for the life of its process."""
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        """Adds to config.pbtxt what it does not say: the tensors, no batching by Triton, many responses a request."""
-        known = config.as_dict()
-        for tensor in tensors.INPUTS:
-            if tensor["name"] not in {given["name"] for given in known["input"]}:
-                config.add_input(tensor)
-        for tensor in tensors.OUTPUTS:
-            if tensor["name"] not in {given["name"] for given in known["output"]}:
-                config.add_output(tensor)
-        config.set_max_batch_size(0)
-        config.set_model_transaction_policy({"decoupled": True})
-        return config
+    def __init__(self, args: dict[str, str]) -> None:
+        """Opens the version: hashes its files, loads it, starts its engine. `args` are those of initialize().
 
-    def initialize(self, args: dict[str, str]) -> None:
-        """Opens the version: hashes its files, loads it, starts its engine."""
+        Raises TritonModelException, after a line in the log for the launcher.
+        """
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         name, version = args["model_name"], args["model_version"]
         try:
@@ -80,7 +69,7 @@ class TritonPythonModel:
                 # Nothing keeps `request`: it is Triton's again when execute() returns.
                 self._door.submit(self._begin, question, sender)
 
-    def finalize(self) -> None:
+    def close(self) -> None:
         """Ends the engine; what still runs ends as cancelled."""
         self._door.shutdown()
         self._model.close(timeout_s=_CLOSE_TIMEOUT_S)
