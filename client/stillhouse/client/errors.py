@@ -1,0 +1,70 @@
+"""The errors of the client, drawn as a tree.
+
+ClientError             anything that can go wrong with a call; `hint` says what to do
+├── InvalidCall         the call itself is wrong (a URL, a prompt): nothing was sent
+├── ConnectionFailed    nobody listens at the address, or the connection went before the first token
+├── RequestRejected     the server refused the request: a bad parameter, a prompt that is too long
+│   └── ModelNotFound   no such model or version there
+├── Unavailable         the server is there, but cannot answer now: not ready, full, failed
+├── TimedOut            no answer in time, or no next token in time
+└── StreamBroken        the answer began, but did not come to its end
+"""
+
+from __future__ import annotations
+
+
+class ClientError(Exception):
+    """One clear line about what happened; `hint` says what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InvalidCall(ClientError):
+    """The call itself is wrong: nothing was sent."""
+
+
+class ConnectionFailed(ClientError):
+    """Nobody listens at the address, or the connection went before the first token."""
+
+
+class RequestRejected(ClientError):
+    """The server refused the request."""
+
+
+class ModelNotFound(RequestRejected):
+    """No such model or version on this server."""
+
+
+class Unavailable(ClientError):
+    """The server is there, but cannot answer now."""
+
+
+class TimedOut(ClientError):
+    """No answer in time, or no next token in time."""
+
+
+class StreamBroken(ClientError):
+    """The answer began, but did not come to its end."""
+
+
+def from_server(message: str, where: str, default: type[ClientError] = RequestRejected) -> ClientError:
+    """The error for what a server said about `where` (a model, or its own address).
+
+    Triton tells some things by its text alone (inside a stream there is nothing else); `default` is what the
+    status code says, and stands where the text says no more.
+    """
+    lowered = message.lower()
+    kind = default
+    if "unknown model" in lowered or ("model" in lowered and "not found" in lowered):
+        kind = ModelNotFound
+    elif any(words in lowered for words in ("is not healthy", "not ready", "not at ready state")):
+        kind = Unavailable
+    return kind(f"{where}: {message.rstrip('.')}", hint=_HINTS.get(kind))
+
+
+_HINTS: dict[type[ClientError], str] = {
+    ModelNotFound: "Client.models() lists the models and versions of this server",
+    Unavailable: "the server is there, but this failed; its log says why, and asking again later may help",
+}

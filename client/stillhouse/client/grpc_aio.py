@@ -1,0 +1,82 @@
+"""The transport of `AsyncClient` over gRPC: one stream a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from stillhouse.client import grpc_wire
+from stillhouse.client.address import Address
+from stillhouse.client.types import ModelEntry, Reply, Request
+
+
+class GrpcTransport:
+    """A channel to one server; made inside the event loop that uses it."""
+
+    def __init__(self, address: Address, connect_timeout_s: float) -> None:
+        self._authority = address.authority
+        self._connect_timeout_s = connect_timeout_s
+        if address.tls:
+            credentials = grpc.ssl_channel_credentials()
+            self._channel = grpc.aio.secure_channel(address.authority, credentials, options=grpc_wire.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(address.authority, options=grpc_wire.CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def open(self, request: Request) -> GrpcStream:
+        # An open stream pins every version that it ever used (Triton): one stream a request, half-closed at once.
+        message = grpc_wire.write_request(request)
+        call = self._stub.ModelStreamInfer(iter([message]), metadata=grpc_wire.METADATA)
+        return GrpcStream(call, request, self._authority)
+
+    async def models(self) -> list[ModelEntry]:
+        response = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
+        return grpc_wire.read_index(response)
+
+    async def ready(self, model: str, version: str) -> bool:
+        if not model:
+            return bool((await self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest())).ready)
+        message = service_pb2.ModelReadyRequest(name=model, version=version)
+        return bool((await self._ask(self._stub.ModelReady, message, model)).ready)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _ask(self, method: Any, message: Any, model: str | None = None) -> Any:
+        try:
+            return await method(message, timeout=self._connect_timeout_s)
+        except grpc.RpcError as error:
+            raise grpc_wire.read_error(error, self._authority, model) from None
+
+
+class GrpcStream:
+    """The replies of one request."""
+
+    def __init__(self, call: Any, request: Request, authority: str) -> None:
+        self._call = call
+        self._request = request
+        self._authority = authority
+        self._replies: deque[Reply] = deque()
+
+    async def next(self, wait_s: float | None) -> Reply | None:
+        """The next reply; None at the end. Raises TimeoutError after `wait_s`, ClientError where it broke."""
+        while not self._replies:
+            try:
+                message = await asyncio.wait_for(self._call.read(), wait_s)
+            except asyncio.TimeoutError:
+                raise TimeoutError from None
+            except grpc.RpcError as error:
+                raise grpc_wire.read_error(error, self._authority, self._request.model) from None
+            if message is grpc.aio.EOF:
+                return None
+            self._replies.extend(grpc_wire.read_response(message, self._request))
+        return self._replies.popleft()
+
+    async def close(self) -> None:
+        """Cancels what still runs; the server sees it within milliseconds."""
+        self._call.cancel()

@@ -1,0 +1,120 @@
+"""Triton's gRPC messages: writing requests, reading responses and errors. Shared by both gRPC transports.
+
+Layout of raw tensors: KServe v2 "binary tensor data" (BYTES: each element after its length, uint32 little-endian).
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from stillhouse.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    ModelNotFound,
+    RequestRejected,
+    TimedOut,
+    Unavailable,
+    from_server,
+)
+from stillhouse.client.request import reply_from
+from stillhouse.client.types import ModelEntry, Reply, Request
+
+# Errors inside a stream come with their status code instead of as bare text (Triton 24.08 and later).
+METADATA = (("triton_grpc_error", "true"),)
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A server that was started again is found again at once, and one client's failures are not another's.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+# struct formats by Triton data type
+_NUMBERS = {"FP32": "<f", "UINT32": "<I", "INT32": "<i", "INT64": "<q", "UINT64": "<Q", "FP64": "<d"}
+
+
+def write_request(request: Request) -> Any:
+    """The ModelInferRequest of one request."""
+    message = service_pb2.ModelInferRequest(model_name=request.model, model_version=request.version)
+    for name, value in request.inputs.items():
+        if isinstance(value, bool):
+            datatype, size, raw = "BOOL", 1, bytes([value])
+        elif isinstance(value, str):
+            data = value.encode()
+            datatype, size, raw = "BYTES", 1, struct.pack("<I", len(data)) + data
+        else:
+            datatype, size, raw = "INT32", len(value), struct.pack(f"<{len(value)}i", *value)
+        message.inputs.add(name=name, datatype=datatype, shape=[size])
+        message.raw_input_contents.append(raw)
+    # The empty last response tells the end of a decoupled model's answer.
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    return message
+
+
+def read_response(message: Any, request: Request) -> list[Reply]:
+    """The replies in one ModelStreamInferResponse: its outputs, and the end marker.
+
+    Raises ClientError where the response is an error that came as text.
+    """
+    received_s = time.perf_counter()
+    if message.error_message:
+        raise from_server(message.error_message, request.model)
+    response = message.infer_response
+    replies = []
+    if response.outputs:
+        pairs = zip(response.outputs, response.raw_output_contents, strict=False)
+        values = {output.name: _first(output.datatype, raw) for output, raw in pairs}
+        replies.append(reply_from(values, received_s))
+    if response.parameters["triton_final_response"].bool_param:
+        replies.append(Reply("", None, None, None, None, received_s, ends=True))
+    return replies
+
+
+def _first(datatype: str, raw: bytes) -> str | float | None:
+    """The first element of a raw tensor; None for an empty one, or a type that no output of ours has."""
+    if not raw:
+        return None
+    if datatype == "BYTES":
+        (length,) = struct.unpack_from("<I", raw)
+        return raw[4 : 4 + length].decode("utf-8", errors="replace")
+    if datatype not in _NUMBERS:
+        return None
+    number: float = struct.unpack_from(_NUMBERS[datatype], raw)[0]
+    return number
+
+
+def read_index(response: Any) -> list[ModelEntry]:
+    return [ModelEntry(m.name, m.version, m.state, m.reason) for m in response.models]
+
+
+def read_error(error: Any, authority: str, model: str | None = None) -> ClientError:
+    """The client's error for a grpc.RpcError."""
+    code, details = error.code(), error.details() or ""
+    # "Error received from peer" stands in what the server itself answered; the rest is the library's own words.
+    from_peer = "from peer" in (error.debug_error_string() or "")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimedOut(f"{authority}: no answer in time", hint="raise timeout_s, or look at the server's log")
+    if code is grpc.StatusCode.UNAVAILABLE and not from_peer:
+        return ConnectionFailed(
+            f"cannot reach {authority}: {details}",
+            hint="is the server started, and is this its gRPC port (8001 by default)?",
+        )
+    return from_server(details or code.name, model or authority, _KINDS.get(code, Unavailable))
+
+
+_KINDS: dict[Any, type[ClientError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RequestRejected,
+    grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.UNIMPLEMENTED: RequestRejected,
+    grpc.StatusCode.FAILED_PRECONDITION: RequestRejected,
+    grpc.StatusCode.OUT_OF_RANGE: RequestRejected,
+    grpc.StatusCode.ALREADY_EXISTS: RequestRejected,
+}

@@ -1,0 +1,114 @@
+"""The parts of the client that need no server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stillhouse.client
+from stillhouse.client.address import parse_url
+from stillhouse.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidCall,
+    ModelNotFound,
+    RequestRejected,
+    Unavailable,
+    from_server,
+)
+from stillhouse.client.http_wire import EventReader, read_error
+
+
+@pytest.mark.parametrize(
+    ("url", "base_url"),
+    [
+        ("localhost:8001", "grpc://localhost:8001"),
+        ("localhost", "grpc://localhost:8001"),
+        ("grpc://10.0.0.1:9", "grpc://10.0.0.1:9"),
+        ("grpcs://models.example", "grpcs://models.example:8001"),
+        ("[::1]:8001", "grpc://[::1]:8001"),
+        ("http://localhost", "http://localhost:8000"),
+        ("http://localhost:80/triton/", "http://localhost:80/triton"),
+        ("https://models.example", "https://models.example:443"),
+    ],
+)
+def test_the_url_says_the_transport(url: str, base_url: str) -> None:
+    assert parse_url(url).base_url == base_url
+
+
+@pytest.mark.parametrize("url", ["ftp://host:1", "host:port", "host:99999", "", "grpc://host:1/path", "http://"])
+def test_a_bad_url_is_refused_with_a_hint(url: str) -> None:
+    with pytest.raises(InvalidCall) as caught:
+        parse_url(url)
+    assert "http://host:port" in (caught.value.hint or "")
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_characters="\r\n"), min_size=1), max_size=6),
+    cut=st.integers(1, 9),
+    newline=st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_events_come_out_whole_however_the_body_is_cut(texts: list[str], cut: int, newline: bytes) -> None:
+    body = b"".join(b"data: " + text.encode() + newline * 2 for text in texts)
+    reader = EventReader()
+    events = [event for i in range(0, len(body), cut) for event in reader.feed(body[i : i + cut])]
+    assert [event.decode() for event in events] == texts
+
+
+def test_an_event_joins_its_lines_and_ignores_comments() -> None:
+    assert EventReader().feed(b": ping\n\ndata: a\ndata:b\nid: 3\n\ndata: rest\n") == [b"a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("Request for unknown model: 'x' is not found", ModelNotFound),
+        ("Stub process 'support-int4_0' is not healthy.", Unavailable),
+        ("temperature must be between 0 and 100, got -1", RequestRejected),
+    ],
+)
+def test_what_triton_says_tells_the_kind(message: str, kind: type[ClientError]) -> None:
+    error = from_server(message, "support-int4")
+    assert type(error) is kind
+    assert str(error).startswith("support-int4: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "words"),
+    [
+        (400, b'{"error":"bad"}', RequestRejected, "m: bad"),
+        (404, b'{"error":"Request for unknown model"}', ModelNotFound, "unknown model"),
+        (404, b"<html>nothing here</html>", RequestRejected, "HTTP status 404"),
+        (503, b'{"error":"queue is full"}', Unavailable, "queue is full"),
+        (502, b"", Unavailable, "HTTP status 502"),
+    ],
+)
+def test_a_status_tells_the_kind(status: int, body: bytes, kind: type[ClientError], words: str) -> None:
+    error = read_error(status, body, "m")
+    assert type(error) is kind
+    assert words in str(error)
+
+
+def test_every_error_has_the_one_base_and_its_hint() -> None:
+    kinds = [getattr(stillhouse.client, name) for name in stillhouse.client.__all__]
+    errors = [k for k in kinds if isinstance(k, type) and issubclass(k, Exception)]
+    assert len(errors) == 8
+    assert all(issubclass(error, ClientError) for error in errors)
+    assert ConnectionFailed("x", hint="y").hint == "y"
+    for name in stillhouse.client.__all__:
+        assert hasattr(stillhouse.client, name)
+
+
+def test_importing_the_client_loads_no_transport_and_no_runtime() -> None:
+    code = (
+        "import sys, stillhouse.client as c; c.AsyncClient('http://h:1');"
+        "heavy = {'grpc', 'tritonclient', 'numpy', 'aiohttp', 'urllib3', 'onnxruntime', 'torch'};"
+        "print(sorted(heavy & set(sys.modules)));"
+        "c.Client('http://h:1'); print('grpc' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\n")[:2] == ["[]", "False"]
