@@ -15,7 +15,12 @@ from __future__ import annotations
 
 
 class StillhouseError(Exception):
-    """One clear line about what rule was broken and by what; `hint` says what to do."""
+    """One clear line about what rule was broken and by what; `hint` says what to do.
+
+    `exit_code` is what the command line ends with: 1 for a failure, 2 for wrong usage.
+    """
+
+    exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -24,6 +29,8 @@ class StillhouseError(Exception):
 
 class UsageError(StillhouseError):
     """What was asked for is not a thing that can be asked for."""
+
+    exit_code = 2
 
 
 class VersionError(StillhouseError):
@@ -40,6 +47,8 @@ class EngineError(StillhouseError):
 
 class InvalidRequest(EngineError):
     """A parameter that is unknown, ill-typed or out of range."""
+
+    exit_code = 2
 
 
 class PromptTooLong(InvalidRequest):

@@ -76,6 +76,7 @@ class QualityRecord(_Record):
     perplexity: float
     perplexity_ratio: float
     kl_mean: float
+    kl_p99: float | None = None
     top1_agreement: float
     decode_tokens: int = 0
     decode_perplexity_ratio: float | None = None
@@ -85,12 +86,17 @@ class QualityRecord(_Record):
 
 
 class MergeRecord(_Record):
-    """What the merge did to the base, and the proof that merged equals attached."""
+    """What the merge did to the base, and the proof that merged equals attached (FP32 logits).
+
+    A relative change is the norm of a weight's delta over the norm of the weight; `kl_from_base` is
+    KL(base ‖ merged) in nats a token.
+    """
 
     modules_changed: list[str] = Field(default_factory=list)
     relative_change_max: float = 0.0
     relative_change_median: float = 0.0
     max_logit_difference: float = 0.0
+    kl_from_base: float | None = None
 
 
 class MemoryRecord(_Record):

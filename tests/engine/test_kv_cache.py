@@ -1,0 +1,50 @@
+"""The KV cache's memory follows the tokens in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stillhouse.engine.kv_cache import SlotCache
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text("ascii").split()
+    return int(fields[1]) * 4096
+
+
+def make_cache(slots: int = 8) -> SlotCache:
+    return SlotCache(layers=4, slots=slots, kv_heads=2, max_len=4096, head_dim=64, dtype=np.dtype(np.float32))
+
+
+def test_memory_is_taken_by_tokens_written_and_given_back_at_release() -> None:
+    before = resident_bytes()
+    cache = make_cache()
+    reserved = 8 * 4096 * cache.kv_bytes_per_token
+    assert resident_bytes() - before < reserved // 20
+    cache._array[:, 3, :, :256] = 1
+    used = resident_bytes() - before
+    assert 256 * cache.kv_bytes_per_token <= used < 2 * 256 * cache.kv_bytes_per_token
+    cache.release(3)
+    assert resident_bytes() - before < 256 * cache.kv_bytes_per_token // 4
+
+
+def test_a_move_carries_the_tokens_and_frees_the_source() -> None:
+    cache = make_cache()
+    rng = np.random.default_rng(0)
+    content = rng.random((8, 2, 100, 64), np.float32)
+    cache._array[:, 5, :, :100] = content
+    cache._array[:, 1, :, :300] = 7
+    cache.move(5, 1, 100)
+    assert np.array_equal(cache._array[:, 1, :, :100], content)
+    assert not cache._array[:, 5].any()
+
+
+def test_a_slot_of_odd_length_keeps_its_neighbours_apart() -> None:
+    cache = SlotCache(layers=1, slots=3, kv_heads=3, max_len=33, head_dim=48, dtype=np.dtype(np.float16))
+    assert cache.max_len >= 33
+    cache._array[:] = 1
+    cache.release(1)
+    assert cache._array[:, [0, 2]].all()
+    assert not cache._array[:, 1].any()
