@@ -54,8 +54,6 @@ class Metrics:
         self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="stillhouse-metrics", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def observe(self, name: str, value_s: float) -> None:

@@ -123,6 +123,4 @@ def server_environment(libpython: Path, engine_options_json: str) -> dict[str, s
     libraries = [str(libpython), os.environ.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     environment[OPTIONS_VARIABLE] = engine_options_json
-    # What a model prints reaches the log line by line, also when its process is killed.
-    environment["PYTHONUNBUFFERED"] = "1"
     return environment

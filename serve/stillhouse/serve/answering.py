@@ -1,0 +1,176 @@
+"""A request under way in a model's process, and the thread that sends its answers."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import triton_python_backend_utils as pb_utils
+
+from stillhouse.engine.errors import EngineClosed, InvalidRequest, QueueFull, StillhouseError
+from stillhouse.serve.answers import answer_tensors
+from stillhouse.serve.metrics import SUCCESSES, Metrics
+
+if TYPE_CHECKING:
+    from stillhouse.engine.model import Chunk, LanguageModel
+    from stillhouse.engine.request import Request
+    from stillhouse.serve.tensors import Question
+    from stillhouse.serve.watch import Watcher
+
+log = logging.getLogger(__name__)
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class Outbox:
+    """One thread that sends: a response costs a few hundred microseconds, in which the engine can compute."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Answering, Chunk] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="stillhouse-send", daemon=True)
+        self._thread.start()
+
+    def put(self, answering: Answering, chunk: Chunk) -> None:
+        self._queue.put((answering, chunk))
+
+    def close(self) -> None:
+        """Sends what is there, then ends."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (item := self._queue.get()) is not None:
+            answering, chunk = item
+            try:
+                answering.deliver(chunk)
+            except Exception:  # the boundary: a response that cannot be sent must not stop the other requests
+                log.exception("a response could not be sent")
+                answering.cancel()
+            # Not kept until the next one comes: what an answering holds has to go before the model does.
+            del answering, chunk, item
+
+
+class Answering:
+    """Takes the chunks of one request from the engine, and sends them one by one, or all at the end."""
+
+    def __init__(
+        self,
+        question: Question,
+        sender: Any,
+        model: LanguageModel,
+        outbox: Outbox,
+        watcher: Watcher,
+        metrics: Metrics,
+    ) -> None:
+        self._question = question
+        self._sender: Any = sender  # None once the last response is sent
+        self._model = model
+        self._outbox = outbox
+        self._watcher = watcher
+        self._metrics = metrics
+        self._gathered: list[Chunk] = []
+        self._prompt = ""
+        self._request: Request | None = None
+        self._last_token_s: float | None = None
+        self._begun_s = time.perf_counter()
+        # Held from submit() until the request can be cancelled, while is_cancelled() is asked, and for the last
+        # response: is_cancelled() of a request whose final flag has been sent kills the whole server.
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Submits the question to the engine. Raises StillhouseError; nothing has been sent then."""
+        question = self._question
+        ids = self._model.prompt_ids(text=question.text, messages=question.messages, input_ids=question.input_ids)
+        if question.repeats_prompt:
+            self._prompt = question.text or self._model.tokenizer.decode(ids, skip_special_tokens=False)
+        with self._lock:
+            self._request = self._model.submit(ids, question.params, self._take)
+            self._watcher.add(self)
+
+    def is_abandoned(self) -> bool:
+        """Whether the client has gone."""
+        with self._lock:
+            return self._sender is not None and bool(self._sender.is_cancelled())
+
+    def cancel(self) -> None:
+        request = self._request
+        if request is not None:
+            request.cancel()
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Sends what `chunk` brings; called on the outbox's thread."""
+        if chunk.finish_reason is None:
+            self._send([chunk], final=False)
+            return
+        self._watcher.remove(self)
+        with self._lock:
+            try:
+                self._deliver_last(chunk)
+            finally:
+                # The engine's request leads back here. Uncut, the sender and its shared memory would wait for the
+                # garbage collector, and one that is collected after the end of the model crashes.
+                self._request = self._sender = None
+
+    def _take(self, chunk: Chunk) -> None:
+        """Called on the engine's thread with every chunk."""
+        self._measure(chunk)
+        if not self._question.stream:
+            self._gathered.append(chunk)
+        if self._question.stream or chunk.finish_reason is not None:
+            self._outbox.put(self, chunk)
+
+    def _deliver_last(self, chunk: Chunk) -> None:
+        if chunk.finish_reason == "error":
+            send_error(self._sender, chunk.error or StillhouseError("the engine failed"))
+        elif chunk.finish_reason == "cancelled":
+            self._end_cancelled()
+        else:
+            self._send(self._gathered or [chunk], final=True)
+
+    def _end_cancelled(self) -> None:
+        """To a client that has gone, the final flag alone; to one that waits while the model ends, an error."""
+        if self._sender.is_cancelled():
+            self._sender.send(flags=_FINAL)
+        else:
+            send_error(self._sender, EngineClosed("the request was cancelled: the model is being unloaded"))
+
+    def _send(self, chunks: list[Chunk], *, final: bool) -> None:
+        outputs = answer_tensors(self._question, chunks, self._prompt, self._token_text)
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
+        self._sender.send(response, flags=_FINAL if final else 0)
+
+    def _token_text(self, token_id: int) -> str:
+        return self._model.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _measure(self, chunk: Chunk) -> None:
+        now_s, before_s = time.perf_counter(), self._last_token_s
+        if chunk.token_ids:
+            if before_s is None:
+                self._metrics.observe("time_to_first_token_seconds", now_s - self._begun_s)
+            else:
+                self._metrics.observe("inter_token_latency_seconds", now_s - before_s)
+            self._last_token_s = now_s
+        if chunk.finish_reason in SUCCESSES:
+            self._metrics.observe("e2e_request_latency_seconds", now_s - self._begun_s)
+            timing = self._request.timing if self._request else None
+            if timing and timing.scheduled_s is not None:
+                self._metrics.observe("request_queue_time_seconds", timing.scheduled_s - timing.submitted_s)
+
+
+def send_error(sender: Any, error: StillhouseError) -> None:
+    """The error as the request's only or last response, with the gRPC code that fits."""
+    code = pb_utils.TritonError.INTERNAL
+    if isinstance(error, InvalidRequest):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, (QueueFull, EngineClosed)):
+        code = pb_utils.TritonError.UNAVAILABLE
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
+    sender.send(response, flags=_FINAL)
+
+
+def one_line(error: StillhouseError) -> str:
+    """The error with its hint."""
+    return f"{error} ({error.hint})" if error.hint else str(error)
