@@ -24,6 +24,8 @@ class ClientError(Exception):
 class InvalidCall(ClientError):
     """The call itself is wrong: nothing was sent."""
 
+    exit_code = 2  # of the command line: a usage error
+
 
 class ConnectionFailed(ClientError):
     """Nobody listens at the address, or the connection went before the first token."""

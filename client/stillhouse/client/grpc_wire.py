@@ -104,7 +104,7 @@ def read_error(error: Any, authority: str, model: str | None = None) -> ClientEr
         return TimedOut(f"{authority}: no answer in time", hint="raise timeout_s, or look at the server's log")
     if code is grpc.StatusCode.UNAVAILABLE and not from_peer:
         return ConnectionFailed(
-            f"cannot reach {authority}: {details}",
+            f"cannot reach {authority}: {details.rsplit(': ', 1)[-1]}",  # the innermost reason
             hint="is the server started, and is this its gRPC port (8001 by default)?",
         )
     return from_server(details or code.name, model or authority, _KINDS.get(code, Unavailable))
