@@ -45,6 +45,19 @@ class Figures:
     decode_error: float
 
 
+class Spool:
+    """The reference's log-probabilities on disk, (windows, rows, width) float32, read a few rows at a time."""
+
+    def __init__(self, path: Path, *, rows: int, width: int) -> None:
+        self._stream = path.open("rb")
+        self._rows, self._width = rows, width
+
+    def read(self, window: int, row: int, count: int) -> Floats:
+        """Rows row … row + count − 1 of a window (count, width)."""
+        self._stream.seek((window * self._rows + row) * self._width * 4)
+        return np.fromfile(self._stream, np.float32, count * self._width).reshape(count, self._width)
+
+
 def reference(
     share: Share, *, model: str, network: dict[str, Any], windows: list[list[int]], spool: str
 ) -> dict[str, Any]:
@@ -72,7 +85,8 @@ def fidelity(
 ) -> dict[str, Any]:
     """The Figures of the graph at `model` against the log-probabilities that `reference` wrote to `spool`."""
     record = ModelRecord.model_validate(network)
-    expected = np.memmap(spool, np.float32, mode="r", shape=(len(windows), len(windows[0]) - 1, record.vocab_size))
+    # Read, not mapped: what is mapped counts as this process's memory.
+    expected = Spool(Path(spool), rows=len(windows[0]) - 1, width=record.vocab_size)
     runner = _runner(model, network, slots=min(DECODE_SLOTS, len(windows)), length=len(windows[0]))
     losses: list[NDArray[np.float64]] = []
     reference_losses: list[NDArray[np.float64]] = []
@@ -83,7 +97,7 @@ def fidelity(
         targets = np.asarray(window[1:])
         for start in range(0, len(targets), _ROWS):
             rows = log_softmax(logits[start : start + _ROWS])
-            known = expected[index, start : start + _ROWS]
+            known = expected.read(index, start, len(rows))
             wanted = targets[start : start + _ROWS]
             losses.append(-_picked(rows, wanted))
             reference_losses.append(-_picked(known, wanted))
@@ -155,7 +169,7 @@ def divergence(reference: Floats, other: Floats) -> NDArray[np.float64]:
     return kl
 
 
-def _decode(runner: Any, windows: list[list[int]], expected: Any) -> dict[str, Any]:
+def _decode(runner: Any, windows: list[list[int]], expected: Spool) -> dict[str, Any]:
     """Teacher-forced one-token decode: a window a slot, each behind a prefix of another length."""
     width = len(windows[0])
     slots = min(DECODE_SLOTS, len(windows))
@@ -171,9 +185,10 @@ def _decode(runner: Any, windows: list[list[int]], expected: Any) -> dict[str, A
         rows = log_softmax(runner.decode([windows[slot][place] for slot, place in enumerate(at)], at))
         for slot, place in enumerate(at):
             target = windows[slot][place + 1]
+            known = expected.read(slot, place, 1)[0]
             losses.append(-float(rows[slot, target]))
-            reference_losses.append(-float(expected[slot, place, target]))
-            agreed += int(rows[slot].argmax() == expected[slot, place].argmax())
+            reference_losses.append(-float(known[target]))
+            agreed += int(rows[slot].argmax() == known.argmax())
     difference = np.asarray(losses) - np.asarray(reference_losses)
     return {
         "decode_tokens": len(losses),
