@@ -58,6 +58,8 @@ def support_repository(base_dir: Path, kept_cache: Path) -> Path:
 
     `make demo`'s is taken where it has version 1 of the same inputs. Tests copy what they change.
     """
+    assert base_dir.is_dir()
+    assert kept_cache.parent == KEPT
     from stillhouse.build import pipeline
     from stillhouse.build.cache import key_of
     from stillhouse.build.recipe import load_recipe
@@ -106,6 +108,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tokenizer():  # type: ignore[no-untyped-def]
     """A byte-level BPE of 1,024 tokens, learnt in a second from the prose that Python carries, with a chat template."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -127,7 +127,9 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     Raises StillhouseError for every unsound input that can be told without loading weights.
     """
     publishing.check_repository(repository)
-    methods = {precision: method_of(precision, recipe.options(precision)) for precision in recipe.precisions}
+    methods = {
+        precision: method_of(precision, recipe.options(precision), recipe.target) for precision in recipe.precisions
+    }
     base = open_checkpoint(recipe.base, recipe.revision)
     adapters = [open_adapter(ref, base) for ref in recipe.adapters]
     text = evaluation_text(recipe.evaluate.text)
@@ -344,7 +346,7 @@ class _Run:
         measured = asdict(figures)
         measured.pop("decode_error")
         kv_floats = 2 * network.layers * network.kv_heads * network.head_dim
-        half = version.method.stage == "convert_fp16" or (recipe.target == "cuda" and version.precision != "fp32")
+        half = version.method.stage == "convert_fp16"
         return Manifest(
             name=recipe.name,
             model=version.model,

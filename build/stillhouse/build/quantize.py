@@ -14,7 +14,7 @@ from typing import Any
 from stillhouse.build.recipe import QuantizeOptions
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import UsageError
-from stillhouse.engine.manifest import Precision
+from stillhouse.engine.manifest import Precision, Target
 
 # int8 × int8 kernels; level 0 decodes 6 to 16 times slower for 0.6 points of perplexity.
 _LEVEL = {"accuracy_level": "4"}
@@ -33,12 +33,13 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     blocks: bool = False
     memory_factor: float = 1.5
+    targets: tuple[Target, ...] = ("cpu",)
 
 
 # The first row of a precision is what method = "auto" takes.
 METHODS: dict[Precision, tuple[Method, ...]] = {
     "fp32": (Method("builder", "export", "fp32", memory_factor=1.3),),
-    "fp16": (Method("converter", "convert_fp16", memory_factor=2.2),),
+    "fp16": (Method("converter", "convert_fp16", memory_factor=2.2, targets=("cpu", "cuda")),),
     "int8": (Method("rtn", "export", "int8", _LEVEL, blocks=True, memory_factor=2.8),),
     "int4": (
         Method("k_quant_mixed", "export", "int4", _LEVEL | {"algo_config": "k_quant_mixed"}, True, 4.2),
@@ -49,16 +50,23 @@ METHODS: dict[Precision, tuple[Method, ...]] = {
 }
 
 
-def method_of(precision: Precision, options: QuantizeOptions) -> Method:
-    """The row that `options.method` names. Raises UsageError with the methods of this precision."""
+def method_of(precision: Precision, options: QuantizeOptions, target: Target) -> Method:
+    """The row that `options.method` names.
+
+    Raises UsageError with the methods of this precision, or its targets where it cannot be built for `target`.
+    """
     rows = METHODS[precision]
-    if options.method == "auto":
-        return rows[0]
-    for row in rows:
-        if row.name == options.method:
-            return row
-    known = ", ".join(["auto", *(row.name for row in rows)])
-    raise UsageError(f"quantize.{precision}.method: unknown method {options.method!r}", hint=f"known: {known}")
+    found = [row for row in rows if options.method in ("auto", row.name)]
+    if not found:
+        known = ", ".join(["auto", *(row.name for row in rows)])
+        raise UsageError(f"quantize.{precision}.method: unknown method {options.method!r}", hint=f"known: {known}")
+    if target not in found[0].targets:
+        able = [name for name, methods in METHODS.items() if target in methods[0].targets]
+        raise UsageError(
+            f"target: {precision} cannot be built for {target} yet",
+            hint=f"built for {target}: {', '.join(able)}; {precision} is built for {', '.join(found[0].targets)}",
+        )
+    return found[0]
 
 
 def builder_options(method: Method, options: QuantizeOptions) -> dict[str, str]:
