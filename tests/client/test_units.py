@@ -68,6 +68,7 @@ def test_an_event_joins_its_lines_and_ignores_comments() -> None:
     [
         ("Request for unknown model: 'x' is not found", ModelNotFound),
         ("Stub process 'support-int4_0' is not healthy.", Unavailable),
+        ("64 requests are waiting, the queue holds 64", Unavailable),
         ("temperature must be between 0 and 100, got -1", RequestRejected),
     ],
 )
