@@ -147,6 +147,20 @@ def test_a_killed_publish_leaves_whole_versions_and_the_next_clears_up(repositor
     assert len(version_numbers(model)) > 1
 
 
+def test_two_that_publish_at_once_both_get_versions(repository: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(repository / "tiny-fp16" / "1", tmp_path / "source")
+    model = repository / "tiny-fp16"
+    command = [sys.executable, "-c", PUBLISH_FOR_EVER, str(source), str(model)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [[child.stdout.readline() for _ in range(5)] for child in children if child.stdout]
+    for child in children:
+        child.kill()
+        child.communicate()
+    assert said == [["ready\n"] * 5] * 2
+    check_whole(model)
+    assert len(version_numbers(model)) >= 9  # the first, and four by each
+
+
 def test_a_build_killed_at_any_moment_leaves_whole_versions_and_the_next_succeeds(
     tiny_recipe: Path, repository: Path, kept_cache: Path
 ) -> None:

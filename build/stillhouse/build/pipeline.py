@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -224,7 +225,7 @@ class _Run:
         self.count = 3 + 3 * len(self.wanted)
         self.index = 0
         self.stages: list[StageTime] = []
-        self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}"
+        self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
 
     def build(self) -> Build:
         results = {version.precision: _of_existing(version) for version in self.plan.versions if version.existing}

@@ -56,7 +56,7 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
-            env=os.environ | {"STILLHOUSE_WORKER_PARENT": str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(),
             start_new_session=True,
         )
         try:
@@ -83,6 +83,12 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
             hint="'stillhouse build --dry-run' says what a build needs",
         )
     raise StillhouseError(f"{stage}: the process ended with code {child.returncode}", hint=f"see {log}")
+
+
+def _environment() -> dict[str, str]:
+    own = {"STILLHOUSE_WORKER_PARENT": str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    # ONNX Runtime would report its use and keep a device id in the cache folder; a build tells nobody.
+    return os.environ | own | {"ORT_DISABLE_TELEMETRY": "1"}
 
 
 def _talk(child: subprocess.Popen[bytes], job: dict[str, Any], share: Share) -> dict[str, Any]:
