@@ -11,10 +11,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from stillhouse.engine.errors import EngineError
-from stillhouse.engine.kv_cache import SlotCache
+from stillhouse.engine.kv_cache import SlotCache, SwappedOut
 from stillhouse.engine.manifest import ModelRecord
 
 Logits = NDArray[np.float32]
+# Position from which on the graph computes logits; 0, all of them, unless it is bound.
+LOGITS_FROM = "logits_from"
 _KV_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
@@ -37,6 +39,8 @@ class OrtRunner:
                 hint="build it with 'stillhouse build'",
             )
         self._takes_positions = "position_ids" in inputs
+        # An input with a default (ONNX: an initializer that is an input too), which the build adds.
+        self._skips_logits = LOGITS_FROM in {node.name for node in self._session.get_overridable_initializers()}
         self._vocab_size = network.vocab_size
         self.cache = SlotCache(
             layers=network.layers,
@@ -55,21 +59,29 @@ class OrtRunner:
         self._decode_bindings: dict[int, ort.IOBinding] = {}
         self._decode_logits = np.empty((slots, self._vocab_size), np.float32)
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
-        """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32, for each."""
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, *, last_only: bool = False) -> Logits:
+        """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32.
+
+        With `last_only` those of the last token alone, (1, vocab_size): the head is most of a small model's work.
+        """
         count = len(tokens)
         ids = np.asarray(tokens, np.int64).reshape(1, count)
         mask = np.ones((1, past + count), np.int64)
-        logits = np.empty((1, count, self._vocab_size), np.float32)
+        first = count - 1 if last_only else 0
+        computed = count - first if self._skips_logits else count
+        logits = np.empty((1, computed, self._vocab_size), np.float32)
         binding = self._bind_cache(slot, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         positions = np.arange(past, past + count, dtype=np.int64).reshape(1, count)
         if self._takes_positions:
             _bind_input(binding, "position_ids", positions)
+        logits_from = np.asarray([first], np.int64)
+        if self._skips_logits:
+            _bind_input(binding, LOGITS_FROM, logits_from)
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
-        return logits.reshape(count, self._vocab_size)
+        return logits[0, -1:] if last_only else logits[0]
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token a row: row r is slot r, which holds lengths[r] tokens already.
@@ -92,9 +104,17 @@ class OrtRunner:
         self._session.run_with_iobinding(binding)
         return self._decode_logits[:rows]
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Moves the first `tokens` of slot `source` into slot `target`."""
-        self.cache.move(source, target, tokens)
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` of slot `source` into slot `target`."""
+        self.cache.copy(source, target, tokens)
+
+    def swap_out(self, slot: int, tokens: int) -> SwappedOut:
+        """Takes a copy of the first `tokens` of `slot` out of memory."""
+        return self.cache.swap_out(slot, tokens)
+
+    def swap_in(self, slot: int, swapped: SwappedOut) -> None:
+        """Brings what was swapped out back into `slot`."""
+        self.cache.swap_in(slot, swapped)
 
     def release(self, slot: int) -> None:
         """Forgets what `slot` holds and gives its memory back."""
