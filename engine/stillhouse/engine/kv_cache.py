@@ -41,6 +41,7 @@ class SlotCache:
         row_bytes = head_dim * dtype.itemsize
         # Whole pages a head, so that a slot can be given back without touching its neighbours.
         step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes)
+        self.device = "cpu"
         self.max_len = math.ceil(max_len / step) * step
         self.slots = slots
         self.kv_bytes_per_token = 2 * layers * kv_heads * row_bytes

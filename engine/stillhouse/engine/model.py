@@ -68,19 +68,23 @@ class LanguageModel:
         `options` default to engine.json beside the version. Raises VersionError or TamperedError for a directory
         that is not whole, UsageError for limits that do not go together, EngineError when the graph does not load.
         """
-        from stillhouse.engine.runner import OrtRunner  # ONNX Runtime is loaded when a model is, not before
+        # ONNX Runtime is loaded when a model is, not before.
+        from stillhouse.engine.runner import OrtRunner
+        from stillhouse.engine.session import choose_provider, model_to_load
 
         version = open_version(directory, verify=verify)
         options = options or read_options(directory.resolve().parent)
         limits = limits_of(version.manifest, options)
         tokenizer = Tokenizer(directory)
         generation = _generation_config(directory)
+        provider = choose_provider(options.provider, version.manifest.target)
         runner = OrtRunner(
-            version.model_path,
+            model_to_load(version, provider) if options.weights_cache else version.model_path,
             network=version.manifest.network,
             slots=limits.slots + limits.prefix_slots,
             max_len=limits.max_model_len,
             threads=options.threads,
+            provider=provider,
         )
         engine = Engine(runner, limits, _eos_ids(version, generation))
         engine.start()
