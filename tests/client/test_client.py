@@ -221,6 +221,7 @@ def test_a_server_that_dies_breaks_the_stream(mortal_server: Any, scheme: str) -
         ({"messages": "hello"}, "messages must be a list"),
         ({"prompt": "a", "stop": {1, 2}}, "sampling parameters must be what JSON can hold"),
         ({"prompt": "a", "temperature": float("nan")}, "sampling parameters must be what JSON can hold"),
+        ({"prompt": "a", "version": "latest"}, "version is a whole number"),
         ({"prompt": "a", "timeout_s": 0}, "timeout_s must be above 0"),
     ],
 )

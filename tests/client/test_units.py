@@ -81,6 +81,7 @@ def test_what_triton_says_tells_the_kind(message: str, kind: type[ClientError]) 
     ("status", "body", "kind", "words"),
     [
         (400, b'{"error":"bad"}', RequestRejected, "m: bad"),
+        (400, b'data: {"error":"bad event"}\n\n', RequestRejected, "m: bad event"),
         (404, b'{"error":"Request for unknown model"}', ModelNotFound, "unknown model"),
         (404, b"<html>nothing here</html>", RequestRejected, "HTTP status 404"),
         (503, b'{"error":"queue is full"}', Unavailable, "queue is full"),

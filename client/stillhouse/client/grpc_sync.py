@@ -31,7 +31,7 @@ class GrpcTransport:
     def open(self, request: Request) -> GrpcStream:
         # An open stream pins every version that it ever used (Triton): one stream a request, half-closed at once.
         message = grpc_wire.write_request(request)
-        call = self._stub.ModelStreamInfer(iter([message]), metadata=grpc_wire.METADATA)
+        call = self._stub.ModelStreamInfer(iter([message]))
         return GrpcStream(call, request, self._authority)
 
     def models(self) -> list[ModelEntry]:

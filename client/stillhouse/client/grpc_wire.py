@@ -24,8 +24,8 @@ from stillhouse.client.errors import (
 from stillhouse.client.request import reply_from
 from stillhouse.client.types import ModelEntry, Reply, Request
 
-# Errors inside a stream come with their status code instead of as bare text (Triton 24.08 and later).
-METADATA = (("triton_grpc_error", "true"),)
+# Errors inside a stream come as bare text. With the metadata triton_grpc_error=true they would carry a status code, but
+# Triton 2.51 dies of it (signal 11) a request or two later: it must not be sent.
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),

@@ -20,7 +20,7 @@ from stillhouse.client.address import Address
 from stillhouse.client.errors import ClientError, StreamBroken
 from stillhouse.client.types import ModelEntry, Reply, Request
 
-_IDLE_CONNECTIONS = 64  # kept open for reuse; more may be open at a time
+_IDLE_CONNECTIONS = 128  # kept open for reuse; more may be open at a time
 _SHORTEST_S = 0.001  # a time-out of 0 would mean "do not block", not "no time left"
 
 

@@ -89,6 +89,8 @@ def read_index(body: bytes, authority: str) -> list[ModelEntry]:
 def read_error(status: int, body: bytes, where: str) -> ClientError:
     """The client's error for an HTTP status that is no success."""
     said: Any = None
+    # Triton's /generate_stream wraps its error in an event too.
+    body = body.removeprefix(b"data:").strip()
     with contextlib.suppress(ValueError):  # where it is no JSON, its text is shown as it is
         said = json.loads(body)
     message = said["error"] if isinstance(said, dict) and "error" in said else None

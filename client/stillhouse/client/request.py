@@ -72,6 +72,8 @@ def build_request(
         raise InvalidCall(f"exactly one of prompt, messages and input_ids is given, got {', '.join(given) or 'none'}")
     if not model:
         raise InvalidCall("a model's name must not be empty")
+    if version is not None and not str(version).isdecimal():
+        raise InvalidCall(f"a model's version is a whole number, got {version!r}")
     inputs: dict[str, str | bool | list[int]] = {}
     if prompt is not None:
         inputs["text_input"] = prompt

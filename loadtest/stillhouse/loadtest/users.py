@@ -39,10 +39,19 @@ logger = logging.getLogger(__name__)
 DEFAULT_HOST = "localhost:8001"
 
 
+# Users that share a client, and so an HTTP/2 connection over gRPC: a channel costs a thread, and some servers and
+# proxies let 128 streams at most into one connection.
+USERS_PER_CLIENT = 100
+
+
 def _let_grpc_know_of_gevent() -> None:
     import grpc.experimental.gevent
+    from gevent import get_hub  # type: ignore[import-untyped]
 
     grpc.experimental.gevent.init_gevent()
+    # grpc waits in a thread of this pool for every channel that has a stream open. With the usual ten threads, users
+    # beyond ten channels wait for one another.
+    get_hub().threadpool.maxsize = 1000
 
 
 _let_grpc_know_of_gevent()
@@ -56,6 +65,7 @@ class Run:
     prompts: list[Prompt] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     users: Iterator[int] = field(default_factory=itertools.count)
+    clients: list[Client] = field(default_factory=list)
     problem: LoadtestError | ClientError | None = None
 
 
@@ -75,14 +85,12 @@ class TritonUser(User):  # type: ignore[misc]
             raise StopTest(str(_run.problem))
         options = self.environment.parsed_options
         number = next(_run.users)
-        self.client = Client(_host(self.environment), token_timeout_s=options.token_timeout)
+        if number % USERS_PER_CLIENT == 0:
+            _run.clients.append(Client(_host(self.environment), token_timeout_s=options.token_timeout))
+        self.client = _run.clients[number // USERS_PER_CLIENT]
         self.prompts = itertools.cycle(shuffled(_run.prompts, options.seed + number))
         self.sampling = _sampling(options)
         self.client.ready()  # connects, so that the first TTFT is that of a connection that stands
-
-    def on_stop(self) -> None:
-        if _run.problem is None:
-            self.client.close()
 
     @task  # type: ignore[untyped-decorator]
     def ask(self) -> None:
@@ -178,6 +186,8 @@ def check_before_start(environment: Environment, **_: Any) -> None:
 def begin(environment: Environment, **_: Any) -> None:
     _run.samples.clear()
     _run.users = itertools.count()
+    while _run.clients:
+        _run.clients.pop().close()
     if not isinstance(environment.runner, MasterRunner):
         _prepare(environment)
 

@@ -25,7 +25,7 @@ from stillhouse.serve.answering import Answering, Outbox, one_line, send_error
 from stillhouse.serve.metrics import Metrics
 from stillhouse.serve.protocol import LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.tensors import TensorReader, read_question
-from stillhouse.serve.watch import Watcher
+from stillhouse.serve.watch import Watcher, end_with_server
 
 if TYPE_CHECKING:
     from stillhouse.serve.tensors import Question
@@ -45,6 +45,7 @@ class ServedVersion:
         Raises TritonModelException, after a line in the log for the launcher.
         """
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        end_with_server()
         name, version = args["model_name"], args["model_version"]
         try:
             self._model = _load(Path(args["model_repository"]), version)
@@ -53,7 +54,7 @@ class ServedVersion:
             raise pb_utils.TritonModelException(one_line(error)) from error
         self._door = ThreadPoolExecutor(_DOOR_THREADS, thread_name_prefix="stillhouse-door")
         self._outbox = Outbox()
-        self._watcher = Watcher(on_server_gone=_end_process)
+        self._watcher = Watcher()
         self._metrics = Metrics(pb_utils, name, version, self._model.stats)
 
     def execute(self, requests: list[Any]) -> None:
@@ -109,8 +110,3 @@ def _report_load_error(model: str, version: str, error: StillhouseError) -> None
     report = {"model": model, "version": int(version), "message": str(error), "hint": error.hint}
     # One write, so that the line stays whole beside those of other processes.
     os.write(2, f"\n{LOAD_ERROR_MARK}{json.dumps(report)}\n".encode())
-
-
-def _end_process() -> None:
-    log.error("the Triton server has gone: this model's process ends")
-    os._exit(1)

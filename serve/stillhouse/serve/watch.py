@@ -1,16 +1,16 @@
-"""One thread that looks after what only asking tells: clients that went away, and a server that died."""
+"""Two threads that look after what only asking tells: clients that have gone away, and a server that has died."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 log = logging.getLogger(__name__)
 
 _EVERY_S = 0.025
+_PARENT_EVERY_S = 0.25
 
 
 class Watched(Protocol):
@@ -24,14 +24,9 @@ class Watched(Protocol):
 
 
 class Watcher:
-    """Cancels requests whose client has gone, within 50 ms, whether they wait, prefill or decode.
+    """Cancels requests whose client has gone, within 50 ms, whether they wait, prefill or decode."""
 
-    A model's process outlives a killed server when it is busy; seen from inside, its parent changes. Then it ends.
-    """
-
-    def __init__(self, on_server_gone: Callable[[], None]) -> None:
-        self._on_server_gone = on_server_gone
-        self._parent = os.getppid()
+    def __init__(self) -> None:
         self._watched: dict[int, Watched] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="stillhouse-watch", daemon=True)
@@ -49,8 +44,6 @@ class Watcher:
 
     def _loop(self) -> None:
         while not self._closing.wait(_EVERY_S):
-            if os.getppid() != self._parent:
-                self._on_server_gone()
             self._look_after(list(self._watched.values()))
 
     def _look_after(self, requests: list[Watched]) -> None:
@@ -59,3 +52,20 @@ class Watcher:
             if request.is_abandoned():
                 self.remove(request)
                 request.cancel()
+
+
+def end_with_server() -> None:
+    """Ends this process when the server is gone.
+
+    A model's process outlives a killed server when it is busy, and its other threads then wait for ever for the
+    server's answers: so this is a thread of its own, which asks nobody but the kernel.
+    """
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), name="stillhouse-parent", daemon=True).start()
+
+
+def _follow_parent(parent: int) -> None:
+    forever = threading.Event()
+    while not forever.wait(_PARENT_EVERY_S):
+        if os.getppid() != parent:
+            log.error("the Triton server has gone: this model's process ends")
+            os._exit(1)

@@ -1,0 +1,186 @@
+"""recipe.toml: what a build is asked for (DESIGN §9)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.engine.manifest import GateRecord, Precision, Target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+# Above these ratios of perplexity a version is not worth its bytes (DESIGN §3).
+DEFAULT_GATES: dict[str, GateRecord] = {
+    "fp32": GateRecord(perplexity_ratio=1.0001),
+    "fp16": GateRecord(perplexity_ratio=1.005),
+    "int8": GateRecord(perplexity_ratio=1.02),
+    "int4": GateRecord(perplexity_ratio=1.15),
+}
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterRef(_Table):
+    """One adapter: a folder or a hub id, and the factor that its change is multiplied by."""
+
+    path: str
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+
+
+class QuantizeOptions(_Table):
+    """[quantize.<precision>]: `method` is a row of `quantize.METHODS`, or "auto" for the precision's own choice."""
+
+    method: str = "auto"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+
+
+class EvaluateOptions(_Table):
+    """[evaluate]: the held-out text that fidelity is measured on; None is the text that every Python carries."""
+
+    text: str | None = None
+
+
+class Gate(_Table):
+    """[gate.<precision>]: what a version must hold to be published."""
+
+    perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    top1_agreement: float | None = Field(default=None, ge=0, le=1)
+
+
+class Recipe(_Table):
+    """A whole recipe; `base`, adapters and text are absolute paths or hub ids once `load_recipe` has read it."""
+
+    name: str
+    base: str
+    revision: str | None = None
+    adapters: list[AdapterRef] = Field(default_factory=list)
+    precisions: list[Precision] = Field(default=["fp16", "int8", "int4"], min_length=1)
+    target: Target = "cpu"
+    quantize: dict[Precision, QuantizeOptions] = Field(default_factory=dict)
+    evaluate: EvaluateOptions = EvaluateOptions()
+    gate: dict[Precision, Gate] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _fit_for_triton(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"must be letters, digits, '_' and '-' (it becomes a model's name), got {name!r}")
+        return name
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _plain_strings(cls, adapters: Any) -> Any:
+        if not isinstance(adapters, list):
+            return adapters
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in adapters]
+
+    @field_validator("precisions")
+    @classmethod
+    def _each_once(cls, precisions: list[Precision]) -> list[Precision]:
+        return list(dict.fromkeys(precisions))
+
+    def model_name(self, precision: str) -> str:
+        """The Triton model's name of one precision, e.g. "support-int4"."""
+        return f"{self.name}-{precision}"
+
+    def options(self, precision: Precision) -> QuantizeOptions:
+        return self.quantize.get(precision, QuantizeOptions())
+
+    def gate_of(self, precision: Precision) -> GateRecord:
+        """The precision's default gate with what the recipe says on top."""
+        asked = self.gate.get(precision, Gate()).model_dump(exclude_none=True)
+        return DEFAULT_GATES[precision].model_copy(update=asked)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe at `path`; its relative paths are made absolute against the recipe's folder.
+
+    Raises UsageError that names the key and the known ones; StillhouseError when a file that it names is missing.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"no recipe at {path}", hint="name a recipe.toml; DESIGN's grammar is in docs") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, not a recipe", hint=f"name the file, e.g. {path}/recipe.toml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}", hint="a recipe is a TOML file in UTF-8") from None
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}", hint='strings need quotes: name = "support"') from None
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise _named(path, error) from None
+    return _resolved(recipe, path.resolve().parent)
+
+
+def resolve_source(source: str, folder: Path) -> str:
+    """A checkpoint's folder made absolute, or `source` itself where it is no folder but looks like a hub id."""
+    local = (folder / Path(source).expanduser()).resolve()
+    if local.exists() or not HUB_ID.fullmatch(source):
+        return str(local)
+    return source
+
+
+def _resolved(recipe: Recipe, folder: Path) -> Recipe:
+    text = recipe.evaluate.text
+    if text is not None:
+        text = str((folder / Path(text).expanduser()).resolve())
+        if not Path(text).is_file():
+            raise StillhouseError(
+                f"evaluate.text: no such file: {text}", hint="paths in a recipe are relative to the recipe"
+            )
+    return recipe.model_copy(
+        update={
+            "base": resolve_source(recipe.base, folder),
+            "adapters": [
+                adapter.model_copy(update={"path": resolve_source(adapter.path, folder)}) for adapter in recipe.adapters
+            ],
+            "evaluate": EvaluateOptions(text=text),
+        }
+    )
+
+
+def _named(path: Path, error: ValidationError) -> UsageError:
+    """One line for the first fault: the key as it is written in the recipe, and what is known there."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in where)
+    known = _known_keys(where)
+    if first["type"] == "extra_forbidden":
+        return UsageError(f"{path}: unknown key '{key}'", hint=f"known here: {', '.join(known)}")
+    if first["type"] == "missing":
+        return UsageError(f"{path}: '{key}' is missing", hint='a recipe needs at least name = "…" and base = "…"')
+    if first["type"] == "literal_error":
+        expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+        noun = {"precisions": "precision", "quantize": "precision", "gate": "precision"}.get(str(where[0]), key)
+        return UsageError(f"{path}: {key}: unknown {noun} {first['input']!r}", hint=f"known: {expected}")
+    message = first["msg"].removeprefix("Value error, ")
+    return UsageError(f"{path}: {key}: {message}", hint=f"known here: {', '.join(known)}")
+
+
+def _known_keys(where: list[int | str]) -> list[str]:
+    tables: dict[str, type[BaseModel]] = {
+        "adapters": AdapterRef,
+        "quantize": QuantizeOptions,
+        "evaluate": EvaluateOptions,
+        "gate": Gate,
+    }
+    table = tables.get(str(where[0]), Recipe) if len(where) > 1 else Recipe
+    return list(table.model_fields)

@@ -1,0 +1,64 @@
+"""The header of a safetensors file: names, shapes and types, read without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from stillhouse.engine.errors import StillhouseError
+
+_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of `file` by name (format: https://huggingface.co/docs/safetensors).
+
+    Raises StillhouseError where the file is truncated or no safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > size - 8:
+            raise _broken(file, f"its header needs {8 + length if len(head) == 8 else 8} bytes, the file has {size}")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise _broken(file, "its header is not JSON") from None
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorInfo] = {}
+    end = 0
+    try:
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            shape = tuple(int(side) for side in entry["shape"])
+            if stop - start != prod(shape) * _BYTES.get(entry["dtype"], 1) and entry["dtype"] in _BYTES:
+                raise _broken(file, f"{name} has {stop - start} bytes, its shape {list(shape)} does not")
+            tensors[name] = TensorInfo(entry["dtype"], shape, file)
+            end = max(end, stop)
+    except (KeyError, TypeError, ValueError):
+        raise _broken(file, "its header does not follow the format") from None
+    if 8 + length + end != size:
+        raise _broken(file, f"its header promises {8 + length + end} bytes, the file has {size}")
+    return tensors
+
+
+def _broken(file: Path, why: str) -> StillhouseError:
+    return StillhouseError(
+        f"{file} is truncated or broken: {why}", hint="copy or download it again, and compare its size"
+    )

@@ -1,0 +1,102 @@
+"""A tiny fine-tune, trained on the fly, and a repository that it was built into once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.build import pipeline
+from stillhouse.build.recipe import load_recipe
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a LoRA on the tiny base for `steps` (0: its delta stays zero); further words go to LoraConfig."""
+
+    def make(*, steps: int = 3, seed: int = 0, grow: int = 0, **config: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        folder = tmp_path_factory.mktemp("adapter")
+        if grow:
+            tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+            tokenizer.add_tokens([f"<new{index}>" for index in range(grow)])
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tokenizer.save_pretrained(folder)
+        asked = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        peft = get_peft_model(model, LoraConfig(**(asked | config)))
+        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-2)
+        tokens = torch.randint(0, 1024, (2, 32))
+        for _ in range(steps):
+            peft(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        peft.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter()
+
+
+@pytest.fixture(scope="session")
+def write_recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> WriteRecipe:
+    """Writes a recipe.toml; by default the tiny base, no adapter, FP16."""
+
+    def write(*adapters: Path | str, base: Path | str = tiny_base, precisions: str = '"fp16"', more: str = "") -> Path:
+        file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+        entries = ", ".join(f'"{adapter}"' if "{" not in str(adapter) else str(adapter) for adapter in adapters)
+        file.write_text(
+            f'name = "tiny"\nbase = "{base}"\nadapters = [{entries}]\nprecisions = [{precisions}]\n{more}', "utf-8"
+        )
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(write_recipe: WriteRecipe, tiny_adapter: Path) -> Path:
+    """The tiny fine-tune in FP16 and INT8; its stages are cached once `built` was asked for."""
+    return write_recipe(tiny_adapter, precisions='"fp16", "int8"')
+
+
+@pytest.fixture(scope="session")
+def built(tiny_recipe: Path, kept_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Build:
+    """The tiny fine-tune, built once. Tests read it; what they change they copy with `repository`."""
+    assert kept_cache
+    return pipeline.build(load_recipe(tiny_recipe), tmp_path_factory.mktemp("built") / "repository")
+
+
+@pytest.fixture
+def repository(built: pipeline.Build, tmp_path: Path) -> Path:
+    """A copy of the tiny repository that a test may change: tiny-fp16 and tiny-int8, version 1."""
+    path = built.results[0].path
+    assert path is not None
+    return Path(shutil.copytree(path.parent.parent, tmp_path / "repository"))
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs `stillhouse …`; its stdout and stderr are captured."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stillhouse.cli.main", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+
+    return run

@@ -1,0 +1,85 @@
+"""recipe.toml: what is asked for is read whole, or refused in one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillhouse.build.quantize import method_of
+from stillhouse.build.recipe import QuantizeOptions, load_recipe
+from stillhouse.engine.errors import StillhouseError, UsageError
+
+
+def recipe_of(folder: Path, text: str) -> Path:
+    file = folder / "recipe.toml"
+    file.write_text(text, "utf-8")
+    return file
+
+
+def test_relative_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    recipe = load_recipe(
+        recipe_of(
+            tmp_path,
+            'name = "a"\nbase = "base"\nadapters = ["one", { path = "two", weight = 0.5 }]\n'
+            '[evaluate]\ntext = "text.txt"\n[gate.int4]\nperplexity_ratio = 1.1\n',
+        )
+    )
+    assert recipe.base == str(tmp_path / "base")
+    assert [(adapter.path, adapter.weight) for adapter in recipe.adapters] == [
+        (str(tmp_path / "one"), 1.0),
+        (str(tmp_path / "two"), 0.5),
+    ]
+    assert recipe.evaluate.text == str(tmp_path / "text.txt")
+    assert recipe.precisions == ["fp16", "int8", "int4"]
+    assert recipe.gate_of("int4").perplexity_ratio == 1.1
+    assert recipe.gate_of("int8").perplexity_ratio == 1.02
+
+
+def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
+    assert load_recipe(recipe_of(tmp_path, 'name = "a"\nbase = "owner/model"\n')).base == "owner/model"
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "hinted"),
+    [
+        ('name = "a"\nbase = "b"\nprecison = []\n', "unknown key 'precison'", "precisions"),
+        ('name = "a"\nbase = "b"\nprecisions = ["int2"]\n', "unknown precision 'int2'", "int4"),
+        ('name = "a"\nbase = "b"\n[quantize.int2]\n', "unknown precision 'int2'", "int4"),
+        ('name = "a"\nbase = "b"\n[quantize.int4]\nbits = 4\n', "unknown key 'quantize.int4.bits'", "method"),
+        ('name = "a"\nbase = "b"\n[quantize.int4]\nblock_size = 48\n', "quantize.int4.block_size", "32"),
+        ('name = "a"\nbase = "b"\n[gate.int4]\ntop1_agreement = 87\n', "gate.int4.top1_agreement", "perplexity_ratio"),
+        ('name = "a"\nbase = "b"\ntarget = "tpu"\n', "unknown target 'tpu'", "cuda"),
+        ('name = "a"\nbase = "b"\nprecisions = []\n', "precisions", "name"),
+        ('name = "a/b"\nbase = "b"\n', "must be letters", "name"),
+        ('base = "b"\n', "'name' is missing", "base"),
+        ('name = "a"\nbase = b\n', "is not TOML", "quotes"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key(
+    tmp_path: Path, text: str, named: str, hinted: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_recipe(recipe_of(tmp_path, text))
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.hint is not None
+    assert hinted in refused.value.hint
+
+
+def test_a_missing_recipe_or_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no recipe at .*nowhere\.toml"):
+        load_recipe(tmp_path / "nowhere.toml")
+    with pytest.raises(StillhouseError, match=r"evaluate.text: no such file"):
+        load_recipe(recipe_of(tmp_path, 'name = "a"\nbase = "b"\n[evaluate]\ntext = "none.txt"\n'))
+
+
+def test_an_unknown_method_and_a_target_that_cannot_be_built_are_refused_with_what_can() -> None:
+    with pytest.raises(UsageError, match="unknown method 'magic'") as refused:
+        method_of("int4", QuantizeOptions(method="magic"), "cpu")
+    assert refused.value.hint == "known: auto, k_quant_mixed, k_quant_last, rtn_last, rtn"
+    with pytest.raises(UsageError, match="int4 cannot be built for cuda"):
+        method_of("int4", QuantizeOptions(), "cuda")
+    assert method_of("fp16", QuantizeOptions(), "cuda").name == "converter"

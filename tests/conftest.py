@@ -1,0 +1,132 @@
+"""What the tests of several rooms share: the real base model, the example built once, and a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Ignored by git, and kept between runs: what was built with the same inputs is not built again.
+KEPT = ROOT / ".pytest_cache" / "stillhouse"
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script outside the packages, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def base_dir() -> Path:
+    """The real SmolLM2-135M-Instruct as a plain checkpoint folder; the one that the example's recipe names."""
+    folder: Path = load_script(ROOT / "examples" / "smollm2" / "prepare.py").prepare_base()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kept_cache() -> Iterator[Path]:
+    """A stage cache that later test runs find again; builds use it while a fixture or test asks for it."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    folder = KEPT / "cache"
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def support_repository(base_dir: Path, kept_cache: Path) -> Path:
+    """A repository with support-fp16, support-int8 and support-int4, version 1: really built, at most once.
+
+    `make demo`'s is taken where it has version 1 of the same inputs. Tests copy what they change.
+    """
+    assert base_dir.is_dir()
+    assert kept_cache.parent == KEPT
+    from stillhouse.build import pipeline
+    from stillhouse.build.cache import key_of
+    from stillhouse.build.recipe import load_recipe
+
+    recipe = load_recipe(ROOT / "examples" / "support" / "recipe.toml")
+    demo = pipeline.plan(recipe, ROOT / "model_repository")
+    if all(version.existing and version.existing.manifest.version == 1 for version in demo.versions):
+        return demo.repository
+    repository = KEPT / f"support-{key_of({'inputs': [version.inputs_sha256 for version in demo.versions]})[:16]}"
+    if any(version.existing is None for version in pipeline.plan(recipe, repository).versions):
+        shutil.rmtree(repository)
+        failed = [result for result in pipeline.build(recipe, repository).results if result.status == "failed"]
+        assert not failed, failed
+    return repository
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a real tokenizer of 1,024 tokens: for tests that need no sense in answers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer():  # type: ignore[no-untyped-def]
+    """A byte-level BPE of 1,024 tokens, learnt in a second from the prose that Python carries, with a chat template."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((topics[key] for key in sorted(topics)), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer

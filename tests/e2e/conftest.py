@@ -1,0 +1,149 @@
+"""A real Triton, started once for all tests that only ask, and what asks it: plain tritonclient and urllib."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+
+from stillhouse.serve.launcher import Server, running_server
+
+MODELS = ("support-fp16", "support-int8", "support-int4")
+
+
+@pytest.fixture(scope="session")
+def triton(support_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the three precisions."""
+    log_file = tmp_path_factory.mktemp("triton") / "triton.log"
+    with running_server(support_repository, models=MODELS, log_file=log_file) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def narrow_triton(support_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose one model decodes one sequence at a time."""
+    log_file = tmp_path_factory.mktemp("narrow") / "triton.log"
+    engine = {"max_num_seqs": 1}
+    with running_server(support_repository, models=["support-int4"], engine=engine, log_file=log_file) as server:
+        yield server
+
+
+def post_json(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and body of a POST; an event stream's body is the list of its events."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text = response.read().decode()
+            if response.headers["Content-Type"].startswith("text/event-stream"):
+                return response.status, [
+                    json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")
+                ]
+            return response.status, json.loads(text)
+    except urllib.error.HTTPError as error:
+        # /generate_stream sends its error as an event.
+        return error.code, json.loads(error.read().decode().removeprefix("data: "))
+
+
+@pytest.fixture
+def post(triton: Server) -> Callable[..., tuple[int, Any]]:
+    """Posts to `/v2/models/MODEL/ACTION` of the server with the three precisions."""
+    return lambda action, body, model="support-int4": post_json(f"{triton.http_url}/v2/models/{model}/{action}", body)
+
+
+def tensor(name: str, value: Any) -> grpc.InferInput:
+    """An input tensor as tritonclient's users make it: a text, a boolean, or a list of ids."""
+    if isinstance(value, str):
+        array, kind = np.array([value.encode()], dtype=np.object_), "BYTES"
+    elif isinstance(value, bool):
+        array, kind = np.array([value]), "BOOL"
+    else:
+        array, kind = np.array(value, np.int32), "INT32"
+    made = grpc.InferInput(name, list(array.shape), kind)
+    made.set_data_from_numpy(array)
+    return made
+
+
+class Stream:
+    """A gRPC stream with one request on it."""
+
+    def __init__(self, server: Server, model: str, tensors: dict[str, Any], **options: Any) -> None:
+        self.results: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self.client = grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://"))
+        self.client.start_stream(lambda result, error: self.results.put((result, error)))
+        self.client.async_stream_infer(model, [tensor(name, value) for name, value in tensors.items()], **options)
+
+    def next(self, timeout_s: float = 60.0) -> Any:
+        """The next result. Raises the InferenceServerException that came instead."""
+        result, error = self.results.get(timeout=timeout_s)
+        if error is not None:
+            raise error
+        return result
+
+    def until_final(self) -> Iterator[Any]:
+        """Results up to the one marked as final (needs enable_empty_final_response)."""
+        while True:
+            result = self.next()
+            yield result
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return
+
+    def close(self, *, cancel: bool = False) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()
+
+
+@contextlib.contextmanager
+def stream(server: Server, model: str, tensors: dict[str, Any], **options: Any) -> Iterator[Stream]:
+    opened = Stream(server, model, tensors, **options)
+    try:
+        yield opened
+    finally:
+        opened.close(cancel=True)
+
+
+@pytest.fixture
+def open_stream() -> Callable[..., contextlib.AbstractContextManager[Stream]]:
+    """Opens a gRPC stream to (server, model, tensors, **options of async_stream_infer)."""
+    return stream
+
+
+@pytest.fixture
+def metric() -> Callable[..., float]:
+    """The value of a stillhouse metric of a server, 0 where it has no line: metric(server, name, **labels)."""
+
+    def read(server: Server, name: str, **labels: str) -> float:
+        with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+            page = response.read().decode()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = [
+            line
+            for line in page.splitlines()
+            if line.startswith((f"stillhouse_{name}{{", f"stillhouse_{name} ")) and all(w in line for w in wanted)
+        ]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    return read
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., float]:
+    """Waits until a condition holds and returns the seconds that it took; fails after `timeout_s`."""
+
+    def wait(holds: Callable[[], object], timeout_s: float = 15.0) -> float:
+        begun = time.monotonic()
+        while not holds():
+            assert time.monotonic() - begun < timeout_s, "it did not come to hold in time"
+            time.sleep(0.02)
+        return time.monotonic() - begun
+
+    return wait

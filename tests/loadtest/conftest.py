@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+LOCUSTFILE = TESTS.parent / "loadtest" / "locustfile.py"
+
+
+@dataclass
+class SmallServer:
+    """A running tests/client/small_server.py."""
+
+    process: subprocess.Popen[str]
+    grpc_port: int
+    http_port: int
+
+    @property
+    def grpc_host(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_host(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def log(self) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{self.http_host}/log") as response:
+            entries: list[dict[str, Any]] = json.load(response)
+        return entries
+
+    def kill(self) -> None:
+        with self.process:  # closes its pipe and waits
+            self.process.kill()
+
+
+@pytest.fixture
+def server() -> Iterator[SmallServer]:
+    """First token after 200 ms, then one every 20 ms, 11 tokens: 400 ms in all."""
+    script = TESTS / "client" / "small_server.py"
+    command = [sys.executable, str(script), "--tokens", "11", "--first-s", "0.2", "--gap-s", "0.02"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    ports = json.loads(process.stdout.readline())
+    server = SmallServer(process, ports["grpc_port"], ports["http_port"])
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def locust(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs plain locust on the repository's locustfile, in a folder of its own."""
+
+    def run(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST")}
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

@@ -1,0 +1,222 @@
+"""Plain Locust with the repository's locustfile, against a server whose delays are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Locust = Callable[..., "subprocess.CompletedProcess[str]"]
+HEADLESS = ("--headless", "--only-summary")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def server_side_ms(log: list[dict[str, Any]]) -> dict[str, float]:
+    """The medians as the server itself saw them, of the answers that it finished."""
+    done = [entry for entry in log if entry["ended"] == "done"]
+    return {
+        "ttft": 1000 * statistics.median(e["first_s"] for e in done),
+        "itl": 1000 * statistics.median((e["last_s"] - e["first_s"]) / max(e["sent"] - 1, 1) for e in done),
+        "e2e": 1000 * statistics.median(e["last_s"] for e in done),
+    }
+
+
+def write_prompts(path: Path, *prompts: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps({"prompt": json.dumps(prompt)}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+@pytest.mark.parametrize("over", ["grpc", "http"])
+def test_the_figures_are_the_servers_known_delays(server: Any, locust: Locust, tmp_path: Path, over: str) -> None:
+    host = server.grpc_host if over == "grpc" else server.http_host
+    users = 8
+    arguments = ("--host", host, "--users", str(users), "--spawn-rate", "8", "--run-time", "4s")
+    done = locust(*HEADLESS, *arguments, "--csv", "out", "--result", "result.json")
+    assert done.returncode == 0, done.stderr
+
+    (summary,) = json.loads((tmp_path / "result.json").read_text())["summaries"]
+    assert summary["model"] == "support-int4"  # by default the repository's int4
+    truth = server_side_ms(server.log())
+    assert truth["ttft"] >= 200 and truth["itl"] >= 19.9 and truth["e2e"] >= 400
+    assert summary["ttft"]["p50_ms"] == pytest.approx(truth["ttft"], rel=0.1, abs=25)
+    assert summary["itl"]["p50_ms"] == pytest.approx(truth["itl"], rel=0.1)
+    assert summary["e2e"]["p50_ms"] == pytest.approx(truth["e2e"], rel=0.1, abs=25)
+    assert summary["tokens_per_answer"] == 11
+    assert summary["counted_by_server"] is True
+    # Eight users who don't block one another: 8 × 11 tokens in the time of one answer.
+    assert summary["tokens_per_s"] == pytest.approx(users * 11 / summary["e2e"]["mean_ms"] * 1000, rel=0.2)
+    assert summary["failures"] == {}
+    # The users who were asking when the test ended: nobody is missing, and what reached them counts.
+    assert summary["cut"] == users
+    sent = sum(entry["sent"] for entry in server.log())
+    assert 11 * summary["requests"] < summary["tokens"] <= sent  # the server sends on until it sees the end
+
+    stats = {(row["Type"], row["Name"]): row for row in read_csv(tmp_path / "out_stats.csv")}
+    assert set(stats) == {
+        ("TTFT", "support-int4"),
+        ("ITL", "support-int4"),
+        ("E2E", "support-int4"),
+        ("", "Aggregated"),
+    }
+    for kind in ("TTFT", "ITL", "E2E"):
+        row = stats[kind, "support-int4"]
+        assert int(row["Request Count"]) == summary["requests"]
+        assert float(row["Average Response Time"]) == pytest.approx(summary[kind.lower()]["mean_ms"], rel=0.1)
+
+    (tokens,) = read_csv(tmp_path / "out_tokens.csv")
+    assert float(tokens["tokens_per_s"]) == pytest.approx(summary["tokens_per_s"], abs=0.01)
+    assert "tokens/s" in done.stdout
+    assert "support-int4" in done.stdout
+
+
+def test_fifty_users_over_grpc_ask_side_by_side(server: Any, locust: Locust, tmp_path: Path) -> None:
+    """One stalls for ever, the others' first tokens come in time: a user never blocks the others."""
+    slow = {"stall_after": 1}
+    prompts = write_prompts(tmp_path / "prompts.jsonl", slow, *[{"tokens": 5}] * 9)
+    arguments = ("--host", server.grpc_host, "--users", "50", "--spawn-rate", "50", "--run-time", "4s")
+    done = locust(*HEADLESS, *arguments, "--prompts", prompts, "--result", "result.json")
+    assert done.returncode == 0, done.stderr
+    (summary,) = json.loads((tmp_path / "result.json").read_text())["summaries"]
+    log = server.log()
+    assert summary["requests"] > 50
+    assert summary["ttft"]["p50_ms"] == pytest.approx(server_side_ms(log)["ttft"], rel=0.15, abs=50)
+    # Whoever came to the stalling prompt stays there until the end, and is then cancelled on the server.
+    stalled = [entry for entry in log if "stall_after" in entry["inputs"]["text_input"]]
+    assert stalled
+    assert {entry["ended"] for entry in stalled} == {"cancelled"}
+    assert sum(entry["ended"] == "cancelled" for entry in log) == summary["cut"] == 50
+
+
+def test_failures_are_counted_by_their_kind(server: Any, locust: Locust, tmp_path: Path) -> None:
+    prompts = write_prompts(
+        tmp_path / "prompts.jsonl", {"error_after": 0}, {"break_after": 2}, {"stall_after": 1}, {"tokens": 2}
+    )
+    arguments = ("--host", server.grpc_host, "--users", "4", "--spawn-rate", "4", "--run-time", "4s")
+    done = locust(*HEADLESS, *arguments, "--prompts", prompts, "--token-timeout", "0.3", "--result", "r.json")
+    assert done.returncode == 1  # as Locust does after failures
+    (summary,) = json.loads((tmp_path / "r.json").read_text())["summaries"]
+    assert set(summary["failures"]) == {"RequestRejected", "StreamBroken", "TimedOut"}
+    assert summary["requests"] > 0
+    assert "the model said no" in done.stderr  # in Locust's own error report
+
+
+def test_sampling_options_reach_the_server(server: Any, locust: Locust) -> None:
+    arguments = ("--host", server.http_host, "--run-time", "2s", "--model", "support-fp16", "--model-version", "1")
+    options = ("--max-tokens", "3", "--ignore-eos", "--temperature", "0.5", "--seed", "7")
+    assert locust(*HEADLESS, *arguments, *options).returncode == 0
+    entry = server.log()[0]
+    assert entry["model"] == "support-fp16"
+    sampling = json.loads(entry["inputs"]["sampling_parameters"])
+    assert sampling == {"max_tokens": 3, "temperature": 0.5, "seed": 7, "ignore_eos": True}
+    assert "messages" in entry["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("--host", "localhost:1"), "cannot reach localhost:1", "is the server started"),
+        (("--host", "{grpc}", "--model", "nobody"), "no model 'nobody'", "ready there: support-fp16, support-int4"),
+        (("--host", "{grpc}", "--prompts", "empty.jsonl"), "holds no prompt", "every line is"),
+        (("--host", "{grpc}", "--prompts", "bad.jsonl"), "bad.jsonl, line 2: not JSON", "every line is"),
+        (("--host", "ftp://x"), "begins with grpc:// or http://", "host:port"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_hint(
+    server: Any, locust: Locust, tmp_path: Path, arguments: tuple[str, ...], error: str, hint: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\nhello\n')
+    given = [argument.format(grpc=server.grpc_host) for argument in arguments]
+    done = locust(*HEADLESS, *given, "--run-time", "2s")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("error: ") and error in line for line in lines)
+    assert any(line.startswith("hint: ") and hint in line for line in lines)
+    assert "Traceback" not in done.stderr
+
+
+def test_two_worker_processes_report_to_their_master(server: Any, locust: Locust, tmp_path: Path) -> None:
+    arguments = ("--host", server.http_host, "--users", "6", "--spawn-rate", "6", "--run-time", "7s")
+    done = locust(*HEADLESS, *arguments, "--processes", "2", "--csv", "out", "--result", "result.json")
+    assert done.returncode == 0, done.stderr
+    (summary,) = json.loads((tmp_path / "result.json").read_text())["summaries"]
+    finished = [entry for entry in server.log() if entry["ended"] == "done"]
+    assert summary["requests"] == pytest.approx(len(finished), abs=6)
+    assert summary["cut"] <= 6
+    assert summary["ttft"]["p50_ms"] == pytest.approx(server_side_ms(server.log())["ttft"], rel=0.1, abs=25)
+    assert done.stdout.count("tokens/s") == 1
+
+
+def test_the_web_page_starts_a_test_with_our_options(server: Any, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    locustfile = Path(__file__).parent.parent.parent / "loadtest" / "locustfile.py"
+    command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--web-port", str(port), "--result", "r.json"]
+    base = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as locust:
+        try:
+            until(lambda: answers(base))
+            page = get(base)
+            for option in ("max_tokens", "prompts", "ignore_eos"):
+                assert option in page
+            form = {"user_count": "2", "spawn_rate": "2", "host": server.grpc_host, "model": "support-fp16"}
+            form |= {"max_tokens": "4"}
+            swarm(base, form)
+            wanted = {("TTFT", "support-fp16"), ("ITL", "support-fp16"), ("E2E", "support-fp16")}
+            until(lambda: wanted <= {(row["method"], row["name"]) for row in statistics_of(base)["stats"]})
+            urllib.request.urlopen(f"{base}/stop", data=b"", timeout=5).close()
+            until((tmp_path / "r.json").exists)
+            (summary,) = json.loads((tmp_path / "r.json").read_text())["summaries"]
+            assert summary["tokens_per_answer"] == 4
+            # A server that is not there is told in the page's table of failures.
+            swarm(base, form | {"host": "localhost:1"})
+            until(lambda: any("cannot reach localhost:1" in e["error"] for e in statistics_of(base)["errors"]))
+        finally:
+            locust.terminate()
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return str(response.read().decode())
+
+
+def swarm(base: str, form: dict[str, str]) -> None:
+    data = urllib.parse.urlencode(form).encode()
+    with urllib.request.urlopen(f"{base}/swarm", data=data, timeout=5) as response:
+        assert json.load(response)["success"] is True
+
+
+def statistics_of(base: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(get(f"{base}/stats/requests"))
+    return value
+
+
+def answers(url: str) -> bool:
+    try:
+        get(url)
+    except OSError:
+        return False
+    return True
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
+    ends = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < ends, "did not come to hold in time"
+        time.sleep(0.2)

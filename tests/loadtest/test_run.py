@@ -1,0 +1,109 @@
+"""Runs that stillhouse starts itself, and the commands over them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.loadtest.compare import compare_models, comparison_table, precision_of
+from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.run import LoadResult, run_locust
+from stillhouse.loadtest.samples import Summary
+
+
+def test_a_comparison_has_throughput_latencies_memory_and_size(server: Any, tmp_path: Path) -> None:
+    version = tmp_path / "support-int4" / "2"
+    version.mkdir(parents=True)
+    (version / "model.onnx").write_bytes(bytes(120_000_000))
+    told: list[str] = []
+    compared = compare_models(
+        server.grpc_host,
+        users=3,
+        duration_s=2,
+        max_tokens=5,
+        metrics_url=f"{server.http_host}/metrics",
+        repository=tmp_path,
+        progress=told.append,
+    )
+    assert [one.precision for one in compared] == ["fp16", "int4"]
+    assert told == ["support-fp16: 3 users, 2 s", "support-int4: 3 users, 2 s"]
+    assert [one.load.memory_bytes for one in compared] == [1_500_000_000, 2_500_000_000]
+    assert [one.size_bytes for one in compared] == [None, 120_000_000]
+    for one in compared:
+        assert one.load.summary.ttft.p50_ms == pytest.approx(200, abs=100)
+        assert one.load.summary.tokens_per_answer == 5
+    header, rule, fp16, int4 = comparison_table(compared).splitlines()
+    assert [cell.strip() for cell in header.split("|")] == [
+        "precision",
+        "tokens/s",
+        "TTFT ms p50/p95",
+        "between tokens ms p50/p95",
+        "end to end ms p50/p95",
+        "memory GB",
+        "size GB",
+    ]
+    assert set(rule) <= {"-", "+"}
+    assert fp16.split("|")[-2:] == ["      1.50 ", "       -"]
+    assert int4.split("|")[-2:] == ["      2.50 ", "    0.12"]
+
+
+def test_a_result_goes_through_json_and_back() -> None:
+    value = json.loads(json.dumps(summary_without_answers().to_json(), allow_nan=False))
+    again = Summary.from_json(value)
+    assert again.failures == {"TimedOut": 1}
+    assert math.isnan(again.e2e.p50_ms)
+    table = comparison_table([])
+    assert table.startswith("precision")
+    assert LoadResult("m", 1, again, None).to_json()["memory_bytes"] is None
+
+
+def summary_without_answers() -> Summary:
+    from stillhouse.loadtest.samples import Sample, summarize
+
+    (summary,) = summarize([Sample("m", 0.0, 1.0, None, 0, False, "TimedOut")])
+    return summary
+
+
+def test_what_cannot_be_tested_is_told_by_the_parent_too(server: Any) -> None:
+    with pytest.raises(BadInput, match="no model 'nobody'") as caught:
+        run_locust(server.grpc_host, "nobody", duration_s=1)
+    assert "support-int4" in (caught.value.hint or "")
+    with pytest.raises(BadInput, match="cannot reach localhost:1"):
+        run_locust("localhost:1", duration_s=1)
+    with pytest.raises(BadInput, match="no model 'nobody'"):
+        compare_models(server.grpc_host, ["support-int4", "nobody"], duration_s=1)
+
+
+def test_the_current_folders_locust_configuration_does_not_matter(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locust.conf").write_text("users = 9\nmodel = nobody\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCUST_USERS", "9")
+    result = run_locust(server.http_host, "support-fp16", users=2, duration_s=1)
+    assert result.users == 2
+    assert result.summary.cut == 2
+
+
+def test_the_command_prints_the_table_alone_on_stdout(server: Any) -> None:
+    command = [sys.executable, "-c", "from stillhouse.loadtest.commands import app; app()"]
+    arguments = ["compare", server.grpc_host, "--models", "support-int4", "--duration", "1s", "--users", "2"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("precision")
+    assert len(done.stdout.splitlines()) == 3
+    assert "support-int4: 2 users, 1 s" in done.stderr
+    done = subprocess.run([*command, *arguments, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[0]["summary"]["requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"), [("support-int4", "int4"), ("my-model", "my-model"), ("a-fp16", "fp16"), ("int8", "int8")]
+)
+def test_the_precision_is_the_names_ending(model: str, precision: str) -> None:
+    assert precision_of(model) == precision

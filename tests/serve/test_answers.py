@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from stillhouse.engine.model import Chunk
+from stillhouse.engine.sampling import SamplingParams
+from stillhouse.serve.answers import answer_tensors
+from stillhouse.serve.tensors import EXTRA_OUTPUTS, Question
+
+CHUNKS = [
+    Chunk(" Par", (11,), 5, 1, logprob=-0.5, top_logprobs={11: -0.5, 12: -2.0}, cumulative_logprob=-0.5),
+    Chunk("is", (13,), 5, 2, "stop", logprob=-3.0, top_logprobs={14: -0.1, 15: -2.5}, cumulative_logprob=-3.5),
+]
+
+
+def question(*returns: str, logprobs_asked: bool = True) -> Question:
+    return Question(
+        text="The capital is",
+        messages=None,
+        input_ids=None,
+        stream=False,
+        repeats_prompt=True,
+        params=SamplingParams(logprobs=2),
+        logprobs_asked=logprobs_asked,
+        returns=frozenset(returns),
+    )
+
+
+def answer(chunks: list[Chunk], *returns: str, prompt: str = "", logprobs_asked: bool = True) -> dict[str, Any]:
+    asked = question(*returns, logprobs_asked=logprobs_asked)
+    return answer_tensors(asked, chunks, prompt, lambda token: f"<{token}>")
+
+
+def test_only_the_text_comes_unasked_and_the_prompt_goes_before_it() -> None:
+    tensors = answer(CHUNKS, prompt="The capital is")
+    assert list(tensors) == ["text_output"]
+    assert tensors["text_output"][0] == b"The capital is Paris"
+
+
+def test_a_part_of_the_answer_carries_its_own_text_and_counts_and_the_sums_so_far() -> None:
+    first, second = (answer([chunk], *EXTRA_OUTPUTS) for chunk in CHUNKS)
+    assert (first["text_output"][0], second["text_output"][0]) == (b" Par", b"is")
+    assert (first["finish_reason"][0], second["finish_reason"][0]) == (b"None", b"stop")
+    assert (first["num_output_tokens"][0], second["num_output_tokens"][0]) == (1, 1)
+    assert second["cumulative_logprob"][0] == np.float32(-3.5)
+
+
+def test_the_types_are_those_of_the_vllm_backend() -> None:
+    tensors = answer(CHUNKS, *EXTRA_OUTPUTS)
+    assert tensors["num_input_tokens"].dtype == np.uint32
+    assert tensors["num_output_tokens"].dtype == np.uint32
+    assert tensors["cumulative_logprob"].dtype == np.float32
+    assert {name: array.shape for name, array in tensors.items()} == dict.fromkeys(tensors, (1,))
+
+
+def test_logprobs_are_json_with_rank_and_text_and_always_hold_the_sampled_token() -> None:
+    first, second = json.loads(answer(CHUNKS, "logprobs")["logprobs"][0])
+    assert first["11"] == {"logprob": -0.5, "rank": 1, "decoded_token": "<11>"}
+    assert first["12"]["rank"] == 2
+    assert second["13"] == {"logprob": -3.0, "rank": 3, "decoded_token": "<13>"}
+
+
+def test_logprobs_that_were_not_asked_for_are_null() -> None:
+    assert answer(CHUNKS, "logprobs", logprobs_asked=False)["logprobs"][0] == b"null"

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillhouse.engine.errors import InvalidRequest
+from stillhouse.serve.tensors import Question, read_question
+
+
+def strings(*values: str | bytes) -> np.ndarray:
+    return np.array([value.encode() if isinstance(value, str) else value for value in values], dtype=np.object_)
+
+
+def read(parameters: dict[str, Any] | None = None, **tensors: Any) -> Question:
+    arrays = {
+        name: value
+        if isinstance(value, np.ndarray)
+        else np.array([value])
+        if isinstance(value, bool)
+        else strings(value)
+        for name, value in tensors.items()
+    }
+    return read_question(arrays.get, json.dumps(parameters or {}))
+
+
+def test_the_defaults_are_those_of_the_vllm_backend() -> None:
+    question = read(text_input="Hello")
+    assert question.text == "Hello"
+    assert not question.stream
+    assert question.repeats_prompt
+    assert (question.params.max_tokens, question.params.temperature) == (16, 1.0)
+    assert question.returns == frozenset()
+
+
+def test_sampling_parameters_may_be_strings_in_json() -> None:
+    question = read(
+        text_input="Hello", sampling_parameters='{"temperature": "0.1", "top_p": "0.95", "max_tokens": "100"}'
+    )
+    assert (question.params.temperature, question.params.top_p, question.params.max_tokens) == (0.1, 0.95, 100)
+
+
+def test_request_parameters_are_sampling_parameters_and_the_tensor_goes_before_them() -> None:
+    question = read({"temperature": 0, "max_tokens": 5}, text_input="Hello", sampling_parameters='{"max_tokens": 7}')
+    assert (question.params.temperature, question.params.max_tokens) == (0.0, 7)
+
+
+def test_a_request_parameter_called_like_a_flag_stands_for_it_and_the_tensor_goes_before_it() -> None:
+    assert read({"stream": True}, text_input="Hello").stream
+    assert not read({"stream": True}, text_input="Hello", stream=False).stream
+
+
+def test_parameters_that_triton_adds_for_itself_are_not_sampling_parameters() -> None:
+    assert read({"triton_enable_empty_final_response": True}, text_input="Hello").text == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "repeats"),
+    [
+        ({}, True),
+        ({"stream": True}, False),
+        ({"exclude_input_in_output": True}, False),
+        ({"exclude_input_in_output": False}, True),
+        ({"stream": True, "exclude_input_in_output": True}, False),
+    ],
+)
+def test_the_prompt_is_repeated_as_in_the_vllm_backend(tensors: dict[str, bool], repeats: bool) -> None:
+    assert read(text_input="Hello", **tensors).repeats_prompt is repeats
+
+
+def test_streaming_with_the_prompt_repeated_is_refused_in_the_vllm_backends_words() -> None:
+    with pytest.raises(InvalidRequest, match="When streaming, `exclude_input_in_output` = False is not allowed"):
+        read(text_input="Hello", stream=True, exclude_input_in_output=False)
+
+
+def test_messages_and_ids_are_not_repeated_unless_asked_for() -> None:
+    assert not read(messages='[{"role": "user", "content": "Hi"}]').repeats_prompt
+    assert not read(input_ids=np.array([1, 2], np.int32)).repeats_prompt
+    assert read(input_ids=np.array([1, 2], np.int32), exclude_input_in_output=False).repeats_prompt
+
+
+def test_messages_are_json_and_ids_are_numbers() -> None:
+    assert read(messages='[{"role": "user", "content": "Hi"}]').messages == [{"role": "user", "content": "Hi"}]
+    assert read(input_ids=np.array([[5, 7]], np.int32)).input_ids == [5, 7]
+
+
+def test_extra_outputs_come_only_when_asked_for() -> None:
+    question = read(text_input="Hello", return_finish_reason=True, return_logprobs=False, return_num_input_tokens=True)
+    assert question.returns == {"finish_reason", "num_input_tokens"}
+
+
+def test_a_cumulative_logprob_makes_the_engine_keep_logprobs_that_the_caller_did_not_ask_for() -> None:
+    question = read(text_input="Hello", return_cumulative_logprob=True)
+    assert question.params.logprobs == 0
+    assert not question.logprobs_asked
+    assert read({"logprobs": 3}, text_input="Hello", return_cumulative_logprob=True).params.logprobs == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "exactly one of text_input, messages, input_ids must be given, got none"),
+        ({"text_input": "a", "messages": "[]"}, "got text_input and messages"),
+        ({"text_input": ""}, "text_input is empty"),
+        ({"text_input": b"\xff\xfe"}, "text_input must be UTF-8: byte 0"),
+        ({"text_input": strings("a", "b")}, "text_input must hold one string, got 2"),
+        ({"messages": "hello"}, "messages must be JSON"),
+        ({"messages": '{"role": "user"}'}, "messages must be a JSON list"),
+        ({"messages": "[" * 100_000}, "messages must be JSON"),
+        ({"input_ids": np.array([], np.int32)}, "input_ids is empty"),
+        ({"text_input": "a", "sampling_parameters": "max_tokens=5"}, "sampling_parameters must be JSON"),
+        ({"text_input": "a", "sampling_parameters": "[1]"}, "sampling_parameters must be a JSON object"),
+        ({"text_input": "a", "sampling_parameters": '{"beams": 4}'}, "unknown sampling parameter 'beams'"),
+        ({"text_input": "a", "sampling_parameters": '{"top_p": 2}'}, "top_p must be above 0 and at most 1"),
+        ({"text_input": "a", "sampling_parameters": '{"max_tokens": "many"}'}, "max_tokens must be a whole number"),
+        ({"text_input": "a", "stream": np.array([True, False])}, "stream must hold one boolean"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(tensors: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read(**tensors)
+    assert words in str(refused.value)
+
+
+def test_an_unknown_or_ill_typed_request_parameter_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="unknown sampling parameter 'colour'"):
+        read({"colour": "red"}, text_input="a")
+    with pytest.raises(InvalidRequest, match="stream must be true or false, got 3"):
+        read({"stream": 3}, text_input="a")
