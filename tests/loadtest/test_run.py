@@ -66,7 +66,7 @@ def test_a_result_goes_through_json_and_back() -> None:
 def summary_without_answers() -> Summary:
     from stillhouse.loadtest.samples import Sample, summarize
 
-    (summary,) = summarize([Sample("m", 0.0, 1.0, None, 0, False, "TimedOut")])
+    (summary,) = summarize([Sample("m", 0.0, 1.0, None, None, 0, False, "TimedOut")])
     return summary
 
 

@@ -23,7 +23,8 @@ from stillhouse.loadtest.samples import Sample, percentile, summarize
 
 
 def sample(start_s: float, ttft_s: float | None, e2e_s: float, tokens: int, outcome: str = "ok") -> Sample:
-    return Sample("m", start_s, start_s + e2e_s, ttft_s, tokens, True, outcome)
+    last_s = None if ttft_s is None else e2e_s
+    return Sample("m", start_s, start_s + e2e_s, ttft_s, last_s, tokens, True, outcome)
 
 
 def test_the_formulas() -> None:
@@ -31,7 +32,7 @@ def test_the_formulas() -> None:
         [
             sample(100.0, 0.2, 1.2, 11),  # 100 ms between tokens
             sample(101.0, 0.4, 0.4, 1),  # one token: nothing between
-            sample(102.0, 0.3, 2.0, 5, "cut"),
+            sample(102.0, 0.3, 2.0, 5, "cut"),  # 425 ms between those that came
             sample(103.0, None, 1.0, 0, "TimedOut"),
         ]
     )
@@ -39,7 +40,7 @@ def test_the_formulas() -> None:
     assert summary.duration_s == pytest.approx(4.0)
     assert summary.tokens_per_s == pytest.approx(17 / 4)
     assert summary.tokens_per_answer == 6
-    assert summary.itl.p50_ms == summary.itl.p95_ms == pytest.approx(100)
+    assert summary.itl.mean_ms == pytest.approx((100 + 425) / 2)
     assert summary.ttft.p50_ms == pytest.approx(300)  # of those too whose answer the end cut off
     assert summary.e2e.p50_ms == pytest.approx(800)
 

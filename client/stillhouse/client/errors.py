@@ -61,10 +61,21 @@ def from_server(message: str, where: str, default: type[ClientError] = RequestRe
     kind = default
     if "unknown model" in lowered or ("model" in lowered and "not found" in lowered):
         kind = ModelNotFound
-    elif any(words in lowered for words in ("is not healthy", "not ready", "not at ready state")):
+    elif any(words in lowered for words in _NOT_NOW):
         kind = Unavailable
     return kind(f"{where}: {message.rstrip('.')}", hint=_HINTS.get(kind))
 
+
+# Triton's words, then the engine's.
+_NOT_NOW = (
+    "is not healthy",
+    "not ready",
+    "not at ready state",
+    "requests are waiting",
+    "is shut down",
+    "being unloaded",
+    "loop failed",
+)
 
 _HINTS: dict[type[ClientError], str] = {
     ModelNotFound: "Client.models() lists the models and versions of this server",

@@ -89,6 +89,9 @@ def build_request(
     inputs["stream"] = stream
     if sampling:
         inputs["sampling_parameters"] = _to_json("sampling parameters", dict(sampling))
+    for name, value in inputs.items():
+        if isinstance(value, str) and not _is_unicode(value):
+            raise InvalidCall(f"{name} must be text that UTF-8 can hold, got half a surrogate pair")
     return Request(model, "" if version is None else str(version), {**inputs, **_ALWAYS}, stream)
 
 
@@ -105,6 +108,14 @@ def reply_from(values: dict[str, Any], received_s: float) -> Reply:
         cumulative_logprob=values.get("cumulative_logprob"),
         received_s=received_s,
     )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _to_json(what: str, value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Formulas (seconds inside, milliseconds where a name says so):
 - TTFT: from sending the request to its first token
-- inter-token latency of a request: (end to end - TTFT) / (tokens - 1), for answers of two tokens and more
+- inter-token latency of a request: (time of its last token - TTFT) / (tokens - 1), for two tokens and more; of answers
+  that the test's end cut off too, or the slowest would be missing
 - end to end: from sending the request to its last token
 - tokens/s: all tokens that arrived, of unfinished answers too, over the time from the first request's sending to the
   last token's arrival (or the last failure)
@@ -26,15 +27,16 @@ class Sample:
     start_s: float
     end_s: float
     ttft_s: float | None  # None: no token came
+    last_s: float | None  # from sending to the last token that came
     tokens: int  # counted by the server, or else by the responses that came
     counted_by_server: bool
     outcome: str  # "ok", "cut" (the test ended first), or the error's class name
 
     @property
     def itl_s(self) -> float | None:
-        if self.outcome != "ok" or self.ttft_s is None or self.tokens < 2:
+        if self.ttft_s is None or self.last_s is None or self.tokens < 2:
             return None
-        return (self.end_s - self.start_s - self.ttft_s) / (self.tokens - 1)
+        return (self.last_s - self.ttft_s) / (self.tokens - 1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _summarize(model: str, samples: list[Sample]) -> Summary:
         requests_per_s=len(good) / duration_s if duration_s > 0 else 0.0,
         tokens_per_answer=sum(s.tokens for s in good) / len(good) if good else math.nan,
         ttft=_spread([s.ttft_s for s in samples if s.ttft_s is not None]),
-        itl=_spread([s.itl_s for s in good if s.itl_s is not None]),
+        itl=_spread([s.itl_s for s in samples if s.outcome in ("ok", "cut") and s.itl_s is not None]),
         e2e=_spread([s.end_s - s.start_s for s in good]),
         counted_by_server=all(s.counted_by_server for s in samples if s.tokens),
     )

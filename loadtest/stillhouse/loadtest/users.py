@@ -115,10 +115,20 @@ class TritonUser(User):  # type: ignore[misc]
             _fire(self.environment, "E2E", _run.model, e2e_ms, letters, error)
         finally:
             # Also when the test ends in the middle of an answer: its tokens did arrive.
-            e2e_s = time.perf_counter() - started if last is None or outcome != "ok" else last.time_s
-            counted = last is not None and last.num_output_tokens is not None
-            tokens = last.num_output_tokens if last is not None and last.num_output_tokens is not None else responses
-            sample = Sample(_run.model, start_s, start_s + e2e_s, ttft_s, tokens, counted, outcome)
+            last_s = None if last is None else last.time_s
+            e2e_s = last_s if last_s is not None and outcome == "ok" else time.perf_counter() - started
+            counted = None if last is None else last.num_output_tokens
+            tokens = responses if counted is None else counted
+            sample = Sample(
+                model=_run.model,
+                start_s=start_s,
+                end_s=start_s + e2e_s,
+                ttft_s=ttft_s,
+                last_s=last_s,
+                tokens=tokens,
+                counted_by_server=counted is not None,
+                outcome=outcome,
+            )
             _run.samples.append(sample)
         if outcome == "ok":
             _fire_latencies(self.environment, sample, letters)
