@@ -23,7 +23,7 @@ from stillhouse.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
 pytestmark = pytest.mark.triton
 
 PROMPT = "The capital of France is"
-GREEDY = json.dumps({"temperature": 0, "max_tokens": 12})
+GREEDY = json.dumps({"temperature": 0, "max_tokens": 12, "ignore_eos": True})
 PRECISIONS = ("support-fp16", "support-int8", "support-int4")
 
 
@@ -128,7 +128,7 @@ def test_all_extra_outputs_come_with_every_response(triton: Server, open_stream:
     asked = {
         "text_input": PROMPT,
         "stream": True,
-        "sampling_parameters": json.dumps({"temperature": 0, "max_tokens": 5, "logprobs": 2}),
+        "sampling_parameters": json.dumps({"temperature": 0, "max_tokens": 5, "logprobs": 2, "ignore_eos": True}),
         **{f"return_{name}": True for name in ("finish_reason", "cumulative_logprob", "logprobs")},
         **{f"return_{name}": True for name in ("num_input_tokens", "num_output_tokens")},
     }
