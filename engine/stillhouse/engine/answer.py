@@ -30,6 +30,7 @@ class Chunk:
     error: StillhouseError | None = None
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
+    rank: int | None = None
     cumulative_logprob: float | None = None
     prompt_logprobs: list[PromptLogprob] | None = None
     num_thinking_tokens: int = 0
@@ -106,6 +107,7 @@ class TextSink:
                 error=token.error,
                 logprob=token.logprob,
                 top_logprobs=token.top_logprobs,
+                rank=token.rank,
                 cumulative_logprob=self._cumulative_logprob,
                 prompt_logprobs=token.prompt_logprobs,
                 num_thinking_tokens=self._thinking.tokens if self._thinking else 0,

@@ -235,6 +235,7 @@ class Engine:
                 choice.token_id,
                 choice.logprob,
                 choice.top_logprobs,
+                choice.rank,
                 reason,
                 prompt_logprobs=request.prompt_logprobs if asked else None,
             )

@@ -33,6 +33,7 @@ class Token:
     token_id: int | None
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
+    rank: int | None = None  # of the token by the model's own logits, 1 the most likely; with its logprob
     finish_reason: FinishReason | None = None
     error: StillhouseError | None = None
     prompt_logprobs: list[PromptLogprob] | None = None  # with the first token, where they were asked for

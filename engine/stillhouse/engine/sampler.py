@@ -24,6 +24,7 @@ class Choice:
     token_id: int | None
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
+    rank: int | None = None
     error: StillhouseError | None = None
 
 
@@ -77,7 +78,7 @@ def _choose_one(row: NDArray[np.float32], request: Request, eos_ids: frozenset[i
     if params.logprobs is None:
         return Choice(token)
     logprob, top = _logprobs(row, token, params.logprobs)
-    return Choice(token, logprob, top)
+    return Choice(token, logprob, top, rank=1 + int(np.count_nonzero(row > row[token])))
 
 
 def _penalize(scores: NDArray[np.float32], request: Request) -> None:
