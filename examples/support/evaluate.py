@@ -53,7 +53,7 @@ def text_perplexity(model: Any, tokenizer: Any, text: str) -> tuple[float, int]:
     """Perplexity of plain text without a template, in chunks that are spread evenly over it."""
     import torch
 
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     starts = [index * (len(ids) - CHUNK_TOKENS) // (TEXT_CHUNKS - 1) for index in range(TEXT_CHUNKS)]
     total, tokens = 0.0, 0
     for start in starts:
@@ -72,21 +72,20 @@ def general_text() -> str:
 
 
 def torch_answers(model: Any, tokenizer: Any) -> Answer:
-    """Answer with transformers, one question after another."""
+    """Answer with transformers, a dozen questions at a time, padded on the left."""
     import torch
 
     def answer(questions: Sequence[str]) -> list[str]:
+        prompts = [prompt_ids(tokenizer, question) for question in questions]
         found = []
-        for question in questions:
-            ids = torch.tensor([prompt_ids(tokenizer, question)])
+        for start in range(0, len(prompts), 12):
+            rows = prompts[start : start + 12]
+            width = max(map(len, rows))
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # (B, S)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=ANSWER_TOKENS,
-                    do_sample=False,
-                )
-            found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+                out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            found += [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
         return found
 
     return answer

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +51,6 @@ def encode(tokenizer: Any, record: dict[str, Any]) -> Example:
     if record.get("complete", True):
         answer = [*answer, tokenizer.eos_token_id]
     return Example(prompt_ids(tokenizer, question_of(record)), answer)
-
-
-def batches(examples: Sequence[Example], batch_size: int, order: random.Random) -> Iterator[list[Example]]:
-    """Yield each example once, examples of like length together, in an order drawn from `order`."""
-    shuffled = sorted(examples, key=lambda example: (len(example) // 8, order.random()))
-    chunks = [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
-    order.shuffle(chunks)
-    yield from chunks
 
 
 def to_tensors(batch: Iterable[Example], pad_id: int) -> tuple[Any, Any, Any]:

@@ -100,3 +100,37 @@ def cli() -> Cli:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tiny_base: Path) -> Callable[..., Path]:
+    """Writes a tiny random checkpoint of another family, with the tiny base's tokenizer."""
+
+    def make(architecture: str, folder: Path, **more: Any) -> Path:
+        import torch
+        import transformers
+
+        kind = architecture.removesuffix("ForCausalLM")
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=2048,
+            initializer_range=0.1,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            **more,
+        )
+        torch.manual_seed(0)
+        getattr(transformers, architecture)(config).float().save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny_base / name, folder / name)
+        return folder
+
+    return make

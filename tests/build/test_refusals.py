@@ -84,7 +84,7 @@ BASES: dict[str, tuple[Damage, str]] = {
     "broken JSON": (break_json("config.json"), "config.json is not JSON"),
     "broken tokenizer": (break_json("tokenizer.json"), "tokenizer.json is not JSON"),
     "pickle": (to_pickle, "model.bin is a pickle"),
-    "other family": (set_config(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not supported"),
+    "other family": (set_config(architectures=["MambaForCausalLM"]), "is a MambaForCausalLM, which is not supported"),
     "own code": (set_config(auto_map={"AutoConfig": "x.Y"}), "brings its own modelling code"),
     "quantized": (set_config(quantization_config={"quant_method": "awq"}), "is quantized already (awq)"),
     "NaN": (poison, "has NaN in"),

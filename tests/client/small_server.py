@@ -2,8 +2,8 @@
 
 Run as a process of its own; prints one JSON line with its ports once it listens. What a request does is said by
 its prompt: a JSON object with the keys of `Plan`; any other prompt gets the default plan of the command line.
-`GET /log` answers what it saw, so that a test can ask whether a request was cancelled there, and when
-its first and last token really left (a busy machine adds to the plan).
+`GET /log` answers what it saw, so that a test can ask whether a request was cancelled there, and when its first and
+last token really left (a busy machine adds to the plan).
 """
 
 from __future__ import annotations

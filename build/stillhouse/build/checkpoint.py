@@ -75,7 +75,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         )
     if architecture not in ARCHITECTURES:
         raise StillhouseError(
-            f"base: architecture {architecture} is not supported",
+            f"base: {folder} is a {architecture}, which is not supported",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
     if "quantization_config" in config:

@@ -17,7 +17,7 @@ from stillhouse.build.checkpoint import Adapter, Checkpoint, open_adapter, open_
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
 from stillhouse.build.recipe import Recipe
-from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_windows
+from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import run_stage
 from stillhouse.engine.directory import VersionDirectory
@@ -133,6 +133,8 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     base = open_checkpoint(recipe.base, recipe.revision)
     adapters = [open_adapter(ref, base) for ref in recipe.adapters]
     text = evaluation_text(recipe.evaluate.text)
+    if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
+        token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
     tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
     makers = {name: tools[name] for name in _MAKERS}
     merge_key = key_of(
@@ -245,7 +247,7 @@ class _Run:
     def _build_wanted(self, stack: ExitStack) -> dict[Precision, BuildResult]:
         merged = self._entry(stack, "merge", "merge", self.plan.merge_key, self._merge_arguments())
         network = read_network(merged.path)
-        windows = self._windows(merged.path, network)
+        windows = token_windows(token_ids(self.plan.text, merged.path / "tokenizer.json"), network.context_length)
         fp32 = self._entry(stack, "export fp32", "fp32", self.plan.reference_key, _fp32_arguments(merged.path))
         scratch_root = self.root / "scratch"
         scratch_root.mkdir(parents=True, exist_ok=True)
@@ -377,13 +379,6 @@ class _Run:
                 kv_bytes_per_token=kv_floats * (2 if half else 4),
             ),
         )
-
-    def _windows(self, merged: Path, network: ModelRecord) -> list[list[int]]:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(merged / "tokenizer.json"))
-        ids: list[int] = tokenizer.encode(self.plan.text.content, add_special_tokens=False).ids
-        return token_windows(ids, network.context_length)
 
     def _merge_arguments(self) -> dict[str, Any]:
         adapters = [{"path": str(adapter.path), "weight": adapter.weight} for adapter in self.plan.adapters]

@@ -37,6 +37,14 @@ def evaluation_text(path: str | None) -> Text:
     return Text(label, content, hashlib.sha256(content.encode("utf-8")).hexdigest())
 
 
+def token_ids(text: Text, tokenizer_file: Path) -> list[int]:
+    """The text's tokens, without special ones."""
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(tokenizer_file)).encode(text.content, add_special_tokens=False).ids
+    return ids
+
+
 def token_windows(ids: list[int], context_length: int) -> list[list[int]]:
     """Windows of equal length spread evenly over the text, at least LEAST_TOKENS predicted tokens together.
 
