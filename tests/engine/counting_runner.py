@@ -20,14 +20,16 @@ class CountingRunner:
         self.slots: list[list[int] | None] = [None] * slots
         self.prefill_sizes: list[int] = []
         self.decode_rows: list[int] = []
+        self.swaps = 0
         self.poisoned: set[tuple[int, ...]] = set()
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> NDArray[np.float32]:
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, *, last_only: bool = False) -> NDArray[np.float32]:
         held = self.slots[slot] or []
         assert len(held) == past, f"slot {slot} holds {len(held)} tokens, the scheduler believes {past}"
         self.prefill_sizes.append(len(tokens))
         self.slots[slot] = [*held, *tokens]
-        rows = [self._logits([*held, *tokens[: i + 1]]) for i in range(len(tokens))]
+        first = len(tokens) - 1 if last_only else 0
+        rows = [self._logits([*held, *tokens[: i + 1]]) for i in range(first, len(tokens))]
         return np.stack(rows)
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> NDArray[np.float32]:
@@ -41,11 +43,22 @@ class CountingRunner:
             rows.append(self._logits(held))
         return np.stack(rows)
 
-    def move(self, source: int, target: int, tokens: int) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
         held = self.slots[source]
+        assert held is not None, f"slot {source} is free"
+        assert len(held) >= tokens
+        self.slots[target] = held[:tokens]
+
+    def swap_out(self, slot: int, tokens: int) -> list[int]:
+        held = self.slots[slot]
         assert held is not None
         assert len(held) == tokens
-        self.slots[target], self.slots[source] = held, None
+        self.swaps += 1
+        return list(held)
+
+    def swap_in(self, slot: int, swapped: list[int]) -> None:
+        assert self.slots[slot] is None, f"slot {slot} is taken"
+        self.slots[slot] = list(swapped)
 
     def release(self, slot: int) -> None:
         self.slots[slot] = None

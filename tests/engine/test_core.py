@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.engine.core import Engine, Limits, chunk_size
-from stillhouse.engine.errors import EngineClosed, EngineError, PromptTooLong, QueueFull
+from stillhouse.engine.core import Engine
+from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, EngineError, PromptTooLong, QueueFull
 from stillhouse.engine.request import Token
 from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.scheduler import Limits, chunk_size
+from stillhouse.engine.thinking import Thinking, ThinkingTags
 
 _spec = importlib.util.spec_from_file_location("counting_runner", Path(__file__).with_name("counting_runner.py"))
 assert _spec
@@ -28,14 +32,20 @@ CONTEXT = 64
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def make_engine(slots: int = 4, *, chunk: int = 8, capacity: int | None = None, **limits: Any) -> Engine:
-    runner = counting_runner.CountingRunner(slots)
-    kv_capacity = capacity or slots * CONTEXT
-    return Engine(
-        runner,
-        Limits(slots, CONTEXT, kv_capacity, prefill_chunk_tokens=chunk, **limits),
-        [counting_runner.EOS],
+def make_engine(
+    slots: int = 4, *, chunk: int = 8, capacity: int | None = None, prefix_slots: int = 0, **limits: Any
+) -> Engine:
+    runner = counting_runner.CountingRunner(slots + prefix_slots)
+    sizes = Limits(
+        slots,
+        CONTEXT,
+        capacity or (slots + prefix_slots) * CONTEXT,
+        prefill_chunk_tokens=chunk,
+        prefill_alone_tokens=chunk,
+        prefix_slots=prefix_slots,
+        **limits,
     )
+    return Engine(runner, sizes, [counting_runner.EOS])
 
 
 class Collected:
@@ -79,8 +89,12 @@ def answer_alone(prompt: Sequence[int], params: SamplingParams) -> list[int]:
 def assert_nothing_is_held(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
-    assert engine._reserved_tokens == 0
-    assert engine._runner.slots == [None] * engine.limits.slots  # type: ignore[attr-defined]
+    assert engine._runner.slots == [None] * len(engine._runner.slots)  # type: ignore[attr-defined]
+
+
+def forget_prefixes(engine: Engine) -> None:
+    while engine._scheduler._forget_one_prefix():
+        pass
 
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=40)
@@ -98,13 +112,25 @@ requests = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=9), st.integers(2, 5), st.integers(2, 16), st.randoms())
-def test_batching_and_chunking_change_no_answer(
-    asked: list[tuple[list[int], SamplingParams]], slots: int, chunk: int, dice: random.Random
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(requests, min_size=1, max_size=9),
+    st.integers(2, 5),
+    st.integers(3, 16),
+    st.integers(CONTEXT, 3 * CONTEXT),
+    st.integers(0, 2),
+    st.randoms(),
+)
+def test_batching_chunking_preemption_and_prefix_reuse_change_no_answer(
+    asked: list[tuple[list[int], SamplingParams]],
+    slots: int,
+    chunk: int,
+    capacity: int,
+    prefix_slots: int,
+    dice: random.Random,
 ) -> None:
-    """Greedy or seeded, joined at any step, in any company: the answer is the one given alone."""
-    engine = make_engine(slots, chunk=chunk)
+    """Greedy or seeded, joined at any step, in any company, in little memory: the answer is the one given alone."""
+    engine = make_engine(slots, chunk=chunk, capacity=capacity, prefix_slots=prefix_slots)
     sinks = []
     for prompt, params in asked:
         sinks.append(Collected())
@@ -114,6 +140,7 @@ def test_batching_and_chunking_change_no_answer(
     run_until_idle(engine)
     for (prompt, params), sink in zip(asked, sinks, strict=True):
         assert sink.ids == answer_alone(prompt, params)
+    forget_prefixes(engine)
     assert_nothing_is_held(engine)
 
 
@@ -142,7 +169,8 @@ def test_a_cancel_at_any_moment_changes_nobody_else(
 
 def test_nothing_is_lost_over_ten_thousand_random_events() -> None:
     dice = random.Random(7)
-    engine = make_engine(4, capacity=150, max_waiting=6)
+    engine = make_engine(4, capacity=150, max_waiting=6, prefix_slots=2)
+    beginnings = [[dice.randrange(64) for _ in range(40)] for _ in range(3)]
     sinks: list[Collected] = []
     handles: list[Any] = []
     for _ in range(10_000):
@@ -150,8 +178,12 @@ def test_nothing_is_lost_over_ten_thousand_random_events() -> None:
         if event < 0.25:
             sink = Collected(stop_after=dice.choice([None, None, 3]))
             prompt = [dice.randrange(64) for _ in range(dice.randrange(1, 50))]
+            if dice.random() < 0.3:
+                prompt = dice.choice(beginnings)[: dice.randrange(17, 41)] + prompt[:10]
             try:
-                params = SamplingParams(max_tokens=dice.randrange(1, 15), temperature=0.0)
+                params = SamplingParams(
+                    max_tokens=dice.randrange(1, 40), temperature=0.0, ignore_eos=dice.random() < 0.5
+                )
                 handles.append(engine.submit(prompt, params, sink))
                 sinks.append(sink)
             except QueueFull:
@@ -161,9 +193,11 @@ def test_nothing_is_lost_over_ten_thousand_random_events() -> None:
         else:
             engine.step()
         stats = engine.stats()
-        assert stats.running <= 4
         assert stats.kv_tokens_used <= 150
     run_until_idle(engine)
+    assert engine.stats().preemptions_total > 0
+    assert engine.stats().prefix_tokens_total > 0
+    forget_prefixes(engine)
     assert_nothing_is_held(engine)
     assert all(sink.reason or sink.stopped for sink in sinks)
     stats = engine.stats()
@@ -171,12 +205,12 @@ def test_nothing_is_lost_over_ten_thousand_random_events() -> None:
     assert sum(stats.requests_finished.values()) == len(sinks)
 
 
-@given(st.integers(1, 200), st.integers(2, 50))
+@given(st.integers(1, 200), st.integers(3, 50))
 def test_a_prefill_never_ends_in_a_chunk_of_one_token(prompt_tokens: int, chunk: int) -> None:
     """One token is another kernel than several, unless the prompt has but one."""
     remaining = prompt_tokens
     while remaining:
-        size = chunk_size(remaining, max(chunk, 3))
+        size = chunk_size(remaining, chunk)
         assert size >= min(2, prompt_tokens)
         remaining -= size
 
@@ -305,3 +339,78 @@ def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
     assert ended.wait(5)
     with pytest.raises(EngineClosed):
         engine.submit([1], GREEDY, Collected())
+
+
+def test_when_memory_runs_out_the_youngest_is_preempted_and_its_answer_stays_the_same() -> None:
+    engine = make_engine(4, capacity=CONTEXT + 10)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    sinks = [Collected() for _ in range(4)]
+    for index, sink in enumerate(sinks):
+        engine.submit([index + 1] * 5, params, sink)
+    run_until_idle(engine)
+    assert engine._runner.swaps > 0  # type: ignore[attr-defined]
+    assert [sink.ids for sink in sinks] == [answer_alone([index + 1] * 5, params) for index in range(4)]
+    assert_nothing_is_held(engine)
+
+
+def test_a_shared_beginning_is_prefilled_once() -> None:
+    engine = make_engine(2, prefix_slots=1, chunk=100)
+    system = list(range(1, 41))
+    for question in ([50, 51, 52], [53, 54], [55]):
+        sink = Collected()
+        engine.submit(system + question, GREEDY, sink)
+        run_until_idle(engine)
+        assert sink.ids == answer_alone(system + question, GREEDY)
+    # The third has one token of its own; two are left to prefill, since one alone is another kernel.
+    assert engine._runner.prefill_sizes == [43, 2, 2]  # type: ignore[attr-defined]
+    assert engine.stats().prefix_tokens_total == 40 + 39
+
+
+def test_a_request_out_of_time_ends_with_a_named_error_waiting_or_running() -> None:
+    engine, running, waiting = make_engine(1), Collected(), Collected()
+    endless = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)
+    engine.submit([1, 2], endless, running, timeout_s=0.05)
+    engine.submit([1, 2], endless, waiting, timeout_s=0.0)
+    engine.step()
+    time.sleep(0.06)
+    run_until_idle(engine)
+    for sink in (running, waiting):
+        assert sink.reason == "error"
+        assert isinstance(sink.tokens[-1].error, DeadlineExceeded)
+    assert running.ids
+    assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("opened_by_prompt", [True, False])
+def test_a_thinking_budget_forces_the_end_tag_and_counts_the_thoughts(opened_by_prompt: bool) -> None:
+    start, end = 60, 61
+    prompt = [1, 2, start] if opened_by_prompt else [1, 2]
+    thinking = Thinking(ThinkingTags((start,), (end, 62)), prompt, budget_tokens=4)
+    bias = {} if opened_by_prompt else {start: 100.0}
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logit_bias={end: -100.0, **bias})
+    engine, sink = make_engine(), Collected()
+    engine.submit(prompt, params, sink, thinking=thinking)
+    run_until_idle(engine)
+    begins = 0 if opened_by_prompt else 1
+    assert sink.ids[begins + 4 : begins + 6] == [end, 62]
+    assert thinking.tokens == (4 if opened_by_prompt else thinking.tokens)
+    assert len(sink.ids) == 12
+
+
+def test_the_log_probabilities_of_a_prompt_are_those_of_its_tokens() -> None:
+    prompt = [5, 9, 13, 2, 40, 41, 42, 43, 44, 45, 46]
+    tokens: dict[int, list[Token]] = {}
+    for chunk in (100, 4):
+        tokens[chunk] = []
+        engine = make_engine(1, chunk=chunk)
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+        engine.submit(prompt, params, tokens[chunk].append)
+        run_until_idle(engine)
+    whole, chunked = tokens[100][0].prompt_logprobs, tokens[4][0].prompt_logprobs
+    assert whole == chunked
+    assert whole is not None
+    assert [entry.token_id for entry in whole] == prompt[1:]
+    logits = counting_runner.CountingRunner(1).prefill(0, prompt, 0)[3].astype(float)
+    expected = logits[40] - np.log(np.exp(logits).sum())
+    assert whole[3].logprob == pytest.approx(expected, abs=1e-5)
+    assert len(whole[3].top_logprobs) == 2

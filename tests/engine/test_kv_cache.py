@@ -30,15 +30,25 @@ def test_memory_is_taken_by_tokens_written_and_given_back_at_release() -> None:
     assert resident_bytes() - before < 256 * cache.kv_bytes_per_token // 4
 
 
-def test_a_move_carries_the_tokens_and_frees_the_source() -> None:
+def test_a_copy_carries_the_tokens() -> None:
     cache = make_cache()
-    rng = np.random.default_rng(0)
-    content = rng.random((8, 2, 100, 64), np.float32)
+    content = np.random.default_rng(0).random((8, 2, 100, 64), np.float32)
     cache._array[:, 5, :, :100] = content
-    cache._array[:, 1, :, :300] = 7
-    cache.move(5, 1, 100)
+    cache.copy(5, 1, 100)
     assert np.array_equal(cache._array[:, 1, :, :100], content)
-    assert not cache._array[:, 5].any()
+
+
+def test_what_is_swapped_out_comes_back_to_the_bit_and_is_no_memory_meanwhile() -> None:
+    cache = make_cache()
+    content = np.random.default_rng(0).random((8, 2, 2000, 64), np.float32)
+    before = resident_bytes()
+    cache._array[:, 5, :, :2000] = content
+    swapped = cache.swap_out(5, 2000)
+    cache.release(5)
+    assert resident_bytes() - before < content.nbytes // 4
+    cache.swap_in(2, swapped)
+    assert np.array_equal(cache._array[:, 2, :, :2000], content)
+    assert swapped.file.closed
 
 
 def test_a_slot_of_odd_length_keeps_its_neighbours_apart() -> None:

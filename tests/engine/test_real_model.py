@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from stillhouse.engine.directory import open_version
 from stillhouse.engine.errors import InvalidRequest, TamperedError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import EngineOptions
-from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.sampling import SamplingParams, parse_params
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 QUESTIONS = [
@@ -64,13 +67,93 @@ def test_a_prompt_in_chunks_gives_the_answer_of_the_whole(
         assert [tuple(token for c in stream for token in c.token_ids) for stream in streams] == alone
 
 
+def test_an_answer_survives_preemption_to_the_token(
+    directory: Path, prompts: list[list[int]], alone: list[tuple[int, ...]]
+) -> None:
+    """In a third of the memory that all would need: their KV is swapped out and back, not computed again."""
+    per_token = open_version(directory, verify=False).manifest.memory.kv_bytes_per_token
+    options = EngineOptions(max_num_seqs=6, max_model_len=160, kv_cache_bytes=170 * per_token, prefix_slots=0)
+    with LanguageModel.load(directory, options, verify=False) as small:
+        streams = [small.stream(prompt, GREEDY) for prompt in prompts]
+        assert [tuple(token for c in stream for token in c.token_ids) for stream in streams] == alone
+        assert small.stats().preemptions_total > 0
+
+
+def test_a_reused_prefix_changes_no_token(directory: Path, prompts: list[list[int]]) -> None:
+    """Behind a shared system prompt, kept from the request before: the same answers as without reuse."""
+    system = prompts[3]
+    answers = []
+    for prefix_slots in (0, 2):
+        options = EngineOptions(max_num_seqs=2, max_model_len=512, prefix_slots=prefix_slots)
+        with LanguageModel.load(directory, options, verify=False) as model:
+            answers.append([model.generate(system + prompt, GREEDY).token_ids for prompt in prompts[:3]])
+            assert (model.stats().prefix_tokens_total > 0) == (prefix_slots > 0)
+    assert answers[0] == answers[1]
+
+
+def test_prompt_logprobs_are_those_of_one_by_one_scoring(model: LanguageModel, prompts: list[list[int]]) -> None:
+    """A token's log-probability does not depend on what follows it in the prompt."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=3)
+    whole = model.generate(prompts[0], params).prompt_logprobs
+    begun = model.generate(prompts[0][:12], params).prompt_logprobs
+    assert whole is not None
+    assert begun is not None
+    assert len(whole) == len(prompts[0]) - 1
+    for one, other in zip(begun, whole, strict=False):
+        assert one.token_id == other.token_id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"regex": "[0-9]{3}-[0-9]{4}"}, r"[0-9]{3}-[0-9]{4}"),
+        ({"choice": ["red", "green"]}, "red|green"),
+        (
+            {
+                "json": {
+                    "type": "object",
+                    "properties": {"a": {"type": "integer", "maximum": 99}},
+                    "required": ["a"],
+                    "additionalProperties": False,
+                }
+            },
+            r'\{\s*"a"\s*:\s*-?\d+\s*\}',
+        ),
+        ({"grammar": 'start: "ab" /[0-9]{2}/ "."'}, r"ab[0-9]{2}\."),
+    ],
+)
+def test_an_answer_has_the_form_that_was_asked_for(
+    model: LanguageModel, prompts: list[list[int]], form: dict[str, object], pattern: str
+) -> None:
+    """Greedy and sampled at a temperature that would say anything."""
+    for temperature in (0.0, 2.0):
+        asked = parse_params({"max_tokens": 60, "temperature": temperature, "seed": 1, "structured_outputs": form})
+        answer = model.generate(prompts[0], asked)
+        assert re.fullmatch(pattern, answer.text.strip()), answer.text
+        assert answer.finish_reason == "stop"
+
+
+def test_a_broken_grammar_is_refused_by_name(model: LanguageModel, prompts: list[list[int]]) -> None:
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.regex"):
+        model.generate(prompts[0], parse_params({"structured_outputs": {"regex": "("}}))
+
+
+def test_n_answers_share_a_prompt_and_differ_by_their_seeds(model: LanguageModel, prompts: list[list[int]]) -> None:
+    params = SamplingParams(n=3, seed=5, max_tokens=12, temperature=1.0, ignore_eos=True)
+    answers = model.generate_all(prompts[2], params)
+    singly = [model.generate(prompts[2], replace(params, n=1, seed=5 + index)).token_ids for index in range(3)]
+    assert [answer.token_ids for answer in answers] == singly
+    assert len(set(singly)) == 3
+
+
 def test_a_seeded_sample_is_the_same_whatever_else_runs(model: LanguageModel, prompts: list[list[int]]) -> None:
     seeded = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, seed=11, ignore_eos=True)
     expected = model.generate(prompts[0], seeded).token_ids
     company = [model.stream(prompt, GREEDY) for prompt in prompts[1:]]
     assert model.generate(prompts[0], seeded).token_ids == expected
     for stream in company:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 def test_the_text_in_pieces_is_the_text_of_the_tokens(model: LanguageModel, prompts: list[list[int]]) -> None:
@@ -93,7 +176,7 @@ def test_an_abandoned_stream_frees_its_slot(model: LanguageModel, prompts: list[
     stream = model.stream(prompts[0], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))
     next(stream)
     assert model.stats().running == 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert model.generate(prompts[1], GREEDY).num_output_tokens == 24
     assert (model.stats().running, model.stats().kv_tokens_used) == (0, 0)
 

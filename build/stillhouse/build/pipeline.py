@@ -38,7 +38,7 @@ from stillhouse.engine.manifest import (
 from stillhouse.engine.policy import live_versions
 
 # Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 1
+FORMAT = 2
 REFERENCE = "FP32 export of the merged checkpoint"
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 _SCRATCH = "run-"

@@ -59,5 +59,9 @@ class QueueFull(EngineError):
     """The bounded queue has no place left."""
 
 
+class DeadlineExceeded(EngineError):
+    """No whole answer within the request's time."""
+
+
 class EngineClosed(EngineError):
     """The engine was shut down, or its loop failed."""

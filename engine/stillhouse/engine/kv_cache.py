@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import math
 import mmap
-from typing import Any
+import tempfile
+from dataclasses import dataclass
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedOut:
+    """The keys and values of one sequence in a temporary file, which goes when this goes."""
+
+    file: IO[bytes]
+    tokens: int
 
 
 class SlotCache:
@@ -31,6 +41,7 @@ class SlotCache:
         row_bytes = head_dim * dtype.itemsize
         # Whole pages a head, so that a slot can be given back without touching its neighbours.
         step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes)
+        self.device = "cpu"
         self.max_len = math.ceil(max_len / step) * step
         self.slots = slots
         self.kv_bytes_per_token = 2 * layers * kv_heads * row_bytes
@@ -59,10 +70,22 @@ class SlotCache:
         """Where `slot` of a tensor begins; tensor 2·layer is its key, 2·layer + 1 its value."""
         return int(self._array[tensor, slot].ctypes.data)
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copies the first `tokens` positions of slot `source` to slot `target`, and releases `source`."""
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` positions of slot `source` to slot `target`."""
         self._array[:, target, :, :tokens] = self._array[:, source, :, :tokens]
-        self.release(source)
+
+    def swap_out(self, slot: int, tokens: int) -> SwappedOut:
+        """Writes the first `tokens` positions of `slot` to a file without a name: memory that can be reclaimed."""
+        file = tempfile.TemporaryFile(prefix="stillhouse-kv-")  # noqa: SIM115  closed by swap_in, or with its owner
+        np.ascontiguousarray(self._array[:, slot, :, :tokens]).tofile(file)
+        return SwappedOut(file, tokens)
+
+    def swap_in(self, slot: int, swapped: SwappedOut) -> None:
+        """Brings what was swapped out back, to the bit, into `slot`."""
+        with swapped.file as file:
+            file.seek(0)
+            part = self._array[:, slot, :, : swapped.tokens]
+            part[...] = np.fromfile(file, part.dtype).reshape(part.shape)
 
     def release(self, slot: int) -> None:
         """Gives the pages of `slot` back to the system."""

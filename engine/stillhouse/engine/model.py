@@ -3,57 +3,49 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stillhouse.engine.core import Engine, Limits, Stats
+from stillhouse.engine.answer import Chunk, Completion, TextSink, completion_of
+from stillhouse.engine.core import Engine, Stats
 from stillhouse.engine.directory import VersionDirectory, open_version
-from stillhouse.engine.errors import InvalidRequest, StillhouseError, UsageError, VersionError
+from stillhouse.engine.errors import InvalidRequest, VersionError
+from stillhouse.engine.grammar import GrammarCompiler
+from stillhouse.engine.limits import limits_of
 from stillhouse.engine.options import EngineOptions, read_options
-from stillhouse.engine.request import FinishReason, Request, Token
+from stillhouse.engine.request import Request, Timing
 from stillhouse.engine.sampling import SamplingParams, parse_params
-from stillhouse.engine.text import Detokenizer, Message, StopMatcher, Tokenizer
-
-# What is served when nothing else is said: room for a conversation, within a tenth of the machine's memory.
-DEFAULT_MODEL_LEN_TOKENS = 4096
-LEAST_MODEL_LEN_TOKENS = 2048
-KV_SHARE_OF_MEMORY = 0.1
+from stillhouse.engine.text import Message, Tokenizer
+from stillhouse.engine.thinking import Thinking, ThinkingTags
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one step adds to an answer. Exactly one chunk has a finish reason: the last.
+class Submitted:
+    """A handle on what was asked: one request, or the `n` of `params.n`."""
 
-    `text` is the new text ("" while half a character or the beginning of a stop string is held back); `logprob` and
-    what follows from it are None unless `params.logprobs` asks for them.
-    """
+    requests: tuple[Request, ...]
 
-    text: str
-    token_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    num_output_tokens: int
-    finish_reason: FinishReason | None = None
-    error: StillhouseError | None = None
-    logprob: float | None = None
-    top_logprobs: dict[int, float] | None = None
-    cumulative_logprob: float | None = None
+    def cancel(self) -> None:
+        """Ends every answer that still runs; a last chunk of each says "cancelled"."""
+        for request in self.requests:
+            request.cancel()
 
+    @property
+    def id(self) -> str:
+        return self.requests[0].id
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer."""
+    @property
+    def timing(self) -> Timing:
+        """The moments of the first answer."""
+        return self.requests[0].timing
 
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    num_output_tokens: int
-    cumulative_logprob: float | None = None
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.requests[0].num_prompt_tokens
 
 
 class LanguageModel:
@@ -66,6 +58,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.engine = engine
         self.default_params = default_params
+        self.thinking_tags = _thinking_tags(tokenizer)
+        self._grammars: GrammarCompiler | None = None
 
     @classmethod
     def load(cls, directory: Path, options: EngineOptions | None = None, *, verify: bool = True) -> LanguageModel:
@@ -74,19 +68,23 @@ class LanguageModel:
         `options` default to engine.json beside the version. Raises VersionError or TamperedError for a directory
         that is not whole, UsageError for limits that do not go together, EngineError when the graph does not load.
         """
-        from stillhouse.engine.runner import OrtRunner  # ONNX Runtime is loaded when a model is, not before
+        # ONNX Runtime is loaded when a model is, not before.
+        from stillhouse.engine.runner import OrtRunner
+        from stillhouse.engine.session import choose_provider, model_to_load
 
         version = open_version(directory, verify=verify)
         options = options or read_options(directory.resolve().parent)
-        limits = _limits(version, options)
+        limits = limits_of(version.manifest, options)
         tokenizer = Tokenizer(directory)
         generation = _generation_config(directory)
+        provider = choose_provider(options.provider, version.manifest.target)
         runner = OrtRunner(
-            version.model_path,
+            model_to_load(version, provider) if options.weights_cache else version.model_path,
             network=version.manifest.network,
-            slots=limits.slots,
+            slots=limits.slots + limits.prefix_slots,
             max_len=limits.max_model_len,
             threads=options.threads,
+            provider=provider,
         )
         engine = Engine(runner, limits, _eos_ids(version, generation))
         engine.start()
@@ -118,37 +116,60 @@ class LanguageModel:
             ids = [int(token) for token in input_ids or ()]
         if not ids:
             raise InvalidRequest("the prompt is empty", hint="give some text")
-        vocab_size = self.version.manifest.network.vocab_size
-        if wrong := [token for token in ids if not 0 <= token < vocab_size]:
-            raise InvalidRequest(f"token id {wrong[0]} is not in the vocabulary of {vocab_size} tokens")
+        self._check_token_ids("input_ids", ids)
         return ids
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: Callable[[Chunk], None]) -> Request:
-        """Queues a request and returns at once; `sink` gets every chunk from the engine's thread, and must be quick."""
-        self._check_token_ids(params)
-        return self.engine.submit(prompt_ids, params, _TextSink(self.tokenizer, params, len(prompt_ids), sink))
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sink: Callable[[Chunk], None],
+        *,
+        timeout_s: float | None = None,
+    ) -> Submitted:
+        """Queues a request and returns at once; `sink` gets every chunk from the engine's thread, and must be quick.
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
+        With `params.n` above 1 the chunks of the answers come mixed, told apart by their index. Raises InvalidRequest
+        (PromptTooLong among them), QueueFull or EngineClosed.
+        """
+        self._check_token_ids("logit_bias", params.logit_bias)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        requests: list[Request] = []
+        try:
+            requests.extend(self._submit_one(prompt_ids, params, sink, i, timeout_s) for i in range(params.n))
+        except Exception:
+            # All of them or none: what is queued already must not answer alone.
+            Submitted(tuple(requests)).cancel()
+            raise
+        return Submitted(tuple(requests))
+
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, timeout_s: float | None = None
+    ) -> Generator[Chunk, None, None]:
         """The answer's chunks as they come; closing the iterator cancels the request.
 
         The request is queued at the call, not at the first `next`. Raises the chunk's error where it has one.
         """
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        request = self.submit(prompt_ids, params, chunks.put)
-        return _until_finished(chunks, request)
+        submitted = self.submit(prompt_ids, params, chunks.put, timeout_s=timeout_s)
+        return _until_finished(chunks, submitted)
 
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
-        """The whole answer."""
-        chunks = list(self.stream(prompt_ids, params))
-        last = chunks[-1]
-        return Completion(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=last.finish_reason or "stop",
-            num_prompt_tokens=last.num_prompt_tokens,
-            num_output_tokens=last.num_output_tokens,
-            cumulative_logprob=last.cumulative_logprob,
-        )
+    def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, timeout_s: float | None = None
+    ) -> Completion:
+        """The whole answer; of `params.n` there must be one (see `generate_all`)."""
+        if params.n != 1:
+            raise InvalidRequest(f"one answer is asked for here, n is {params.n}", hint="call generate_all")
+        return self.generate_all(prompt_ids, params, timeout_s=timeout_s)[0]
+
+    def generate_all(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, timeout_s: float | None = None
+    ) -> list[Completion]:
+        """The `params.n` answers, whole."""
+        chunks: list[list[Chunk]] = [[] for _ in range(params.n)]
+        for chunk in self.stream(prompt_ids, params, timeout_s=timeout_s):
+            chunks[chunk.index].append(chunk)
+        return [completion_of(pieces) for pieces in chunks]
 
     def stats(self) -> Stats:
         return self.engine.stats()
@@ -165,103 +186,66 @@ class LanguageModel:
     ) -> None:
         self.close()
 
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        vocab_size = self.version.manifest.network.vocab_size
-        for name in ("logit_bias", "stop_token_ids"):
-            if wrong := [token for token in getattr(params, name) if not 0 <= token < vocab_size]:
-                raise InvalidRequest(f"{name}: token id {wrong[0]} is not in the vocabulary of {vocab_size} tokens")
-
-
-class _TextSink:
-    """Turns an engine's tokens into chunks of text; tells the engine when a stop string has come."""
-
-    def __init__(
+    def _submit_one(
         self,
-        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
         params: SamplingParams,
-        num_prompt_tokens: int,
         sink: Callable[[Chunk], None],
-    ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        self._min_tokens = params.min_tokens
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_output_tokens = 0
-        self._cumulative_logprob = None if params.logprobs is None else 0.0
-        self._sink = sink
-
-    def __call__(self, token: Token) -> bool:
-        text, stopped = "", False
-        if token.token_id is not None:
-            self._num_output_tokens += 1
-            if token.logprob is not None:
-                self._cumulative_logprob = (self._cumulative_logprob or 0.0) + token.logprob
-            text, stopped = self._stop.push(self._detokenizer.push(token.token_id))
-        if token.finish_reason and not stopped:
-            tail, stopped = self._stop.push(self._detokenizer.flush())
-            text += tail if stopped else tail + self._stop.flush()
-        reason: FinishReason | None = "stop" if stopped else token.finish_reason
-        self._sink(
-            Chunk(
-                text=text,
-                token_ids=() if token.token_id is None else (token.token_id,),
-                num_prompt_tokens=self._num_prompt_tokens,
-                num_output_tokens=self._num_output_tokens,
-                finish_reason=reason,
-                error=token.error,
-                logprob=token.logprob,
-                top_logprobs=token.top_logprobs,
-                cumulative_logprob=self._cumulative_logprob,
+        index: int,
+        timeout_s: float | None,
+    ) -> Request:
+        if index and params.seed is not None:
+            params = replace(params, seed=params.seed + index)
+        thinking = None
+        if self.thinking_tags is not None:
+            thinking = Thinking(self.thinking_tags, prompt_ids, params.thinking_token_budget)
+        elif params.thinking_token_budget is not None:
+            raise InvalidRequest(
+                f"thinking_token_budget: {self.version.manifest.model} does not think: it knows no <think> tag",
+                hint="leave thinking_token_budget out",
             )
+        form = params.structured_outputs
+        return self.engine.submit(
+            prompt_ids,
+            params,
+            TextSink(self.tokenizer, params, len(prompt_ids), thinking, index, sink),
+            timeout_s=timeout_s,
+            thinking=thinking,
+            constraint=self._grammar_compiler().compile(form) if form else None,
         )
-        return stopped
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            network = self.version.manifest.network
+            self._grammars = GrammarCompiler.load(self.version.path, network.vocab_size, network.eos_token_ids)
+        return self._grammars
+
+    def _check_token_ids(self, name: str, ids: Any) -> None:
+        vocab_size = self.version.manifest.network.vocab_size
+        if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+            raise InvalidRequest(f"{name}: token id {wrong[0]} is not in the vocabulary of {vocab_size} tokens")
 
 
-def _until_finished(chunks: queue.SimpleQueue[Chunk], request: Request) -> Iterator[Chunk]:
-    finished = False
+def _until_finished(chunks: queue.SimpleQueue[Chunk], submitted: Submitted) -> Generator[Chunk, None, None]:
+    running = len(submitted.requests)
     try:
-        while not finished:
+        while running:
             chunk = chunks.get()
-            finished = chunk.finish_reason is not None
+            running -= chunk.finish_reason is not None
             if chunk.error is not None:
                 raise chunk.error
             yield chunk
     finally:
-        if not finished:
-            request.cancel()
+        if running:
+            submitted.cancel()
 
 
-def _limits(version: VersionDirectory, options: EngineOptions) -> Limits:
-    """Sizes from the options, the model and the machine's memory; the context served fits the KV budget."""
-    network, per_token = version.manifest.network, version.manifest.memory.kv_bytes_per_token
-    wanted = options.max_model_len or min(DEFAULT_MODEL_LEN_TOKENS, network.context_length)
-    if wanted > network.context_length:
-        raise UsageError(
-            f"max_model_len is {wanted}, but {version.manifest.model} was made for {network.context_length} tokens",
-            hint=f"ask for at most {network.context_length}",
-        )
-    budget_bytes = options.kv_cache_bytes or int(_memory_bytes() * KV_SHARE_OF_MEMORY)
-    capacity = budget_bytes // per_token
-    if options.max_model_len is None:
-        wanted = min(wanted, max(capacity, min(LEAST_MODEL_LEN_TOKENS, network.context_length)))
-    if options.kv_cache_bytes is None:
-        capacity = max(capacity, wanted)
-    if capacity < wanted:
-        raise UsageError(
-            f"kv_cache_bytes {budget_bytes} holds {capacity} tokens, max_model_len is {wanted}",
-            hint=f"give at least {wanted * per_token} bytes, or ask for a smaller max_model_len",
-        )
-    return Limits(
-        slots=options.max_num_seqs,
-        max_model_len=wanted,
-        kv_capacity_tokens=min(capacity, options.max_num_seqs * wanted),
-        prefill_chunk_tokens=options.prefill_chunk_tokens,
-        max_waiting=options.max_waiting,
-    )
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _thinking_tags(tokenizer: Tokenizer) -> ThinkingTags | None:
+    """The tags of a model that thinks: its vocabulary has a token for each, or its chat template writes them."""
+    start, end = (tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in ("<think>", "</think>"))
+    if len(start) == len(end) == 1 or tokenizer.template_mentions("</think>"):
+        return ThinkingTags(start, end)
+    return None
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,8 +20,15 @@ class EngineOptions(BaseModel):
     max_num_seqs: int = Field(default=32, ge=1, description="sequences that decode at the same time (slots)")
     max_model_len: int | None = Field(default=None, ge=8, description="context served, in tokens")
     kv_cache_bytes: int | None = Field(default=None, ge=1, description="budget of the KV cache, in bytes")
-    prefill_chunk_tokens: int = Field(default=256, ge=2, description="tokens of a prompt between two decode steps")
+    kv_cache_share: float | None = Field(default=None, gt=0, le=1, description="the same, as a share of all memory")
+    prefill_chunk_tokens: int = Field(default=128, ge=3, description="tokens of a prompt between two decode steps")
+    prefill_alone_tokens: int = Field(default=512, ge=3, description="the same, while nothing decodes")
+    prefix_slots: int = Field(default=4, ge=0, description="prompts kept, so that others that begin alike reuse them")
     max_waiting: int = Field(default=1024, ge=0, description="requests that may wait for a slot")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="ONNX Runtime's execution provider; auto: the one that the version was built for"
+    )
+    weights_cache: bool = Field(default=True, description="keep packed weights on disk and map them")
     threads: int | None = Field(default=None, ge=1, description="ONNX Runtime's threads; None: one a core")
 
 

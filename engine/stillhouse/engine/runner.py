@@ -10,41 +10,58 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from stillhouse.engine.cuda_cache import DeviceSlotCache
 from stillhouse.engine.errors import EngineError
 from stillhouse.engine.kv_cache import SlotCache
 from stillhouse.engine.manifest import ModelRecord
+from stillhouse.engine.session import open_session
 
 Logits = NDArray[np.float32]
-_KV_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+# Position from which on the graph computes logits; 0, all of them, unless it is bound.
+LOGITS_FROM = "logits_from"
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 
 
 class OrtRunner:
-    """A decoder graph of the model builder's form (GroupQueryAttention) on the CPU execution provider.
+    """A decoder graph of the model builder's form (GroupQueryAttention), on a CPU or a CUDA device.
 
     Not supported by GroupQueryAttention: several tokens a row, with a past, at batch > 1. So a prefill is one row
     (in chunks, if wanted), and a decode step is one token a row over the slots 0 … rows − 1.
     """
 
     def __init__(
-        self, model_path: Path, *, network: ModelRecord, slots: int, max_len: int, threads: int | None = None
+        self,
+        model_path: Path,
+        *,
+        network: ModelRecord,
+        slots: int,
+        max_len: int,
+        threads: int | None = None,
+        provider: str = "cpu",
     ) -> None:
-        self._session = _open_session(model_path, threads)
+        self._session = open_session(model_path, threads=threads, provider=provider)
         inputs = {node.name: node for node in self._session.get_inputs()}
-        self._output_names = [node.name for node in self._session.get_outputs()]
         if missing := {"input_ids", "attention_mask", "past_key_values.0.key"} - set(inputs):
             raise EngineError(
                 f"{model_path} is not a decoder graph of the model builder: it has no input {sorted(missing)[0]!r}",
                 hint="build it with 'stillhouse build'",
             )
         self._takes_positions = "position_ids" in inputs
+        # An input with a default (ONNX: an initializer that is an input too), which the build adds.
+        self._skips_logits = LOGITS_FROM in {node.name for node in self._session.get_overridable_initializers()}
         self._vocab_size = network.vocab_size
-        self.cache = SlotCache(
+        self._logits_dtype = next(_DTYPES[node.type] for node in self._session.get_outputs() if node.name == "logits")
+        allocate = DeviceSlotCache.allocate if provider == "cuda" else SlotCache
+        self.cache: SlotCache | DeviceSlotCache = allocate(
             layers=network.layers,
             slots=slots,
             kv_heads=network.kv_heads,
             max_len=max_len,
             head_dim=network.head_dim,
-            dtype=_KV_DTYPES[inputs["past_key_values.0.key"].type],
+            dtype=_DTYPES[inputs["past_key_values.0.key"].type],
         )
         self._kv_names = [
             (f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}")
@@ -53,23 +70,31 @@ class OrtRunner:
         ]
         # A binding a number of rows is kept: rebinding 4 × layers tensors costs more than the rest of a small step.
         self._decode_bindings: dict[int, ort.IOBinding] = {}
-        self._decode_logits = np.empty((slots, self._vocab_size), np.float32)
+        self._decode_logits = np.empty((slots, self._vocab_size), self._logits_dtype)
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
-        """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32, for each."""
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, *, last_only: bool = False) -> Logits:
+        """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32.
+
+        With `last_only` those of the last token alone, (1, vocab_size): the head is a fifth of a small model's work.
+        """
         count = len(tokens)
         ids = np.asarray(tokens, np.int64).reshape(1, count)
         mask = np.ones((1, past + count), np.int64)
-        logits = np.empty((1, count, self._vocab_size), np.float32)
+        positions = np.arange(past, past + count, dtype=np.int64).reshape(1, count)
+        skip = np.asarray([count - 1 if last_only else 0], np.int64)
+        computed = 1 if last_only and self._skips_logits else count
+        logits = np.empty((1, computed, self._vocab_size), self._logits_dtype)
         binding = self._bind_cache(slot, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
-        positions = np.arange(past, past + count, dtype=np.int64).reshape(1, count)
         if self._takes_positions:
             _bind_input(binding, "position_ids", positions)
+        if self._skips_logits:
+            _bind_input(binding, LOGITS_FROM, skip)
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
-        return logits.reshape(count, self._vocab_size)
+        wanted = logits[0, -1:] if last_only else logits[0]
+        return wanted.astype(np.float32, copy=False)
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token a row: row r is slot r, which holds lengths[r] tokens already.
@@ -90,11 +115,19 @@ class OrtRunner:
         if self._takes_positions:
             _bind_input(binding, "position_ids", past)
         self._session.run_with_iobinding(binding)
-        return self._decode_logits[:rows]
+        return self._decode_logits[:rows].astype(np.float32, copy=False)
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Moves the first `tokens` of slot `source` into slot `target`."""
-        self.cache.move(source, target, tokens)
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` of slot `source` into slot `target`."""
+        self.cache.copy(source, target, tokens)
+
+    def swap_out(self, slot: int, tokens: int) -> Any:
+        """Takes the first `tokens` of `slot` out of the cache's memory; what comes back is for `swap_in`."""
+        return self.cache.swap_out(slot, tokens)
+
+    def swap_in(self, slot: int, swapped: Any) -> None:
+        """Brings what was swapped out back into `slot`."""
+        self.cache.swap_in(slot, swapped)
 
     def release(self, slot: int) -> None:
         """Forgets what `slot` holds and gives its memory back."""
@@ -103,31 +136,17 @@ class OrtRunner:
     def _bind_cache(self, slot: int, *, rows: int) -> ort.IOBinding:
         """A binding whose past and present are the same memory: slots slot … slot + rows − 1."""
         binding = self._session.io_binding()
-        shape = self.cache.shape(rows)
+        cache, shape = self.cache, self.cache.shape(rows)
         for tensor, (past_name, present_name) in enumerate(self._kv_names):
-            address = self.cache.address(tensor, slot)
-            binding.bind_input(past_name, "cpu", 0, self.cache.dtype, shape, address)
-            binding.bind_output(present_name, "cpu", 0, self.cache.dtype, shape, address)
+            address = cache.address(tensor, slot)
+            binding.bind_input(past_name, cache.device, 0, cache.dtype, shape, address)
+            binding.bind_output(present_name, cache.device, 0, cache.dtype, shape, address)
         return binding
 
 
-def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any]) -> None:
     binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
 
 
-def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[Any]) -> None:
     binding.bind_output(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
-
-
-def _open_session(model_path: Path, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot load {model_path}: {str(error).splitlines()[0]}",
-            hint="'stillhouse inspect DIR' tells which versions it was built with",
-        ) from error

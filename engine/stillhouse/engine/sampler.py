@@ -12,17 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.engine.request import Request
+from stillhouse.engine.errors import EngineError, StillhouseError
+from stillhouse.engine.request import PromptLogprob, Request
 from stillhouse.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A sampled token; `token_id` is None when the logits held NaN or inf."""
+    """A sampled token; `token_id` is None where there can be none, and `error` says why."""
 
     token_id: int | None
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
+    rank: int | None = None
+    error: StillhouseError | None = None
 
 
 def choose(logits: NDArray[np.float32], requests: Sequence[Request], eos_ids: frozenset[int]) -> list[Choice]:
@@ -32,15 +35,18 @@ def choose(logits: NDArray[np.float32], requests: Sequence[Request], eos_ids: fr
     for row, request in enumerate(requests):
         # argmax finds a NaN before any number, so the winner alone tells whether the row is sound.
         if not np.isfinite(logits[row, best[row]]):
-            choices.append(Choice(None))
-        elif _is_plain(request, eos_ids):
+            choices.append(Choice(None, error=_NOT_FINITE))
+        elif _is_plain(request):
             choices.append(Choice(int(best[row])))
         else:
             choices.append(_choose_one(logits[row], request, eos_ids))
     return choices
 
 
-def _is_plain(request: Request, eos_ids: frozenset[int]) -> bool:
+_NOT_FINITE = EngineError("the model's logits are not finite (NaN or inf)", hint="check the version's quality")
+
+
+def _is_plain(request: Request) -> bool:
     """Whether the most likely token is the answer as it stands."""
     params = request.params
     return (
@@ -50,21 +56,29 @@ def _is_plain(request: Request, eos_ids: frozenset[int]) -> bool:
         and params.repetition_penalty == 1.0
         and params.presence_penalty == 0.0
         and params.frequency_penalty == 0.0
-        and not _forbidden(request, eos_ids)
+        and len(request.output_ids) >= params.min_tokens
+        and (request.thinking is None or request.thinking.forced_token() is None)
+        and request.constraint is None
     )
 
 
 def _choose_one(row: NDArray[np.float32], request: Request, eos_ids: frozenset[int]) -> Choice:
     params = request.params
-    scores = row.astype(np.float32, copy=True)  # (vocab_size,)
-    _penalize(scores, request)
-    for token, bias in params.logit_bias.items():
-        scores[token] += bias
-    scores[list(_forbidden(request, eos_ids))] = -np.inf
-    token = int(scores.argmax()) if params.greedy else _draw(scores, params, _generator(request))
+    token = request.thinking.forced_token() if request.thinking else None
+    if token is None:
+        scores = row.astype(np.float32, copy=True)  # (vocab_size,)
+        _penalize(scores, request)
+        for biased, bias in params.logit_bias.items():
+            scores[biased] += bias
+        try:
+            _forbid(scores, request, eos_ids)
+        except EngineError as error:
+            return Choice(None, error=error)
+        token = int(scores.argmax()) if params.greedy else _draw(scores, params, _generator(request))
     if params.logprobs is None:
         return Choice(token)
-    return _with_logprobs(row, token, params.logprobs)
+    logprob, top = _logprobs(row, token, params.logprobs)
+    return Choice(token, logprob, top, rank=1 + int(np.count_nonzero(row > row[token])))
 
 
 def _penalize(scores: NDArray[np.float32], request: Request) -> None:
@@ -79,49 +93,58 @@ def _penalize(scores: NDArray[np.float32], request: Request) -> None:
         scores[tokens] -= params.presence_penalty + params.frequency_penalty * counts.astype(np.float32)
 
 
-def _forbidden(request: Request, eos_ids: frozenset[int]) -> frozenset[int]:
-    """Tokens that would end the answer before `min_tokens`."""
-    if len(request.output_ids) >= request.params.min_tokens:
-        return frozenset()
-    return eos_ids | frozenset(request.params.stop_token_ids)
+def _forbid(scores: NDArray[np.float32], request: Request, eos_ids: frozenset[int]) -> None:
+    """Rules out what would end the answer before `min_tokens`, and what its constraint does not allow."""
+    if len(request.output_ids) < request.params.min_tokens:
+        scores[list(eos_ids | frozenset(request.params.stop_token_ids))] = -np.inf
+    if request.constraint and not (request.thinking and request.thinking.inside):
+        scores[~request.constraint.allowed()] = -np.inf
+    if not np.isfinite(scores.max()):
+        raise EngineError("no token may come next: min_tokens, logit_bias and the constraint rule each other out")
 
 
 def _draw(scores: NDArray[np.float32], params: SamplingParams, generator: np.random.Generator) -> int:
     """A token id from softmax(scores / temperature) cut by min-p, top-k and top-p, with one uniform number."""
     # Relative to the largest: division by a tiny temperature must not overflow to inf − inf.
-    weights = np.exp((scores.astype(np.float64) - float(scores.max())) / params.temperature)
+    weights = np.exp((scores - scores.max()) / np.float32(params.temperature))
     ids = np.flatnonzero(weights > 0 if params.min_p == 0.0 else weights >= params.min_p)
     if 0 < params.top_k < ids.size:
         ids = ids[np.argpartition(weights[ids], -params.top_k)[-params.top_k :]]
     if params.top_p < 1.0:
         ids = _nucleus(weights, ids, params.top_p)
-    mass = np.cumsum(weights[ids])
+    mass = np.cumsum(weights[ids], dtype=np.float64)
     drawn = int(np.searchsorted(mass, generator.random() * mass[-1], side="right"))
     return int(ids[min(drawn, ids.size - 1)])
 
 
-def _nucleus(weights: NDArray[np.float64], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
+def _nucleus(weights: NDArray[np.float32], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
     """The smallest set of `ids` whose share of the mass reaches `top_p` (Holtzman et al., 2020); never empty."""
-    target = top_p * float(weights[ids].sum())
-    # Sorting a whole vocabulary costs milliseconds: the few heaviest nearly always suffice.
-    head = ids if ids.size <= 512 else ids[np.argpartition(weights[ids], -256)[-256:]]
-    if head.size < ids.size and float(weights[head].sum()) < target:
-        head = ids
+    target = top_p * float(weights[ids].sum(dtype=np.float64))
+    # Sorting a whole vocabulary costs milliseconds. The heaviest tokens, down to a floor, nearly always suffice.
+    for floor in (1e-2, 1e-4, 0.0):
+        head = ids[weights[ids] >= floor * float(weights[ids].max())]
+        if float(weights[head].sum(dtype=np.float64)) >= target:
+            break
     order = head[np.argsort(-weights[head], kind="stable")]
-    return order[: int(np.searchsorted(np.cumsum(weights[order]), target)) + 1]
+    return order[: int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), target)) + 1]
 
 
 def _generator(request: Request) -> np.random.Generator:
     """The request's own random numbers: what else runs cannot change them."""
-    if not isinstance(request.sampler_state, np.random.Generator):
+    if request.generator is None:
         seed = request.params.seed
-        request.sampler_state = np.random.default_rng(None if seed is None else seed % 2**64)
-    return request.sampler_state
+        request.generator = np.random.default_rng(None if seed is None else seed % 2**64)
+    return request.generator
 
 
-def _with_logprobs(row: NDArray[np.float32], token: int, count: int) -> Choice:
+def logprobs_of(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> list[PromptLogprob]:
+    """The log-probability of `tokens[i]` by `logits[i]` (rows, vocab_size), with the `count` likeliest beside it."""
+    return [PromptLogprob(token, *_logprobs(row, token, count)) for row, token in zip(logits, tokens, strict=True)]
+
+
+def _logprobs(row: NDArray[np.float32], token: int, count: int) -> tuple[float, dict[int, float]]:
     shifted = row.astype(np.float64) - float(row.max())
     logprobs = shifted - np.log(np.exp(shifted).sum())
     top = np.argpartition(-logprobs, count)[:count] if count else np.empty(0, np.int64)
     top = top[np.argsort(-logprobs[top], kind="stable")]
-    return Choice(token, float(logprobs[token]), {int(t): float(logprobs[t]) for t in top})
+    return float(logprobs[token]), {int(t): float(logprobs[t]) for t in top}

@@ -6,9 +6,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from stillhouse.engine.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputs:
+    """The form that an answer must have; `kind` says what `value` is (vLLM's `StructuredOutputsParams`)."""
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar"]
+    value: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +24,11 @@ class SamplingParams:
     """How to choose the next token; names, defaults and ranges are those of vLLM's `SamplingParams`.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 switch these filters off. `stop` strings end the
-    text before them. `seed` None draws one.
+    text before them. `seed` None draws one; of `n` answers, answer i has the seed `seed` + i. At most
+    `thinking_token_budget` tokens between <think> and </think>, then the end tag is forced.
     """
+
+    n: int = 1
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -33,9 +44,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    thinking_token_budget: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for name, (rule, holds) in _RULES.items():
@@ -55,6 +69,7 @@ def _finite(value: float) -> bool:
 
 
 _RULES: dict[str, tuple[str, Any]] = {
+    "n": ("between 1 and 128", lambda v: 1 <= v <= 128),
     "max_tokens": ("at least 1", lambda v: v >= 1),
     "min_tokens": ("at least 0", lambda v: v >= 0),
     "temperature": ("between 0 and 100", lambda v: _finite(v) and 0 <= v <= 100),
@@ -161,9 +176,31 @@ def _read_bias(name: str, value: Any) -> dict[int, float]:
     return {_read_int(name, key): _read_float(name, bias) for key, bias in value.items()}
 
 
-_NULLABLE = {"seed", "logprobs"}
+def _read_structure(name: str, value: Any) -> StructuredOutputs:
+    """One of {"json": schema}, {"json_object": true}, {"regex": …}, {"choice": […]}, {"grammar": Lark}."""
+    value = _read_json_if_string(name, value)
+    known = ("json", "json_object", "regex", "choice", "grammar")
+    if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in known:
+        raise InvalidRequest(f"{name} must be an object with one of {', '.join(known)}, got {value!r}")
+    kind: Any
+    ((kind, content),) = value.items()
+    if kind == "json":
+        content = _read_json_if_string(f"{name}.json", content)
+    types: dict[Any, tuple[type, ...]] = {"json": (Mapping, bool), "json_object": (bool,), "choice": (list, tuple)}
+    if not isinstance(content, types.get(kind, (str,))) or content in ("", [], (), False):
+        raise InvalidRequest(f"{name}.{kind} has a value of another type or none, got {content!r}")
+    choices: Any = content if kind == "choice" else ()
+    if not all(isinstance(item, str) and item for item in choices):
+        raise InvalidRequest(f"{name}.choice must be a list of non-empty strings, got {content!r}")
+    return StructuredOutputs(kind, content)
+
+
+_NULLABLE = {"seed", "logprobs", "prompt_logprobs", "thinking_token_budget", "structured_outputs"}
 _READERS: dict[str, Any] = {
-    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed", "logprobs"), _read_int),
+    **dict.fromkeys(
+        ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_token_budget"),
+        _read_int,
+    ),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         _read_float,
@@ -172,4 +209,5 @@ _READERS: dict[str, Any] = {
     "stop": _read_strings,
     "stop_token_ids": _read_ids,
     "logit_bias": _read_bias,
+    "structured_outputs": _read_structure,
 }

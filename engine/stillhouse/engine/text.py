@@ -40,7 +40,8 @@ class Tokenizer:
             token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special
         )
         self.byte_ids = self._byte_fallback_ids()
-        self._template = _load_template(directory, config)
+        self._template_source = _template_source(directory, config)
+        self._template = _compile_template(directory, self._template_source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a BOS that the text already begins with is not put in twice."""
@@ -64,6 +65,10 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def template_mentions(self, text: str) -> bool:
+        """Whether the chat template has `text` in its source."""
+        return text in (self._template_source or "")
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as the chat template writes it.
@@ -174,10 +179,14 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _load_template(directory: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     source = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    if not isinstance(source, str):
+    return source if isinstance(source, str) else None
+
+
+def _compile_template(directory: Path, source: str | None) -> jinja2.Template | None:
+    if source is None:
         return None
     # The settings that chat templates are written for are those of transformers' apply_chat_template.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -15,8 +15,8 @@ from stillhouse.serve.answers import answer_tensors
 from stillhouse.serve.metrics import SUCCESSES, Metrics
 
 if TYPE_CHECKING:
-    from stillhouse.engine.model import Chunk, LanguageModel
-    from stillhouse.engine.request import Request
+    from stillhouse.engine.answer import Chunk
+    from stillhouse.engine.model import LanguageModel, Submitted
     from stillhouse.serve.tensors import Question
     from stillhouse.serve.watch import Watcher
 
@@ -73,7 +73,7 @@ class Answering:
         self._metrics = metrics
         self._gathered: list[Chunk] = []
         self._prompt = ""
-        self._request: Request | None = None
+        self._request: Submitted | None = None
         self._last_token_s: float | None = None
         self._begun_s = time.perf_counter()
         # Held from submit() until the request can be cancelled, while is_cancelled() is asked, and for the last

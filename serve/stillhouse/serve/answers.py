@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stillhouse.serve.tensors import Question, strings
 
 if TYPE_CHECKING:
-    from stillhouse.engine.model import Chunk
+    from stillhouse.engine.answer import Chunk
 
 Tensors = dict[str, "NDArray[Any]"]
 
@@ -49,8 +49,7 @@ def _logprobs_json(chunks: Sequence[Chunk], token_text: Callable[[int], str]) ->
             for rank, (other, logprob) in enumerate((chunk.top_logprobs or {}).items(), start=1):
                 ranked[other] = (logprob, rank)
             if token_id not in ranked and chunk.logprob is not None:
-                # Below those listed; how far below, the engine does not say.
-                ranked[token_id] = (chunk.logprob, len(ranked) + 1)
+                ranked[token_id] = (chunk.logprob, chunk.rank or len(ranked) + 1)
             positions.append(
                 {
                     str(other): {"logprob": logprob, "rank": rank, "decoded_token": token_text(other)}

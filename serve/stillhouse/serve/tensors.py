@@ -95,6 +95,8 @@ def read_question(tensor: TensorReader, parameters_json: str) -> Question:
 
     given = _read_string(tensor, "sampling_parameters")
     params = parse_params(parameters | (_json_object("sampling_parameters", given) if given else {}))
+    if params.n != 1:
+        raise InvalidRequest(f"n must be 1 here, got {params.n}", hint="send the request n times")
     returns = frozenset(name for name in EXTRA_OUTPUTS if flags[f"return_{name}"])
     logprobs_asked = params.logprobs is not None
     if "cumulative_logprob" in returns and not logprobs_asked:

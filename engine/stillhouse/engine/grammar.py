@@ -1,0 +1,84 @@
+"""Answers of a given form: JSON schema, regular expression, choice, grammar; by llguidance (guidance-ai)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.engine.errors import EngineError, InvalidRequest, StillhouseError
+from stillhouse.engine.sampling import StructuredOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarCompiler:
+    """Makes constraints for one tokenizer; llguidance is loaded with the first."""
+
+    tokenizer: Any  # llguidance.LLTokenizer
+    vocab_size: int
+
+    @classmethod
+    def load(cls, directory: Path, vocab_size: int, eos_token_ids: list[int]) -> GrammarCompiler:
+        """For the tokenizer.json of the version at `directory`. Raises StillhouseError without llguidance."""
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise StillhouseError(
+                "structured outputs need llguidance, which is not installed", hint="pip install llguidance"
+            ) from error
+        file = (directory / "tokenizer.json").read_text("utf-8")
+        return cls(LLTokenizer(file, n_vocab=vocab_size, eos_token=eos_token_ids or None), vocab_size)
+
+    def compile(self, wanted: StructuredOutputs) -> GrammarConstraint:
+        """The constraint for one answer. Raises InvalidRequest with what llguidance says of a wrong grammar."""
+        from llguidance import LLMatcher
+
+        grammar = _grammar(wanted)
+        fault = LLMatcher.validate_grammar(grammar, self.tokenizer)
+        if fault:
+            raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {fault.splitlines()[0]}")
+        return GrammarConstraint(LLMatcher(self.tokenizer, grammar), self.vocab_size)
+
+
+class GrammarConstraint:
+    """What may come next in one answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next: (vocab_size,)."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar stopped: {self._matcher.get_error()}")
+        mask = np.zeros(self._vocab_size, np.bool_)
+        found = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        mask[: found.size] = found
+        return mask
+
+    def push(self, token_id: int) -> None:
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token_id)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+
+def _grammar(wanted: StructuredOutputs) -> str:
+    from llguidance import LLMatcher
+
+    if wanted.kind == "json":
+        return str(LLMatcher.grammar_from_json_schema(wanted.value))
+    if wanted.kind == "json_object":
+        return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+    if wanted.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(wanted.value))
+    if wanted.kind == "choice":
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in wanted.value)))
+    return str(LLMatcher.grammar_from_lark(wanted.value))

@@ -1,0 +1,55 @@
+"""How large an engine is: from its options, the model and the machine's memory."""
+
+from __future__ import annotations
+
+import os
+
+from stillhouse.engine.errors import UsageError
+from stillhouse.engine.manifest import Manifest
+from stillhouse.engine.options import EngineOptions
+from stillhouse.engine.scheduler import Limits
+
+# What is served when nothing else is said: room for a conversation, within a tenth of the machine's memory.
+DEFAULT_MODEL_LEN_TOKENS = 4096
+LEAST_MODEL_LEN_TOKENS = 2048
+KV_SHARE_OF_MEMORY = 0.1
+
+
+def limits_of(manifest: Manifest, options: EngineOptions) -> Limits:
+    """Sizes in sequences and tokens; the context served fits the KV budget.
+
+    Raises UsageError for a context longer than the model's, or a budget that does not hold the context.
+    """
+    network, per_token = manifest.network, manifest.memory.kv_bytes_per_token
+    wanted = options.max_model_len or min(DEFAULT_MODEL_LEN_TOKENS, network.context_length)
+    if wanted > network.context_length:
+        raise UsageError(
+            f"max_model_len is {wanted}, but {manifest.model} was made for {network.context_length} tokens",
+            hint=f"ask for at most {network.context_length}",
+        )
+    capacity = _budget_bytes(options) // per_token
+    if options.max_model_len is None:
+        wanted = min(wanted, max(capacity, min(LEAST_MODEL_LEN_TOKENS, network.context_length)))
+    if options.kv_cache_bytes is None and options.kv_cache_share is None:
+        capacity = max(capacity, wanted)
+    if capacity < wanted:
+        raise UsageError(
+            f"a KV cache of {_budget_bytes(options)} bytes holds {capacity} tokens, but max_model_len is {wanted}",
+            hint=f"give at least {wanted * per_token} bytes, or ask for a smaller max_model_len",
+        )
+    return Limits(
+        slots=options.max_num_seqs,
+        max_model_len=wanted,
+        kv_capacity_tokens=min(capacity, (options.max_num_seqs + options.prefix_slots) * wanted),
+        prefill_chunk_tokens=options.prefill_chunk_tokens,
+        prefill_alone_tokens=max(options.prefill_alone_tokens, options.prefill_chunk_tokens),
+        max_waiting=options.max_waiting,
+        prefix_slots=options.prefix_slots,
+    )
+
+
+def _budget_bytes(options: EngineOptions) -> int:
+    if options.kv_cache_bytes is not None:
+        return options.kv_cache_bytes
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory_bytes * (options.kv_cache_share or KV_SHARE_OF_MEMORY))

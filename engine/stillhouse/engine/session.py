@@ -1,0 +1,72 @@
+"""Opens ONNX Runtime sessions: which provider, which file, with packed weights where they can be had."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnxruntime as ort
+
+from stillhouse.engine.directory import VersionDirectory
+from stillhouse.engine.errors import EngineError
+from stillhouse.engine.weights_cache import prepacked_model
+
+log = logging.getLogger(__name__)
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(model_path: Path, *, threads: int | None, provider: str) -> ort.InferenceSession:
+    """A session on `provider`, and on no other. Raises EngineError where the graph or the provider does not load."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    name = PROVIDERS[provider]
+    if name not in ort.get_available_providers():
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} has no {name}; it has {', '.join(ort.get_available_providers())}",
+            hint="install the build of ONNX Runtime for your device, or use the CPU",
+        )
+    try:
+        session = ort.InferenceSession(str(model_path), options, providers=[name])
+    except Exception as error:  # ONNX Runtime's errors share no base class of their own
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot load {model_path}: {str(error).splitlines()[0]}",
+            hint="'stillhouse inspect DIR' tells which versions it was built with",
+        ) from error
+    # A provider that fails to start is dropped without an error: only the session knows what it really got.
+    if name not in session.get_providers():
+        raise EngineError(f"{name} does not start on this machine", hint="see ONNX Runtime's log, or use the CPU")
+    return session
+
+
+def choose_provider(wanted: str, target: str) -> str:
+    """The provider for a version built for `target`; a fall-back to the CPU is said by name, never silent."""
+    if wanted != "auto":
+        return wanted
+    if target == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
+        log.warning("built for CUDA, but ONNX Runtime %s has no CUDA provider: running on the CPU", ort.__version__)
+        return "cpu"
+    return target
+
+
+def model_to_load(version: VersionDirectory, provider: str) -> Path:
+    """The version's graph, with packed weights where the provider is a CPU and they can be had."""
+    if provider != "cpu":
+        return version.model_path
+    return prepacked_model(version, pack_weights, f"onnxruntime {ort.__version__}")
+
+
+def pack_weights(model_path: Path, target: Path) -> None:
+    """Writes `model_path` to `target` with its weights packed for this CPU (see weights_cache.py)."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(target)
+    for key, value in (
+        ("session.optimized_model_external_initializers_file_name", target.name + ".data"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(key, value)
+    ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,63 @@
+"""A budget for models that think aloud between <think> and </think> before they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingTags:
+    """The token ids of the opening and of the closing tag, one or several each."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+class Thinking:
+    """Follows one answer in and out of its thoughts, counts them, and says when the end tag must be forced.
+
+    The prompt may open the tag already, as the chat templates of R1-Distill models do. Tags themselves do not count.
+    """
+
+    def __init__(self, tags: ThinkingTags, prompt_ids: Sequence[int], budget_tokens: int | None) -> None:
+        self._tags = tags
+        self._budget_tokens = budget_tokens
+        self._tail: list[int] = []
+        self._forced: list[int] = []
+        self.tokens = 0
+        self.inside = _last(prompt_ids, tags.start) > _last(prompt_ids, tags.end)
+
+    def forced_token(self) -> int | None:
+        """The token that must come next, whatever the model would say; None: the model is free."""
+        if not self._forced and self.inside and self._budget_tokens is not None and self.tokens >= self._budget_tokens:
+            self._forced = list(self._tags.end)
+        return self._forced[0] if self._forced else None
+
+    def push(self, token_id: int) -> None:
+        """Takes note of the token that was chosen."""
+        forced = bool(self._forced)
+        if forced:
+            self._forced.pop(0)
+        elif self.inside:
+            self.tokens += 1
+        longest = max(len(self._tags.start), len(self._tags.end))
+        self._tail = [*self._tail, token_id][-longest:]
+        if self.inside and _ends_with(self._tail, self._tags.end):
+            self.inside = False
+            if not forced:
+                self.tokens -= len(self._tags.end)
+        elif not self.inside and _ends_with(self._tail, self._tags.start):
+            self.inside = True
+
+
+def _ends_with(tail: Sequence[int], tag: Sequence[int]) -> bool:
+    return len(tail) >= len(tag) and tuple(tail[-len(tag) :]) == tuple(tag)
+
+
+def _last(ids: Sequence[int], tag: Sequence[int]) -> int:
+    """Where `tag` begins for the last time in `ids`; -1 where it does not."""
+    for at in range(len(ids) - len(tag), -1, -1):
+        if tuple(ids[at : at + len(tag)]) == tuple(tag):
+            return at
+    return -1
