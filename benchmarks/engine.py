@@ -22,11 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bandwidth import read_bandwidth_gb_s  # noqa: E402
-from figures import markdown, perplexity, ratios, replace_between, summarise  # noqa: E402
-from machine import describe  # noqa: E402
-from roster import BASE, CACHE, HERE, ROOT, PeerError, PeerProcess, PeerSpec, known, set_up  # noqa: E402
-from workload import Workload  # noqa: E402
+from bandwidth import read_bandwidth_gb_s
+from figures import markdown, perplexity, ratios, replace_between, summarise
+from machine import describe
+from roster import BASE, CACHE, HERE, ROOT, PeerError, PeerProcess, PeerSpec, known, set_up
+from workload import Workload
 
 OURS = "stillhouse"
 VERSION = ROOT / "model_repository/support-int4/1"
@@ -108,7 +108,6 @@ def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
     results = summarise(samples)
     if OURS not in results:
         raise PeerError(f"nothing to compare: {failed.get(OURS, f'{OURS} is not among the peers')}")
-    reference = BASE / "perplexity.json"
     return {
         "ours": OURS,
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -124,7 +123,18 @@ def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
         "settings": settings,
         "failed": failed,
         "samples": samples,
-    } | ({"reference_perplexity": json.loads(reference.read_bytes())["perplexity"]} if reference.is_file() else {})
+    } | ({} if args.no_perplexity else reference(args, workload))
+
+
+def reference(args: argparse.Namespace, workload: Workload) -> dict[str, float]:
+    """The perplexity of the FP32 checkpoint that all peers' models come from, if it is there."""
+    peer = PeerSpec("FP32", "reference.py", None, BASE)
+    if peer.why_not(args.version_dir):
+        return {}
+    load = {"threads": args.threads, "sequences": 1, "context_tokens": 0}
+    with PeerProcess(peer, args.version_dir, timeout_s=args.timeout_s, **load) as process:
+        answer = process.ask("perplexity", windows=workload.windows())
+    return {"reference_perplexity": perplexity(answer["nll"], answer["tokens"])}
 
 
 def session(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 # What the kernels of 4-bit matrix products choose by.
 INSTRUCTION_SETS = (
-    ("avx2", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
-    + ("asimddp", "i8mm", "sve", "bf16")  # Arm
+    *("avx2", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "sve", "bf16"),  # Arm
 )
 
 

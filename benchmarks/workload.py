@@ -25,6 +25,7 @@ class Workload:
     @classmethod
     def of_manual(cls, tokenizer_json: Path, seed: int, held_out_tokens: int = 4096) -> Workload:
         from pydoc_data import topics
+
         from tokenizers import Tokenizer
 
         text = "\n".join(topics.topics[name] for name in sorted(topics.topics))

@@ -18,7 +18,7 @@ GREEDY = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": Tru
 
 
 class LlamaCpp:
-    def load(self, model: Path, *, threads: int, sequences: int, context_tokens: int) -> dict[str, Any]:
+    def load(self, model: Path, *, threads: int, sequences: int, context_tokens: int) -> dict[str, Any]:  # noqa: ARG002
         import xllamacpp
 
         self.xllamacpp, self.model, self.threads = xllamacpp, model, threads
@@ -49,7 +49,7 @@ class LlamaCpp:
         submitted_s, times_s = self._run(prompts, TTFT_TOKENS)
         return [times[0] - submitted_s for times in times_s]
 
-    def perplexity(self, windows: list[list[int]]) -> tuple[float, int]:  # noqa: ARG002
+    def perplexity(self, windows: list[list[int]]) -> tuple[float, int]:
         raise NotImplementedError("its server gives no log-probabilities of a prompt")
 
     def _serve(self, slots: int) -> None:
