@@ -56,7 +56,7 @@ def known() -> dict[str, PeerSpec]:
         PeerSpec("onnxruntime-genai", "genai.py"),
         PeerSpec("llama.cpp", "llamacpp.py", "llamacpp", folder / GGUF),
         PeerSpec("OpenVINO", "openvino_cb.py", "openvino", CACHE / "openvino/int4-g64-r1.0"),
-        PeerSpec("OpenVINO-mixed", "openvino_cb.py", "openvino", CACHE / "openvino/int4-g64-r0.8"),
+        PeerSpec("OpenVINO-mixed", "openvino_cb.py", "openvino", CACHE / "openvino/int4-g32-r0.6"),
     )
     return {peer.name: peer for peer in peers}
 
@@ -67,15 +67,19 @@ def set_up(peer: PeerSpec, *, compile_native: bool) -> None:
         return
     if not peer.python.is_file():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS / peer.environment], check=True)
-    pip = [peer.python, "-m", "pip"]
-    native = (
-        ["--no-binary", "xllamacpp", "--force-reinstall"] if compile_native and peer.script == "llamacpp.py" else []
-    )
     requirements = HERE / f"peers/{peer.environment}.txt"
-    subprocess.run([*pip, "install", "-q", *native, "-r", requirements], check=True)
+    native = compile_native and peer.script == "llamacpp.py"
+    stamp = ENVIRONMENTS / peer.environment / "installed.txt"
+    wanted = requirements.read_text(encoding="utf-8") + ("compiled here\n" if native else "")
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        pip = [peer.python, "-m", "pip"]
+        force = ["--no-binary", "xllamacpp", "--force-reinstall"] if native else []
+        subprocess.run([*pip, "install", "-q", *force, "-r", requirements], check=True)
+        if peer.environment == "openvino":
+            # optimum-intel asks for a torchvision that it doesn't use; beside a CPU's torch, PyPI's doesn't import.
+            subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision"], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
     if peer.environment == "openvino":
-        # optimum-intel asks for a torchvision that it doesn't use; beside a CPU's torch, PyPI's doesn't import.
-        subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision"], check=True)
         if peer.model is not None and not (peer.model / "conversion.json").is_file():
             group, ratio = peer.model.name.removeprefix("int4-g").split("-r")
             script = HERE / "peers/openvino_convert.py"
