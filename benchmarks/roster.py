@@ -79,11 +79,10 @@ def set_up(peer: PeerSpec, *, compile_native: bool) -> None:
             # optimum-intel asks for a torchvision that it doesn't use; beside a CPU's torch, PyPI's doesn't import.
             subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision"], check=True)
         stamp.write_text(wanted, encoding="utf-8")
-    if peer.environment == "openvino":
-        if peer.model is not None and not (peer.model / "conversion.json").is_file():
-            group, ratio = peer.model.name.removeprefix("int4-g").split("-r")
-            script = HERE / "peers/openvino_convert.py"
-            subprocess.run([peer.python, script, BASE, peer.model, "--group-size", group, "--ratio", ratio], check=True)
+    if peer.environment == "openvino" and peer.model is not None and not (peer.model / "conversion.json").is_file():
+        group, ratio = peer.model.name.removeprefix("int4-g").split("-r")
+        script = HERE / "peers/openvino_convert.py"
+        subprocess.run([peer.python, script, BASE, peer.model, "--group-size", group, "--ratio", ratio], check=True)
 
 
 class PeerProcess:
