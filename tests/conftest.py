@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Ignored by git, and kept between runs: what was built with the same inputs is not built again.
 KEPT = ROOT / ".pytest_cache" / "stillhouse"
+
+
+# In CI a skip of one of these is a failure: what they need is to be there.
+NEVER_SKIPPED = ("triton", "aarch64", "browser", "genai")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turns the skip of a test that CI must run into a failure."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and any(item.get_closest_marker(name) for name in NEVER_SKIPPED):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but in CI it must run: {report.longrepr}"
+    return report
 
 
 def load_script(path: Path) -> ModuleType:
