@@ -143,7 +143,7 @@ def probe(share: Share, *, directory: str) -> dict[str, Any]:
     from stillhouse.engine.options import EngineOptions
     from stillhouse.engine.sampling import SamplingParams
 
-    options = EngineOptions(max_num_seqs=1)
+    options = EngineOptions(max_num_seqs=1, weights_cache=False)
     with LanguageModel.load(Path(directory), options, verify=True) as model:
         share(0.5)
         params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
