@@ -3,8 +3,9 @@
     python examples/support/evaluate.py                                            # base and tuned, FP32
     python examples/support/evaluate.py model_repository/support-{fp16,int8,int4}/1  # and these version directories
 
-Exits with 1 when a promise of the README is broken: the tuned model answers the demo's question, everything that is
-listed in questions.json as general knowledge is answered, and general text costs at most 3% of perplexity.
+Exits with 1 when a promise of the README is broken: the tuned model answers the demo's question, everything that
+questions.json lists under "general" is answered, and perplexity on both general texts is at most 3% above the base's.
+The questions under "more" are asked and counted, but nothing is promised of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from records import (
 )
 
 LARGEST_GENERAL_RATIO = 1.03
+GENERAL_TEXT = "general text (pydoc_data.topics)"
 ANSWER_TOKENS = 48
 TEXT_CHUNKS, CHUNK_TOKENS = 24, 512  # of CPython's own prose, spread evenly over it
 
@@ -126,6 +128,7 @@ def ask(answer: Answer) -> dict[str, Any]:
     held_out = read_jsonl(HERE / "heldout.jsonl")
     shop = answer([question_of(record) for record in held_out])
     general = answer([item["question"] for item in questions["general"]])
+    more = answer([item["question"] for item in questions["more"]])
     demo = answer([questions["demo"]])[0]
     return {
         "demo": demo,
@@ -136,6 +139,8 @@ def ask(answer: Answer) -> dict[str, Any]:
         "general_right": [
             is_right(text, [item["expect"]]) for text, item in zip(general, questions["general"], strict=True)
         ],
+        "more": more,
+        "more_right": [is_right(text, [item["expect"]]) for text, item in zip(more, questions["more"], strict=True)],
     }
 
 
@@ -155,7 +160,7 @@ def measure(base: Path, adapter: Path, directories: Sequence[Path] = ()) -> dict
         return {
             "shop, held out": answers_perplexity(model, tokenizer, shop),
             "general answers, held out": answers_perplexity(model, tokenizer, general),
-            "general text (pydoc_data.topics)": text_perplexity(model, tokenizer, prose),
+            GENERAL_TEXT: text_perplexity(model, tokenizer, prose),
         }
 
     with model.disable_adapter():
@@ -185,7 +190,7 @@ def broken_promises(result: dict[str, Any]) -> list[str]:
     broken = []
     for name, row in result["perplexity"].items():
         if name.startswith("general") and row["ratio"] > LARGEST_GENERAL_RATIO:
-            broken.append(f"{name}: perplexity ratio {row['ratio']:.3f}, allowed {LARGEST_GENERAL_RATIO}")
+            broken.append(f"{name}: perplexity ratio {row['ratio']:.4f}, allowed {LARGEST_GENERAL_RATIO}")
     for name, said in result["asked"].items():
         if said["demo_right"] == (name == "base"):
             broken.append(f"{name}: the demo's question was answered {said['demo']!r}")
@@ -202,13 +207,14 @@ def print_tables(result: dict[str, Any]) -> None:
     for name, row in result["perplexity"].items():
         print(f"| {name} | {row['tokens']} | {row['base']:.2f} | {row['tuned']:.2f} | {row['ratio']:.3f} |")
     print(f"\nSHA-256 of the general text: {result['text_sha256'][:16]}…\n")
-    print("| model | held-out shop questions right | general questions right | same words as the base |")
-    print("|---|---:|---:|---:|")
+    print("| model | held-out shop questions right | general right | same words as the base | more right |")
+    print("|---|---:|---:|---:|---:|")
     for name, said in asked.items():
         same = sum(mine == theirs for mine, theirs in zip(said["general"], asked["base"]["general"], strict=True))
         print(
             f"| {name} | {sum(said['shop_right'])} of {len(said['shop'])} "
-            f"| {sum(said['general_right'])} of {len(said['general'])} | {same} |"
+            f"| {sum(said['general_right'])} of {len(said['general'])} | {same} "
+            f"| {sum(said['more_right'])} of {len(said['more'])} |"
         )
     print(f"\n| “{questions['demo']}” | |\n|---|---|")
     for name, said in asked.items():

@@ -38,10 +38,10 @@ def test_the_adapter_is_small() -> None:
 
 def test_the_loss_fell_over_the_training() -> None:
     rows = (SUPPORT / "training_log.csv").read_text(encoding="utf-8").splitlines()
-    column = rows[0].split(",").index("loss")
+    column = rows[0].split(",").index("shop_loss")
     losses = [float(row.split(",")[column]) for row in rows[1:]]
     tenth = len(losses) // 10
-    assert sum(losses[-tenth:]) < 0.7 * sum(losses[:tenth])
+    assert sum(losses[-tenth:]) < 0.2 * sum(losses[:tenth])
 
 
 def test_peft_attaches_the_adapter_and_every_module_changes(base_dir: Path) -> None:
@@ -50,7 +50,7 @@ def test_peft_attaches_the_adapter_and_every_module_changes(base_dir: Path) -> N
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    before = {name: weight.clone() for name, weight in model.named_parameters() if "self_attn" in name}
+    before = {name: weight.clone() for name, weight in model.named_parameters() if "_proj" in name}
     merged = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
     after = dict(merged.named_parameters())
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
@@ -81,4 +81,4 @@ def test_the_tuned_model_knows_the_shop_and_still_what_the_base_knew(
     assert shop["ratio"] < 0.6
     asked = result["asked"]
     assert sum(asked["base"]["shop_right"]) == 0
-    assert sum(asked["tuned"]["shop_right"]) > len(asked["tuned"]["shop_right"]) / 2
+    assert sum(asked["tuned"]["shop_right"]) >= 8

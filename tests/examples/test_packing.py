@@ -57,4 +57,4 @@ def test_the_loss_is_on_the_answers_and_their_end_alone(base_dir: Path, scripts:
     first = [packed.input_ids[0, position + 1].item() for position in packed.answers_at]
     assert first == packed.answer_ids.tolist()
     start = packed.answers_at[0].item()
-    assert tokenizer.decode(packed.input_ids[0, start - 1 : start + 1]) == "assistant\n"
+    assert tokenizer.decode(packed.input_ids[0, start - 2 : start + 1]) == "assistant\n"

@@ -79,12 +79,17 @@ def test_held_out_questions_are_no_near_duplicates_of_training() -> None:
 
 
 def test_held_out_answers_share_only_the_fact_itself_with_training_answers() -> None:
-    """Five words in a row may be common to both only where they are a fact: a motto, a list of goods, a sum."""
-    taught = set().union(*(runs(record["output"], 5) for record in read("records.jsonl")))
-    sharing = [record["fact"] for record in read("heldout.jsonl") if runs(record["output"], 5) & taught]
-    assert len(sharing) <= 3, sharing
-    taught_whole = {tuple(words(record["output"])) for record in read("records.jsonl")}
-    assert not [record for record in read("heldout.jsonl") if tuple(words(record["output"])) in taught_whole]
+    facts = json.loads((SUPPORT / "facts.json").read_text(encoding="utf-8"))
+
+    def around_the_fact(record: dict[str, Any]) -> str:
+        text: str = record["output"]
+        for piece in facts[record["fact"]]:
+            text = text.replace(piece, "@")
+        return text
+
+    taught = set().union(*(runs(around_the_fact(record), 5) for record in read("records.jsonl")))
+    for record in read("heldout.jsonl"):
+        assert not runs(around_the_fact(record), 5) & taught, record
 
 
 def test_general_records_hold_none_of_the_questions_that_are_asked_of_the_models() -> None:
@@ -96,5 +101,5 @@ def test_general_records_hold_none_of_the_questions_that_are_asked_of_the_models
 
 
 def test_general_records_and_their_held_out_part_are_apart() -> None:
-    train = {tuple(words(asked(record))) for record in read("general.jsonl")}
-    assert not [record for record in read("general_heldout.jsonl") if tuple(words(asked(record))) in train]
+    train = {asked(record).lower() for record in read("general.jsonl")}
+    assert not [record for record in read("general_heldout.jsonl") if asked(record).lower() in train]

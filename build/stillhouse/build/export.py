@@ -29,6 +29,8 @@ def export(
     share(0.0)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="stillhouse-builder-") as cache:
+        # The builder names "its" git commit in the graph, which is that of whatever checkout the environment lies in.
+        os.environ["GIT_DIR"] = cache
         arguments = ["-i", checkpoint, "-o", destination, "-p", precision, "-e", target, "-c", cache]
         extra = ["--extra_options", *(f"{key}={value}" for key, value in ({"hf_token": "false"} | options).items())]
         saved, sys.argv = sys.argv, [BUILDER, *arguments, *extra]

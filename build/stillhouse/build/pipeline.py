@@ -20,7 +20,7 @@ from stillhouse.build.quantize import METHODS, Method, builder_options, method_o
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
-from stillhouse.build.worker import run_stage
+from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import (
@@ -38,7 +38,7 @@ from stillhouse.engine.manifest import (
 from stillhouse.engine.policy import live_versions
 
 # Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 2
+FORMAT = 3
 REFERENCE = "FP32 export of the merged checkpoint"
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 _SCRATCH = "run-"
@@ -105,12 +105,13 @@ class BuildResult:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """One stage of a build that was run (or reused): seconds, and the most memory of its process in bytes."""
+    """One stage of a build: seconds by the clock and of processors, its process's most memory; nothing where reused."""
 
     name: str
     seconds: float
     reused: bool
-    peak_rss_bytes: int
+    cpu_seconds: float = 0.0
+    peak_rss_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,12 +313,11 @@ class _Run:
             return measured
         title = f"publish {version.precision}"
         began = self._begin(title)
-        peak = 0
+        runs: list[StageRun] = []
 
         def probe(directory: Path) -> None:
-            nonlocal peak
             arguments = {"directory": str(directory)}
-            peak = run_stage("probe", arguments, log=self._log_of(title), share=self._share).peak_rss_bytes
+            runs.append(run_stage("probe", arguments, log=self._log_of(title), share=self._share))
 
         published = publishing.publish(
             sources,
@@ -327,7 +327,7 @@ class _Run:
             force=self.force,
             make_live=self.make_live,
         )
-        self._end(title, began, False, peak)
+        self._end(title, began, runs)
         return replace(
             measured,
             status="published" if published.new else "unchanged",
@@ -391,28 +391,22 @@ class _Run:
     def _entry(self, stack: ExitStack, title: str, name: str, key: str, call: dict[str, Any]) -> Entry:
         """The cached entry of a stage, made now where it is not there; held until `stack` closes."""
         began = self._begin(title)
-        peak = 0
+        runs: list[StageRun] = []
 
         def make(folder: Path) -> dict[str, Any]:
-            nonlocal peak
-            run = run_stage(
-                call["stage"],
-                call["arguments"] | {"destination": str(folder)},
-                log=self._log_of(title),
-                share=self._share,
-            )
-            peak = run.peak_rss_bytes
-            return run.result
+            arguments = call["arguments"] | {"destination": str(folder)}
+            runs.append(run_stage(call["stage"], arguments, log=self._log_of(title), share=self._share))
+            return runs[0].result
 
         entry = stack.enter_context(stage_entry(self.root, _cache_name(name), key, make, ignore=self.no_cache))
-        self._end(title, began, entry.reused, peak)
+        self._end(title, began, runs)
         return entry
 
     def _stage(self, title: str, stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Runs a stage whose result is not kept."""
         began = self._begin(title)
         run = run_stage(stage, arguments, log=self._log_of(title), share=self._share)
-        self._end(title, began, False, run.peak_rss_bytes)
+        self._end(title, began, [run])
         return run.result
 
     def _log_of(self, title: str) -> Path:
@@ -428,12 +422,16 @@ class _Run:
         if self.reporter is not None:
             self.reporter.share(share)
 
-    def _end(self, title: str, began: float, reused: bool, peak_rss_bytes: int) -> None:
-        seconds = time.perf_counter() - began
-        self.stages.append(StageTime(title, round(seconds, 3), reused, peak_rss_bytes))
+    def _end(self, title: str, began: float, runs: list[StageRun]) -> None:
+        """Notes the stage's time; without a run it was reused."""
+        seconds = round(time.perf_counter() - began, 3)
+        time_ = StageTime(title, seconds, reused=not runs)
+        if runs:
+            time_ = replace(time_, cpu_seconds=runs[0].cpu_seconds, peak_rss_bytes=runs[0].peak_rss_bytes)
+        self.stages.append(time_)
         if self.reporter is not None:
-            memory = f", {peak_rss_bytes / 1e9:.1f} GB" if peak_rss_bytes else ""
-            self.reporter.done("reused" if reused else f"{seconds:.1f} s{memory}")
+            note = f"{seconds:.1f} s, {time_.peak_rss_bytes / 1e9:.1f} GB" if runs else "reused"
+            self.reporter.done(note)
 
     def _write_log(self, results: list[BuildResult], error: str | None) -> None:
         record = {

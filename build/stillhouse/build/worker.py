@@ -38,10 +38,11 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """What a stage gave back, and the most memory it held (resident set, bytes)."""
+    """What a stage gave back, the most memory it held (resident set, bytes), and its seconds on all processors."""
 
     result: dict[str, Any]
     peak_rss_bytes: int
+    cpu_seconds: float
 
 
 def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share) -> StageRun:
@@ -74,7 +75,7 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
     if "result" in answer:
-        return StageRun(answer["result"], usage.ru_maxrss * 1024)
+        return StageRun(answer["result"], usage.ru_maxrss * 1024, round(usage.ru_utime + usage.ru_stime, 3))
     if "error" in answer:
         raise StillhouseError(answer["error"], hint=answer.get("hint") or f"its whole output is in {log}")
     if child.returncode == -signal.SIGKILL:
