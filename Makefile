@@ -9,7 +9,7 @@ EXTRAS := build,serve,triton,edge,client,loadtest,dev,cpu
 ROOMS := engine build serve edge client loadtest cli
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint format serve clean help setup
+.PHONY: demo test test-all lint format serve bench clean help setup
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,10 @@ format: $(READY)  ## format and mend what ruff can
 serve: $(READY)  ## serve model_repository/ (after make demo)
 	@$(BIN)/stillhouse serve
 
+bench: $(READY)  ## the engine against its peers (their environments: 1.7 GB; some minutes on a quiet machine)
+	@$(BIN)/python benchmarks/engine.py --setup all
+	@$(BIN)/python benchmarks/engine.py --write-docs
+
 setup: $(READY)  ## make the environment (.venv) and nothing else
 
 $(READY): pyproject.toml constraints.txt
@@ -51,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 
 clean:  ## remove caches, the environment and what the demo built (never build/: it is a room)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out examples/*/base examples/*/run
-	find $(ROOMS) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(ROOMS) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find model_repository -mindepth 1 ! -name .gitkeep -delete
