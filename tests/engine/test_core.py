@@ -353,6 +353,17 @@ def test_when_memory_runs_out_the_youngest_is_preempted_and_its_answer_stays_the
     assert_nothing_is_held(engine)
 
 
+def test_kept_prompts_give_way_to_who_was_preempted() -> None:
+    """A request that ends keeps its prompt for reuse; it must not keep a preempted one out."""
+    engine = make_engine(2, capacity=CONTEXT + 40, prefix_slots=2)
+    sinks = [Collected() for _ in range(3)]
+    for index, (sink, tokens) in enumerate(zip(sinks, (20, 12, 25), strict=True)):
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        engine.submit([index + 1] * 38, params, sink)
+    run_until_idle(engine, most_steps=500)
+    assert [len(sink.ids) for sink in sinks] == [20, 12, 25]
+
+
 def test_a_shared_beginning_is_prefilled_once() -> None:
     engine = make_engine(2, prefix_slots=1, chunk=100)
     system = list(range(1, 41))

@@ -112,7 +112,7 @@ class Engine:
     def stats(self) -> Stats:
         scheduler = self._scheduler
         return Stats(
-            running=len(list(scheduler.running())),
+            running=scheduler.num_running,
             waiting=len(scheduler.waiting),
             kv_tokens_used=scheduler.kv_tokens,
             kv_tokens_capacity=self.limits.kv_capacity_tokens,

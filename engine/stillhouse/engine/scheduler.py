@@ -75,9 +75,15 @@ class Scheduler:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens in the cache; a prompt that is being prefilled counts whole."""
-        prefilling = self.prefilling.num_prompt_tokens if self.prefilling else 0
-        return sum(request.kv_tokens for request in self.decoding) + prefilling + self._prefixes.tokens
+        """Tokens in the cache; a prompt that is being prefilled counts whole. Any thread may ask."""
+        prefilling = self.prefilling
+        whole = prefilling.num_prompt_tokens if prefilling else 0
+        return sum(request.kv_tokens for request in self.decoding) + whole + self._prefixes.tokens
+
+    @property
+    def num_running(self) -> int:
+        """How many requests `running` names. Any thread may ask."""
+        return len(self.decoding) + (self.prefilling is not None) + len(self._preempted)
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +114,7 @@ class Scheduler:
         """Brings preempted requests back, the oldest first, as far as there is room."""
         while self._preempted and self.free_slots and not self.prefilling:
             request, swapped = self._preempted[0]
-            if not self._fits(request.kv_tokens):
+            if not self._make_fit(request.kv_tokens):
                 return
             self._preempted.popleft()
             self._runner.swap_in(len(self.decoding), swapped)
@@ -124,9 +130,8 @@ class Scheduler:
         # What is left of a step is worth running only if it takes a prompt whole: small chunks cost like large ones.
         if spent_tokens and spent_tokens + request.num_prompt_tokens > self.chunk_tokens:
             return None
-        while not self._fits(request.num_prompt_tokens):
-            if not self._forget_one_prefix():
-                return None
+        if not self._make_fit(request.num_prompt_tokens):
+            return None
         self.waiting.popleft()
         request.timing.scheduled_s = time.perf_counter()
         self._reuse_prefix(request)
@@ -162,6 +167,13 @@ class Scheduler:
         """Whether `tokens` more can come in, and every row go on for a while; alone, nothing is held back."""
         headroom = HEADROOM_TOKENS * len(self.decoding) + 1
         return self.kv_tokens + tokens + headroom <= self._limits.kv_capacity_tokens
+
+    def _make_fit(self, tokens: int) -> bool:
+        """As `_fits`, at the cost of the prompts that are kept for reuse."""
+        while not self._fits(tokens):
+            if not self._forget_one_prefix():
+                return False
+        return True
 
     def _preempt(self, request: Request) -> None:
         """Swaps the KV of a row out. It must not be recomputed: that would be another kernel, and another answer."""
