@@ -40,6 +40,13 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test asks for the example first waits until it is built."""
+    for item in items:
+        if "support_repository" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The checkout's root."""
@@ -76,14 +83,15 @@ def support_repository(base_dir: Path, kept_cache: Path) -> Path:
     assert kept_cache.parent == KEPT
     from stillhouse.build import pipeline
     from stillhouse.build.cache import key_of
+    from stillhouse.build.plan import plan
     from stillhouse.build.recipe import load_recipe
 
     recipe = load_recipe(ROOT / "examples" / "support" / "recipe.toml")
-    demo = pipeline.plan(recipe, ROOT / "model_repository")
+    demo = plan(recipe, ROOT / "model_repository")
     if all(version.existing and version.existing.manifest.version == 1 for version in demo.versions):
         return demo.repository
     repository = KEPT / f"support-{key_of({'inputs': [version.inputs_sha256 for version in demo.versions]})[:16]}"
-    if any(version.existing is None for version in pipeline.plan(recipe, repository).versions):
+    if any(version.existing is None for version in plan(recipe, repository).versions):
         shutil.rmtree(repository)
         failed = [result for result in pipeline.build(recipe, repository).results if result.status == "failed"]
         assert not failed, failed

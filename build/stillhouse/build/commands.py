@@ -30,11 +30,12 @@ def build(
     Example: stillhouse build examples/support/recipe.toml
     """
     from stillhouse.build import pipeline
+    from stillhouse.build import plan as planning
     from stillhouse.build.recipe import load_recipe
 
     asked = load_recipe(recipe)
     if dry_run:
-        _say_plan(pipeline.dry_run(pipeline.plan(asked, repository, force=force)), as_json)
+        _say_plan(planning.dry_run(planning.plan(asked, repository, force=force)), as_json)
         return
     from stillhouse.build.report import build_json, build_table, reporter_for_terminal
 

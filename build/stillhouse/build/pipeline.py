@@ -8,39 +8,22 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from stillhouse.build import publish as publishing
-from stillhouse.build.cache import Entry, cache_root, is_cached, key_of, prune, stage_entry
-from stillhouse.build.checkpoint import Adapter, Checkpoint, open_adapter, open_checkpoint
+from stillhouse.build.cache import Entry, cache_root, prune, stage_entry
 from stillhouse.build.locks import clear_unheld, held_temporary
-from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
+from stillhouse.build.plan import Plan, PlannedVersion, plan
 from stillhouse.build.recipe import Recipe
-from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
+from stillhouse.build.record import manifest_of
+from stillhouse.build.texts import token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
-from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.errors import StillhouseError
-from stillhouse.engine.manifest import (
-    AdapterRecord,
-    BaseRecord,
-    FileRecord,
-    GateRecord,
-    Manifest,
-    MemoryRecord,
-    MergeRecord,
-    ModelRecord,
-    Precision,
-    QualityRecord,
-)
+from stillhouse.engine.manifest import GateRecord, ModelRecord, Precision
 from stillhouse.engine.policy import live_versions
 
-# Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 3
-REFERENCE = "FP32 export of the merged checkpoint"
-_MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 _SCRATCH = "run-"
 
 Status = Literal["published", "unchanged", "failed"]
@@ -54,35 +37,6 @@ class Reporter(Protocol):
     def share(self, share: float) -> None: ...
 
     def done(self, note: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedVersion:
-    """One precision of a plan: how it is made, the hash of its inputs, and the version that has them already."""
-
-    precision: Precision
-    model: str
-    method: Method
-    options: dict[str, str]
-    stage_key: str
-    inputs_sha256: str
-    gate: GateRecord
-    existing: VersionDirectory | None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a build of `recipe` would do, known before a weight is loaded."""
-
-    recipe: Recipe
-    repository: Path
-    base: Checkpoint
-    adapters: list[Adapter]
-    text: Text
-    tools: dict[str, str]
-    merge_key: str
-    reference_key: str
-    versions: list[PlannedVersion]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,49 +77,6 @@ class Build:
     log: Path | None
 
 
-def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
-    """Reads and checks all inputs of `recipe`, hashes them, and looks for versions that have them already.
-
-    Raises StillhouseError for every unsound input that can be told without loading weights.
-    """
-    publishing.check_repository(repository)
-    methods = {
-        precision: method_of(precision, recipe.options(precision), recipe.target) for precision in recipe.precisions
-    }
-    base = open_checkpoint(recipe.base, recipe.revision)
-    adapters = [open_adapter(ref, base) for ref in recipe.adapters]
-    text = evaluation_text(recipe.evaluate.text)
-    if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
-        token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
-    tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
-    makers = {name: tools[name] for name in _MAKERS}
-    merge_key = key_of(
-        {
-            "format": FORMAT,
-            "base": base.sha256,
-            "adapters": [[adapter.sha256, adapter.weight] for adapter in adapters],
-            "makers": makers,
-        }
-    )
-    versions: list[PlannedVersion] = []
-    for precision, method in methods.items():
-        options = builder_options(method, recipe.options(precision))
-        stage_key = _stage_key(merge_key, recipe.target, method, options)
-        gate = recipe.gate_of(precision)
-        inputs = {
-            "format": FORMAT,
-            "name": recipe.name,
-            "made": stage_key,
-            "text": text.sha256,
-            "gate": gate.model_dump(),
-        }
-        model = recipe.model_name(precision)
-        existing = None if force else publishing.find_same(repository / model, key_of(inputs))
-        versions.append(PlannedVersion(precision, model, method, options, stage_key, key_of(inputs), gate, existing))
-    reference_key = _stage_key(merge_key, "cpu", METHODS["fp32"][0], {})
-    return Plan(recipe, repository, base, adapters, text, tools, merge_key, reference_key, versions)
-
-
 def build(
     recipe: Recipe,
     repository: Path,
@@ -182,33 +93,6 @@ def build(
     """
     run = _Run(plan(recipe, repository, force=force), force, no_cache, make_live, reporter)
     return run.build()
-
-
-def dry_run(plan_: Plan) -> dict[str, Any]:
-    """What `build` would do with this plan: stages, memory and disk in bytes (estimates from measured factors)."""
-    root = cache_root()
-    weights = 4 * plan_.base.parameters
-    vocabulary = int(plan_.base.config["vocab_size"])
-    wanted = [version for version in plan_.versions if version.existing is None]
-    stages = [] if not wanted else [("merge", plan_.merge_key, 2.2), ("fp32", plan_.reference_key, 1.3)]
-    stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
-    runtime = 600_000_000  # torch, transformers and the interpreter
-    todo = [(name, factor) for name, key, factor in stages if not is_cached(root, _cache_name(name), key)]
-    spool = (LEAST_TOKENS + WINDOW_TOKENS) * vocabulary * 4
-    return {
-        "versions": [
-            {
-                "model": version.model,
-                "method": version.method.name,
-                "existing": version.existing.manifest.version if version.existing else None,
-            }
-            for version in plan_.versions
-        ],
-        "stages": [name for name, _ in todo],
-        "memory_bytes": max((int(runtime + factor * weights) for _, factor in todo), default=0),
-        "disk_bytes": (2 * weights + spool + int(2.2 * weights * len(wanted) / 3)) if wanted else 0,
-        "cache": str(root),
-    }
 
 
 class _Run:
@@ -321,7 +205,16 @@ class _Run:
 
         published = publishing.publish(
             sources,
-            lambda number, files: self._manifest(version, number, files, merged, network, figures),
+            lambda number, files: manifest_of(
+                self.plan,
+                version,
+                number,
+                files,
+                created=self.created,
+                network=network,
+                merge=merged.result,
+                figures=figures,
+            ),
             self.plan.repository / version.model,
             probe=probe,
             force=self.force,
@@ -334,51 +227,6 @@ class _Run:
             version=int(published.path.name),
             path=published.path,
             live=published.live,
-        )
-
-    def _manifest(
-        self,
-        version: PlannedVersion,
-        number: int,
-        files: list[FileRecord],
-        merged: Entry,
-        network: ModelRecord,
-        figures: Figures,
-    ) -> Manifest:
-        recipe, text = self.plan.recipe, self.plan.text
-        measured = asdict(figures)
-        measured.pop("decode_error")
-        kv_floats = 2 * network.layers * network.kv_heads * network.head_dim
-        half = version.method.stage == "convert_fp16"
-        return Manifest(
-            name=recipe.name,
-            model=version.model,
-            version=number,
-            precision=version.precision,
-            target=recipe.target,
-            created=self.created,
-            inputs_sha256=version.inputs_sha256,
-            base=BaseRecord(id=self.plan.base.id, sha256=self.plan.base.sha256),
-            adapters=[
-                AdapterRecord(id=a.id, sha256=a.sha256, weight=a.weight, config=a.config) for a in self.plan.adapters
-            ],
-            recipe=_portable(recipe, self.plan),
-            tools=self.plan.tools,
-            files=files,
-            network=network,
-            quality=QualityRecord(
-                reference=REFERENCE,
-                text=text.label,
-                text_sha256=text.sha256,
-                gate=version.gate,
-                passed=True,
-                **measured,
-            ),
-            merge=MergeRecord.model_validate(merged.result),
-            memory=MemoryRecord(
-                weights_bytes=sum(file.bytes for file in files if file.path.startswith("model.onnx")),
-                kv_bytes_per_token=kv_floats * (2 if half else 4),
-            ),
         )
 
     def _merge_arguments(self) -> dict[str, Any]:
@@ -398,7 +246,7 @@ class _Run:
             runs.append(run_stage(call["stage"], arguments, log=self._log_of(title), share=self._share))
             return runs[0].result
 
-        entry = stack.enter_context(stage_entry(self.root, _cache_name(name), key, make, ignore=self.no_cache))
+        entry = stack.enter_context(stage_entry(self.root, name, key, make, ignore=self.no_cache))
         self._end(title, began, runs)
         return entry
 
@@ -449,35 +297,9 @@ class _Run:
         (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
-def _stage_key(merge_key: str, target: str, method: Method, options: dict[str, str]) -> str:
-    inputs = {
-        "merge": merge_key,
-        # The converter works on the reference, whatever runs its result.
-        "target": "cpu" if method.stage == "convert_fp16" else target,
-        "method": method.name,
-        "precision": method.builder_precision,
-        "options": options,
-    }
-    return key_of(inputs)
-
-
 def _fp32_arguments(merged: Path) -> dict[str, Any]:
     arguments = {"checkpoint": str(merged), "precision": "fp32", "target": "cpu", "options": {}}
     return {"stage": "export", "arguments": arguments}
-
-
-def _cache_name(name: str) -> str:
-    return name.replace(" ", "-")
-
-
-def _portable(recipe: Recipe, plan_: Plan) -> dict[str, Any]:
-    """The resolved recipe without this machine's folders: a manifest travels."""
-    resolved = recipe.model_dump()
-    resolved["base"] = plan_.base.id
-    for entry, adapter in zip(resolved["adapters"], plan_.adapters, strict=True):
-        entry["path"] = adapter.id
-    resolved["evaluate"]["text"] = plan_.text.label if recipe.evaluate.text else None
-    return resolved
 
 
 def _of_existing(version: PlannedVersion) -> BuildResult:

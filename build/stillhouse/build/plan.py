@@ -1,0 +1,132 @@
+"""The plan: what a recipe asks for, checked and hashed before a weight is loaded; what is there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stillhouse.build import publish as publishing
+from stillhouse.build.cache import cache_root, is_cached, key_of
+from stillhouse.build.checkpoint import Adapter, Checkpoint, open_adapter, open_checkpoint
+from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
+from stillhouse.build.recipe import Recipe
+from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
+from stillhouse.engine.directory import VersionDirectory
+from stillhouse.engine.manifest import GateRecord, Precision
+
+# Raised when the same inputs would give other bytes or other figures than before.
+FORMAT = 3
+_MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVersion:
+    """One precision of a plan: how it is made, the hash of its inputs, and the version that has them already."""
+
+    precision: Precision
+    model: str
+    method: Method
+    options: dict[str, str]
+    stage_key: str
+    inputs_sha256: str
+    gate: GateRecord
+    existing: VersionDirectory | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a build of `recipe` would do, known before a weight is loaded."""
+
+    recipe: Recipe
+    repository: Path
+    base: Checkpoint
+    adapters: list[Adapter]
+    text: Text
+    tools: dict[str, str]
+    merge_key: str
+    reference_key: str
+    versions: list[PlannedVersion]
+
+
+def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
+    """Reads and checks all inputs of `recipe`, hashes them, and looks for versions that have them already.
+
+    Raises StillhouseError for every unsound input that can be told without loading weights.
+    """
+    publishing.check_repository(repository)
+    methods = {
+        precision: method_of(precision, recipe.options(precision), recipe.target) for precision in recipe.precisions
+    }
+    base = open_checkpoint(recipe.base, recipe.revision)
+    adapters = [open_adapter(ref, base) for ref in recipe.adapters]
+    text = evaluation_text(recipe.evaluate.text)
+    if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
+        token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
+    tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
+    makers = {name: tools[name] for name in _MAKERS}
+    merge_key = key_of(
+        {
+            "format": FORMAT,
+            "base": base.sha256,
+            "adapters": [[adapter.sha256, adapter.weight] for adapter in adapters],
+            "makers": makers,
+        }
+    )
+    versions: list[PlannedVersion] = []
+    for precision, method in methods.items():
+        options = builder_options(method, recipe.options(precision))
+        stage_key = _stage_key(merge_key, recipe.target, method, options)
+        gate = recipe.gate_of(precision)
+        inputs = {
+            "format": FORMAT,
+            "name": recipe.name,
+            "made": stage_key,
+            "text": text.sha256,
+            "gate": gate.model_dump(),
+        }
+        model = recipe.model_name(precision)
+        existing = None if force else publishing.find_same(repository / model, key_of(inputs))
+        versions.append(PlannedVersion(precision, model, method, options, stage_key, key_of(inputs), gate, existing))
+    reference_key = _stage_key(merge_key, "cpu", METHODS["fp32"][0], {})
+    return Plan(recipe, repository, base, adapters, text, tools, merge_key, reference_key, versions)
+
+
+def dry_run(plan_: Plan) -> dict[str, Any]:
+    """What `build` would do with this plan: stages, memory and disk in bytes (estimates from measured factors)."""
+    root = cache_root()
+    weights = 4 * plan_.base.parameters
+    vocabulary = int(plan_.base.config["vocab_size"])
+    wanted = [version for version in plan_.versions if version.existing is None]
+    stages = [] if not wanted else [("merge", plan_.merge_key, 2.2), ("fp32", plan_.reference_key, 1.3)]
+    stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
+    runtime = 600_000_000  # torch, transformers and the interpreter
+    todo = [(name, factor) for name, key, factor in stages if not is_cached(root, name, key)]
+    spool = (LEAST_TOKENS + WINDOW_TOKENS) * vocabulary * 4
+    return {
+        "versions": [
+            {
+                "model": version.model,
+                "method": version.method.name,
+                "existing": version.existing.manifest.version if version.existing else None,
+            }
+            for version in plan_.versions
+        ],
+        "stages": [name for name, _ in todo],
+        "memory_bytes": max((int(runtime + factor * weights) for _, factor in todo), default=0),
+        "disk_bytes": (2 * weights + spool + int(2.2 * weights * len(wanted) / 3)) if wanted else 0,
+        "cache": str(root),
+    }
+
+
+def _stage_key(merge_key: str, target: str, method: Method, options: dict[str, str]) -> str:
+    inputs = {
+        "merge": merge_key,
+        # The converter works on the reference, whatever runs its result.
+        "target": "cpu" if method.stage == "convert_fp16" else target,
+        "method": method.name,
+        "precision": method.builder_precision,
+        "options": options,
+    }
+    return key_of(inputs)

@@ -1,0 +1,78 @@
+"""The manifest of a version that was built: how it came to be, in words that travel (no folder of this machine)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from stillhouse.build.plan import Plan, PlannedVersion
+from stillhouse.build.verify import Figures
+from stillhouse.engine.manifest import (
+    AdapterRecord,
+    BaseRecord,
+    FileRecord,
+    Manifest,
+    MemoryRecord,
+    MergeRecord,
+    ModelRecord,
+    QualityRecord,
+)
+
+REFERENCE = "FP32 export of the merged checkpoint"
+
+
+def manifest_of(
+    plan: Plan,
+    version: PlannedVersion,
+    number: int,
+    files: list[FileRecord],
+    *,
+    created: datetime,
+    network: ModelRecord,
+    merge: dict[str, Any],
+    figures: Figures,
+) -> Manifest:
+    """The manifest of `version` as version `number`; `merge` is what the merge stage returned."""
+    recipe, text = plan.recipe, plan.text
+    measured = asdict(figures)
+    measured.pop("decode_error")
+    kv_floats = 2 * network.layers * network.kv_heads * network.head_dim
+    return Manifest(
+        name=recipe.name,
+        model=version.model,
+        version=number,
+        precision=version.precision,
+        target=recipe.target,
+        created=created,
+        inputs_sha256=version.inputs_sha256,
+        base=BaseRecord(id=plan.base.id, sha256=plan.base.sha256),
+        adapters=[AdapterRecord(id=a.id, sha256=a.sha256, weight=a.weight, config=a.config) for a in plan.adapters],
+        recipe=_portable(plan),
+        tools=plan.tools,
+        files=files,
+        network=network,
+        quality=QualityRecord(
+            reference=REFERENCE,
+            text=text.label,
+            text_sha256=text.sha256,
+            gate=version.gate,
+            passed=True,
+            **measured,
+        ),
+        merge=MergeRecord.model_validate(merge),
+        memory=MemoryRecord(
+            weights_bytes=sum(file.bytes for file in files if file.path.startswith("model.onnx")),
+            kv_bytes_per_token=kv_floats * (2 if version.method.stage == "convert_fp16" else 4),
+        ),
+    )
+
+
+def _portable(plan: Plan) -> dict[str, Any]:
+    """The resolved recipe with ids in place of folders."""
+    resolved = plan.recipe.model_dump()
+    resolved["base"] = plan.base.id
+    for entry, adapter in zip(resolved["adapters"], plan.adapters, strict=True):
+        entry["path"] = adapter.id
+    resolved["evaluate"]["text"] = plan.text.label if plan.recipe.evaluate.text else None
+    return resolved
