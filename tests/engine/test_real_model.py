@@ -33,7 +33,8 @@ def directory(request: pytest.FixtureRequest, support_repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> Iterator[LanguageModel]:
-    with LanguageModel.load(directory, EngineOptions(max_num_seqs=6, max_model_len=512)) as loaded:
+    options = EngineOptions(max_num_seqs=6, max_model_len=512, prefix_slots=0)
+    with LanguageModel.load(directory, options) as loaded:
         yield loaded
 
 
@@ -126,8 +127,8 @@ def test_prompt_logprobs_are_those_of_one_by_one_scoring(model: LanguageModel, p
 def test_an_answer_has_the_form_that_was_asked_for(
     model: LanguageModel, prompts: list[list[int]], form: dict[str, object], pattern: str
 ) -> None:
-    """Greedy and sampled at a temperature that would say anything."""
-    for temperature in (0.0, 2.0):
+    """Greedy, and at a temperature that would say anything (in JSON: any amount of white space)."""
+    for temperature in (0.0,) if "json" in form else (0.0, 2.0):
         asked = parse_params({"max_tokens": 60, "temperature": temperature, "seed": 1, "structured_outputs": form})
         answer = model.generate(prompts[0], asked)
         assert re.fullmatch(pattern, answer.text.strip()), answer.text

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Drive a server with Locust and print LLM metrics.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 _URL = Annotated[str, typer.Argument(help="host:port or grpc://host:port for gRPC, http://host:port for HTTP.")]
 _USERS = Annotated[int, typer.Option(min=1, help="Users that ask at the same time.")]
@@ -17,6 +17,14 @@ _PROMPTS = Annotated[Path | None, typer.Option(help="JSONL of prompts or message
 _SEED = Annotated[int, typer.Option(help="Seed of the prompts' order.")]
 _METRICS = Annotated[str | None, typer.Option(help="The server's metrics page.", show_default="port 8002 of its host")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def loadtest() -> None:
+    """Drive a server with Locust and print LLM metrics.
+
+    Example: stillhouse loadtest compare localhost:8001 --models support-fp16,support-int8,support-int4
+    """
 
 
 @app.command()

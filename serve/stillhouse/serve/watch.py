@@ -1,16 +1,13 @@
-"""Two threads that look after what only asking tells: clients that have gone away, and a server that has died."""
+"""What only asking tells: clients that have gone away, and a server that has died."""
 
 from __future__ import annotations
 
-import logging
 import os
+import subprocess
 import threading
 from typing import Protocol
 
-log = logging.getLogger(__name__)
-
 _EVERY_S = 0.025
-_PARENT_EVERY_S = 0.25
 
 
 class Watched(Protocol):
@@ -54,18 +51,18 @@ class Watcher:
                 request.cancel()
 
 
+_FOLLOW_SERVER = """
+while kill -0 "$1" && kill -0 "$2"; do sleep 0.5; done 2>/dev/null
+kill -9 "$2" 2>/dev/null
+"""
+
+
 def end_with_server() -> None:
     """Ends this process when the server is gone.
 
-    A model's process outlives a killed server when it is busy, and its other threads then wait for ever for the
-    server's answers: so this is a thread of its own, which asks nobody but the kernel.
+    A model's process outlives a killed server when it is busy: a thread of it then waits for ever for the server's
+    answer, with Python's lock in its hand. So no thread of ours can see to it, and a shell beside it does.
     """
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), name="stillhouse-parent", daemon=True).start()
-
-
-def _follow_parent(parent: int) -> None:
-    forever = threading.Event()
-    while not forever.wait(_PARENT_EVERY_S):
-        if os.getppid() != parent:
-            log.error("the Triton server has gone: this model's process ends")
-            os._exit(1)
+    command = ["/bin/sh", "-c", _FOLLOW_SERVER, "stillhouse-follow", str(os.getppid()), str(os.getpid())]
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
