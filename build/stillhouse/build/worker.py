@@ -88,6 +88,8 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
 
 def _environment() -> dict[str, str]:
     own = {"STILLHOUSE_WORKER_PARENT": str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    # Threads that spin at a barrier cost minutes where the cores are shared.
+    own |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     # ONNX Runtime would report its use and keep a device id in the cache folder; a build tells nobody.
     return os.environ | own | {"ORT_DISABLE_TELEMETRY": "1"}
 
