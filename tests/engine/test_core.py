@@ -304,6 +304,33 @@ def test_logits_that_are_not_finite_end_their_own_request_alone() -> None:
     assert_nothing_is_held(engine)
 
 
+@pytest.mark.parametrize("odd", [{"temperature": 1e-46}, {"temperature": 1e-7, "top_p": 0.5}, {"prompt_logprobs": 20}])
+def test_an_odd_parameter_harms_no_neighbour(odd: dict[str, Any]) -> None:
+    engine, neighbour, strange = make_engine(), Collected(), Collected()
+    engine.submit([1, 2], GREEDY, neighbour)
+    engine.submit([3, 4], SamplingParams(max_tokens=5, **odd), strange)
+    run_until_idle(engine)
+    assert neighbour.ids == answer_alone([1, 2], GREEDY)
+    assert strange.reason in ("stop", "length")
+
+
+def test_a_preempted_prefill_counts_and_scores_its_prompt_once() -> None:
+    engine = make_engine(3, capacity=CONTEXT + 10, chunk=4)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    prompts = [[1] * 20, [2] * 20, [3] * 22]
+    tokens: list[Token] = []
+    for prompt in prompts[:2]:
+        engine.submit(prompt, params, Collected())
+    scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    for _ in range(12):
+        engine.step()
+    engine.submit(prompts[2], scored, tokens.append)
+    run_until_idle(engine)
+    assert tokens[0].prompt_logprobs is not None
+    assert len(tokens[0].prompt_logprobs) == 21
+    assert engine.stats().prompt_tokens_total == 62
+
+
 def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, done = make_engine(), threading.Event()
     tokens: list[Token] = []

@@ -137,6 +137,11 @@ def test_messages_of_another_form_are_refused_by_place(chat_tokenizer: Tokenizer
         chat_tokenizer.render_chat(messages)  # type: ignore[arg-type]
 
 
+def test_text_that_is_no_unicode_is_refused(chat_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        chat_tokenizer.encode("caf\udce9")
+
+
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}", "utf-8")

@@ -110,6 +110,32 @@ def test_options_are_read_and_overridden_and_a_wrong_one_is_named(version: Path)
         read_options(version.parent)
 
 
+@pytest.mark.parametrize(
+    ("policy", "live"),
+    [
+        ("version_policy {\n  specific { versions: [1] }\n}", [1]),
+        ("version_policy: { specific: { versions: 1 versions: 2 } }", [1, 2]),
+        ("version_policy { latest { num_versions: 2 } }", [2, 3]),
+        ("version_policy: { all: {} }", [1, 2, 3]),
+        ("# version_policy: { specific: { versions: [1] } }", [3]),
+    ],
+)
+def test_a_policy_in_any_of_tritons_forms_is_read_and_replaced_whole(
+    version: Path, policy: str, live: list[int]
+) -> None:
+    model = version.parent
+    for number in (2, 3):
+        (model / str(number)).mkdir()
+    config = model / "config.pbtxt"
+    config.write_text(f'backend: "stillhouse"\n{policy}\nmax_batch_size: 0\n', "utf-8")
+    assert live_versions(model) == live
+    set_live_versions(model, [2])
+    assert live_versions(model) == [2]
+    text = config.read_text("utf-8")
+    assert text.count("{") == text.count("}")
+    assert "max_batch_size: 0" in text
+
+
 def test_the_live_version_is_the_newest_until_the_policy_names_another(version: Path) -> None:
     model = version.parent
     (model / "2").mkdir()

@@ -114,7 +114,9 @@ def load_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        raise UsageError(f"no recipe at {path}", hint="name a recipe.toml; DESIGN's grammar is in docs") from None
+        raise UsageError(
+            f"no recipe at {path}", hint="name a recipe.toml; examples/support/recipe.toml is one"
+        ) from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder, not a recipe", hint=f"name the file, e.g. {path}/recipe.toml") from None
     except (OSError, UnicodeDecodeError) as error:

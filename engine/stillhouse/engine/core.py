@@ -17,6 +17,7 @@ from stillhouse.engine import sampler
 from stillhouse.engine.errors import (
     DeadlineExceeded,
     EngineClosed,
+    EngineError,
     InvalidRequest,
     PromptTooLong,
     QueueFull,
@@ -54,7 +55,6 @@ class Engine:
         self._scheduler = Scheduler(runner, limits)
         self._eos_ids = frozenset(eos_token_ids)
         self._ids = itertools.count()
-        self._prompt_tokens_total = 0
         self._generation_tokens_total = 0
         self._finished: Counter[str] = Counter()
         self._failure: StillhouseError | None = None
@@ -116,7 +116,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             kv_tokens_used=scheduler.kv_tokens,
             kv_tokens_capacity=self.limits.kv_capacity_tokens,
-            prompt_tokens_total=self._prompt_tokens_total,
+            prompt_tokens_total=scheduler.prompt_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
             preemptions_total=scheduler.preemptions_total,
             prefix_tokens_total=scheduler.prefix_tokens_total,
@@ -186,10 +186,7 @@ class Engine:
 
     def _next_to_prefill(self, spent_tokens: int) -> Request | None:
         with self._wake:
-            request = self._scheduler.next_to_prefill(spent_tokens)
-        if request is not None and request.kv_tokens <= request.prefix_tokens:
-            self._prompt_tokens_total += request.num_prompt_tokens
-        return request
+            return self._scheduler.next_to_prefill(spent_tokens)
 
     # Run
 
@@ -225,7 +222,11 @@ class Engine:
             if choice.token_id is None:
                 self._end(request, "error", choice.error)
                 continue
-            request.take(choice.token_id, now)
+            try:
+                request.take(choice.token_id, now)
+            except Exception as error:  # a constraint's fault is its request's alone
+                self._end(request, "error", EngineError(f"the answer's form cannot be followed: {error}"))
+                continue
             self._generation_tokens_total += 1
             reason = self._finish_reason(request, choice.token_id)
             if reason:
@@ -263,7 +264,7 @@ class Engine:
     def _leave(self, request: Request, reason: FinishReason) -> None:
         request.timing.finished_s = time.perf_counter()
         self._finished[reason] += 1
-        self._scheduler.leave(request)
+        self._scheduler.leave(request, sound=reason != "error")
 
     def _end_all(self, reason: FinishReason, error: StillhouseError | None) -> None:
         with self._wake:
@@ -271,4 +272,13 @@ class Engine:
             # A new scheduler holds nothing; the slots' memory goes with the runner.
             self._scheduler = Scheduler(self._runner, self.limits)
         for request in gone:
+            self._end_whatever_its_sink_does(request, reason, error)
+
+    def _end_whatever_its_sink_does(
+        self, request: Request, reason: FinishReason, error: StillhouseError | None
+    ) -> None:
+        """One sink that fails must not keep the others waiting."""
+        try:
             self._end(request, reason, error)
+        except Exception:  # the boundary to whoever reads the answer
+            log.exception("%s could not be told of its end", request.id)

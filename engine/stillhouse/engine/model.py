@@ -152,7 +152,10 @@ class LanguageModel:
         """
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         submitted = self.submit(prompt_ids, params, chunks.put, timeout_s=timeout_s)
-        return _until_finished(chunks, submitted)
+        answer = _until_finished(chunks, submitted)
+        # A generator that was never begun has no `finally` to run at its close: begin it here.
+        next(answer)
+        return answer
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, timeout_s: float | None = None
@@ -227,8 +230,10 @@ class LanguageModel:
 
 
 def _until_finished(chunks: queue.SimpleQueue[Chunk], submitted: Submitted) -> Generator[Chunk, None, None]:
+    """Yields one chunk of nothing when begun, then the answer's."""
     running = len(submitted.requests)
     try:
+        yield Chunk("", (), submitted.num_prompt_tokens, 0)
         while running:
             chunk = chunks.get()
             running -= chunk.finish_reason is not None

@@ -10,8 +10,9 @@ from stillhouse.engine.directory import version_numbers
 from stillhouse.engine.errors import VersionError
 
 CONFIG = "config.pbtxt"
-_POLICY = re.compile(r"^version_policy\s*:?\s*\{.*$\n?", re.MULTILINE)
-_SPECIFIC = re.compile(r"specific\s*:?\s*\{\s*versions\s*:\s*\[([\d,\s]*)\]")
+_BEGIN = re.compile(r"\bversion_policy\s*:?\s*\{")
+_SPECIFIC = re.compile(r"\bspecific\s*:?\s*\{([^}]*)\}")
+_LATEST = re.compile(r"\blatest\s*:?\s*\{([^}]*)\}")
 
 
 def live_versions(model_directory: Path) -> list[int]:
@@ -21,10 +22,16 @@ def live_versions(model_directory: Path) -> list[int]:
     """
     there = version_numbers(model_directory)
     config = model_directory / CONFIG
-    match = _SPECIFIC.search(config.read_text("utf-8")) if config.is_file() else None
-    if match is None:
+    policy, _ = _split_policy(config.read_text("utf-8") if config.is_file() else "")
+    if re.search(r"\ball\b", policy):
+        return there
+    latest = _LATEST.search(policy)
+    if latest:
+        return there[-int((re.findall(r"\d+", latest.group(1)) or ["1"])[0]) :]
+    specific = _SPECIFIC.search(policy)
+    if specific is None:
         return there[-1:]
-    named = sorted(int(number) for number in match.group(1).replace(",", " ").split())
+    named = sorted({int(number) for number in re.findall(r"\d+", specific.group(1))})
     if missing := [number for number in named if number not in there]:
         raise VersionError(
             f"{config} keeps version {missing[0]} live, but it does not exist",
@@ -37,8 +44,22 @@ def set_live_versions(model_directory: Path, versions: list[int]) -> None:
     """Writes the policy `specific` with `versions` into config.pbtxt, atomically; the other lines stay."""
     config = model_directory / CONFIG
     line = f"version_policy: {{ specific: {{ versions: [{', '.join(map(str, sorted(versions)))}] }} }}\n"
-    rest = _POLICY.sub("", config.read_text("utf-8"))
+    _, rest = _split_policy(config.read_text("utf-8"))
     write_atomically(config, rest.rstrip("\n") + "\n" + line)
+
+
+def _split_policy(text: str) -> tuple[str, str]:
+    """The policy of a config.pbtxt, braces and all ("" where there is none), and the rest of its text."""
+    # What a comment says is not the policy; blanked, so that places stay the same.
+    plain = re.sub(r"#[^\n]*", lambda comment: " " * len(comment.group()), text)
+    begin = _BEGIN.search(plain)
+    if begin is None:
+        return "", text
+    depth, end = 1, begin.end()
+    while depth and end < len(plain):
+        depth += {"{": 1, "}": -1}.get(plain[end], 0)
+        end += 1
+    return plain[begin.start() : end], text[: begin.start()] + text[end:].lstrip("\n")
 
 
 def write_atomically(file: Path, text: str) -> None:

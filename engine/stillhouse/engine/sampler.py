@@ -143,6 +143,7 @@ def logprobs_of(logits: NDArray[np.float32], tokens: Sequence[int], count: int) 
 
 
 def _logprobs(row: NDArray[np.float32], token: int, count: int) -> tuple[float, dict[int, float]]:
+    count = min(count, row.size - 1)
     shifted = row.astype(np.float64) - float(row.max())
     logprobs = shifted - np.log(np.exp(shifted).sum())
     top = np.argpartition(-logprobs, count)[:count] if count else np.empty(0, np.int64)

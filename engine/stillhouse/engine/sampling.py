@@ -1,4 +1,4 @@
-"""Sampling parameters in vLLM's words, and the sampler that obeys them."""
+"""Sampling parameters in vLLM's words, read strictly; sampler.py obeys them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        # vLLM's own limit: below it a float32 division overflows, and the answer is greedy anyway.
+        return self.temperature < 1e-5
 
 
 def _finite(value: float) -> bool:
@@ -83,6 +84,8 @@ _RULES: dict[str, tuple[str, Any]] = {
     "stop": ("a list of non-empty strings", lambda v: all(v)),
     "stop_token_ids": ("a list of token ids", lambda v: all(t >= 0 for t in v)),
     "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
+    "prompt_logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
+    "thinking_token_budget": ("at least 0", lambda v: v >= 0),
     "logit_bias": (
         "token ids with a bias between -100 and 100",
         lambda v: all(-100 <= b <= 100 for b in v.values()),

@@ -62,6 +62,7 @@ class Scheduler:
         self.prefilling: Request | None = None  # in slot len(self.decoding)
         self._preempted: deque[tuple[Request, Any]] = deque()  # with what was swapped out, the oldest first
         self._prefixes = PrefixCache(range(limits.slots, limits.slots + limits.prefix_slots))
+        self.prompt_tokens_total = 0
         self.preemptions_total = 0
         self.prefix_tokens_total = 0  # prompt tokens that were not prefilled again
 
@@ -104,7 +105,8 @@ class Scheduler:
                 # Nothing is lost: a prompt prefilled again gives the same KV, to the bit.
                 request, self.prefilling = self.prefilling, None
                 self._runner.release(len(self.decoding))
-                request.kv_tokens = 0
+                request.kv_tokens = request.prefix_tokens = 0
+                request.prompt_logprobs.clear()
                 self.waiting.appendleft(request)
             else:
                 self._preempt(max(self.decoding, key=lambda request: request.timing.submitted_s))
@@ -133,7 +135,9 @@ class Scheduler:
         if not self._make_fit(request.num_prompt_tokens):
             return None
         self.waiting.popleft()
-        request.timing.scheduled_s = time.perf_counter()
+        if request.timing.scheduled_s is None:
+            request.timing.scheduled_s = time.perf_counter()
+            self.prompt_tokens_total += request.num_prompt_tokens
         self._reuse_prefix(request)
         self.prefilling = request
         return request
@@ -150,13 +154,17 @@ class Scheduler:
         self.prefilling = None
         self.decoding.append(request)
 
-    def leave(self, request: Request) -> None:
-        """Takes `request` out, wherever it is, and gives back what it holds."""
+    def leave(self, request: Request, *, sound: bool = True) -> None:
+        """Takes `request` out, wherever it is, and gives back what it holds.
+
+        The prompt of one that is not `sound` (it ended in an error) is not kept for others.
+        """
         if request is self.prefilling:
             self.prefilling = None
             self._runner.release(len(self.decoding))
         elif request in self.decoding:
-            self._keep_prefix(request)
+            if sound:
+                self._keep_prefix(request)
             self._remove_row(request)
         else:
             self._preempted = deque(item for item in self._preempted if item[0] is not request)

@@ -44,7 +44,16 @@ class Tokenizer:
         self._template = _compile_template(directory, self._template_source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; a BOS that the text already begins with is not put in twice."""
+        """Token ids of `text`; a BOS that the text already begins with is not put in twice.
+
+        Raises InvalidRequest for text that is no Unicode (half a surrogate pair, bytes read as such).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the prompt is not text that UTF-8 can hold: {error.reason}", hint="send it as UTF-8"
+            ) from error
         ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         if len(ids) > 1 and self._bos_id is not None and ids[0] == ids[1] == self._bos_id:
             return ids[1:]

@@ -105,8 +105,9 @@ class Answering:
         if chunk.finish_reason is None:
             self._send([chunk], final=False)
             return
-        self._watcher.remove(self)
         with self._lock:
+            # Within the lock: begin() may not have added this yet.
+            self._watcher.remove(self)
             try:
                 self._deliver_last(chunk)
             finally:

@@ -53,12 +53,14 @@ class Metrics:
         self._stats = stats
         self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._loop, name="stillhouse-metrics", daemon=True)
         self._thread.start()
 
     def observe(self, name: str, value_s: float) -> None:
         """Adds a value to a histogram; returns at once, from any thread."""
-        self._observations.put((name, value_s))
+        if not self._ended:  # nobody would ever take it out
+            self._observations.put((name, value_s))
 
     def close(self) -> None:
         """Publishes what is queued and takes this version's figures off the page."""
@@ -71,6 +73,8 @@ class Metrics:
         except self._pb_utils.TritonModelException as error:
             # A server that was started with --allow-metrics=false: the model serves all the same.
             log.warning("no metrics: %s", error)
+        finally:
+            self._ended = True
 
     def _run(self) -> None:
         with self._registered() as (gauges, counters, histograms):

@@ -53,7 +53,8 @@ class Watcher:
 
 _FOLLOW_SERVER = """
 while kill -0 "$1" && kill -0 "$2"; do sleep 0.5; done 2>/dev/null
-kill -9 "$2" 2>/dev/null
+read -r _ _ _ parent _ < /proc/$$/stat
+if [ "$parent" = "$2" ]; then kill -9 "$2"; fi
 """
 
 
@@ -61,7 +62,8 @@ def end_with_server() -> None:
     """Ends this process when the server is gone.
 
     A model's process outlives a killed server when it is busy: a thread of it then waits for ever for the server's
-    answer, with Python's lock in its hand. So no thread of ours can see to it, and a shell beside it does.
+    answer, with Python's lock in its hand. So no thread of ours can see to it, and a shell beside it does; the shell
+    asks for its own parent before it kills, since a number may by then be another process's.
     """
     command = ["/bin/sh", "-c", _FOLLOW_SERVER, "stillhouse-follow", str(os.getppid()), str(os.getpid())]
     nothing = subprocess.DEVNULL
