@@ -34,11 +34,14 @@ def table(results: dict[str, Any]) -> str:
     """What was asked and said, and one line a precision: latencies are p50 / p95, a GB is 10^9 bytes."""
     lines = [
         f"> **{results['question']}**",
+        ">",
         f"> base: {' '.join(results['base'].split())}",
+        ">",
         f"> support-int4: {' '.join(results['answers']['support-int4 over gRPC'].split())}",
         "",
-        "| precision | tokens/s | TTFT, ms | between tokens, ms | end to end, ms | memory, GB | size, GB |",
+        "| precision | tokens/s | TTFT | between tokens | end to end | memory | size |",
         "|---|---|---|---|---|---|---|",
+        "| | | p50 / p95, ms | p50 / p95, ms | p50 / p95, ms | GB | GB |",
     ]
     for one in results["load"]:
         summary = one["summary"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,9 @@ def test_the_metrics_page_has_every_name_for_every_model(triton: Server, post: A
 
 def test_the_counters_count(triton: Server, post: Any, metric: Callable[..., float], wait_until: Any) -> None:
     model = "support-int8"
+    # What earlier tests asked for is published a moment later than it is answered.
+    wait_until(lambda: metric(triton, "num_requests_running", model_name=model) == 0)
+    time.sleep(2)
     before = {name: metric(triton, name, model_name=model) for name in COUNTERS}
     seen = metric(triton, "time_to_first_token_seconds_count", model_name=model)
     post("generate", {"text_input": PROMPT, "max_tokens": 7, "ignore_eos": True}, model)
