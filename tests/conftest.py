@@ -92,7 +92,8 @@ def support_repository(base_dir: Path, kept_cache: Path) -> Path:
         return demo.repository
     repository = KEPT / f"support-{key_of({'inputs': [version.inputs_sha256 for version in demo.versions]})[:16]}"
     if any(version.existing is None for version in plan(recipe, repository).versions):
-        shutil.rmtree(repository)
+        for older in KEPT.glob("support-*"):
+            shutil.rmtree(older)
         failed = [result for result in pipeline.build(recipe, repository).results if result.status == "failed"]
         assert not failed, failed
     return repository
