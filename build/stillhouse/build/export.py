@@ -11,10 +11,9 @@ from typing import Any
 
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.manifest import LOGITS_FROM
 
 MODEL_FILES = ("model.onnx", "model.onnx.data")
-# The name is the engine's too (stillhouse.engine.runner).
-LOGITS_FROM = "logits_from"
 BUILDER = "onnxruntime_genai.models.builder"
 
 

@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# An input that the build gives the graph and the engine binds: the position from which on logits are computed, by
+# default 0, all of them.
+LOGITS_FROM = "logits_from"
+
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Target = Literal["cpu", "cuda"]
 

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from stillhouse.engine.cuda_cache import DeviceSlotCache
 from stillhouse.engine.errors import EngineError
 from stillhouse.engine.kv_cache import SlotCache
-from stillhouse.engine.manifest import ModelRecord
+from stillhouse.engine.manifest import LOGITS_FROM, ModelRecord
 from stillhouse.engine.session import open_session
 
 Logits = NDArray[np.float32]
-# Position from which on the graph computes logits; 0, all of them, unless it is bound.
-LOGITS_FROM = "logits_from"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
