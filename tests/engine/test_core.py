@@ -354,6 +354,20 @@ def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(monkeyp
         engine.submit([1], GREEDY, Collected())
 
 
+def test_a_reader_that_fails_loses_its_own_answer_and_nobody_elses() -> None:
+    engine, other = make_engine(), Collected()
+
+    def faulty(_: Token) -> None:
+        raise RuntimeError("the reader is gone")
+
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0)
+    engine.submit([1, 2, 3], params, faulty)
+    engine.submit([4, 5, 6], params, other)
+    run_until_idle(engine)
+    assert other.ids == answer_alone([4, 5, 6], params)
+    assert engine.stats().running == 0
+
+
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
     engine, ended = make_engine(), threading.Event()
     engine.start()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from stillhouse.engine.kv_cache import SlotCache
 
@@ -49,6 +51,20 @@ def test_what_is_swapped_out_comes_back_to_the_bit_and_is_no_memory_meanwhile() 
     cache.swap_in(2, swapped)
     assert np.array_equal(cache._array[:, 2, :, :2000], content)
     assert swapped.file.closed
+
+
+def test_on_a_full_disk_what_is_swapped_out_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full")  # every write to it fails for want of space
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full.open("wb", buffering=0))
+    cache = make_cache()
+    content = np.random.default_rng(0).random((8, 2, 300, 64), np.float32)
+    cache._array[:, 5, :, :300] = content
+    swapped = cache.swap_out(5, 300)
+    cache.release(5)
+    cache.swap_in(2, swapped)
+    assert np.array_equal(cache._array[:, 2, :, :300], content)
 
 
 def test_a_slot_of_odd_length_keeps_its_neighbours_apart() -> None:

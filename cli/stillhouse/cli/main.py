@@ -24,9 +24,10 @@ COMMANDS = {
     "chat": ("stillhouse.client.commands:chat", "Talk with a served model."),
     "edge": ("stillhouse.edge.commands:app", "Run a version on this device, without a server."),
     "loadtest": ("stillhouse.loadtest.commands:app", "Drive a server with Locust and print LLM metrics."),
+    "bench": ("stillhouse.cli.bench:app", "Measure the engine against its peers."),
 }
 # The extras that bring what a room imports, where they are more than its own name.
-EXTRAS = {"serve": "serve,triton,cpu", "edge": "edge,cpu"}
+EXTRAS = {"serve": "serve,triton,cpu", "edge": "edge,cpu", "bench": "dev"}
 
 
 def main() -> None:

@@ -240,7 +240,7 @@ class Engine:
                 reason,
                 prompt_logprobs=request.prompt_logprobs if asked else None,
             )
-            if request.sink(token) and not reason:
+            if _tell(request, token) and not reason:
                 self._leave(request, "stop")
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
@@ -259,7 +259,7 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, error: StillhouseError | None = None) -> None:
         """Ends a request without a token."""
         self._leave(request, reason)
-        request.sink(Token(None, finish_reason=reason, error=error))
+        _tell(request, Token(None, finish_reason=reason, error=error))
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         request.timing.finished_s = time.perf_counter()
@@ -272,13 +272,13 @@ class Engine:
             # A new scheduler holds nothing; the slots' memory goes with the runner.
             self._scheduler = Scheduler(self._runner, self.limits)
         for request in gone:
-            self._end_whatever_its_sink_does(request, reason, error)
-
-    def _end_whatever_its_sink_does(
-        self, request: Request, reason: FinishReason, error: StillhouseError | None
-    ) -> None:
-        """One sink that fails must not keep the others waiting."""
-        try:
             self._end(request, reason, error)
-        except Exception:  # the boundary to whoever reads the answer
-            log.exception("%s could not be told of its end", request.id)
+
+
+def _tell(request: Request, token: Token) -> bool:
+    """Hands `token` over; whether its reader wants no more. A reader that fails harms nobody else."""
+    try:
+        return bool(request.sink(token))
+    except Exception:  # the boundary to whoever reads the answer
+        log.exception("%s: its reader failed, it gets no more", request.id)
+        return True

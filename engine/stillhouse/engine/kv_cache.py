@@ -7,6 +7,7 @@ goes back to the system when its slot is released: what is resident follows the 
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import tempfile
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class SwappedOut:
-    """The keys and values of one sequence in a temporary file, which goes when this goes."""
+    """The keys and values of one sequence in a temporary file, which goes when this goes; on a full disk, in memory."""
 
     file: IO[bytes]
     tokens: int
@@ -76,8 +77,14 @@ class SlotCache:
 
     def swap_out(self, slot: int, tokens: int) -> SwappedOut:
         """Writes the first `tokens` positions of `slot` to a file without a name: memory that can be reclaimed."""
-        file = tempfile.TemporaryFile(prefix="stillhouse-kv-")  # noqa: SIM115  closed by swap_in, or with its owner
-        np.ascontiguousarray(self._array[:, slot, :, :tokens]).tofile(file)
+        data = self._array[:, slot, :, :tokens].tobytes()
+        try:
+            file = tempfile.TemporaryFile(prefix="stillhouse-kv-", buffering=0)  # noqa: SIM115  closed by swap_in
+            file.write(data)
+            if file.tell() != len(data):
+                raise OSError("the disk is full")
+        except OSError:
+            return SwappedOut(io.BytesIO(data), tokens)
         return SwappedOut(file, tokens)
 
     def swap_in(self, slot: int, swapped: SwappedOut) -> None:
@@ -85,7 +92,7 @@ class SlotCache:
         with swapped.file as file:
             file.seek(0)
             part = self._array[:, slot, :, : swapped.tokens]
-            part[...] = np.fromfile(file, part.dtype).reshape(part.shape)
+            part[...] = np.frombuffer(file.read(), part.dtype).reshape(part.shape)
 
     def release(self, slot: int) -> None:
         """Gives the pages of `slot` back to the system."""

@@ -177,7 +177,9 @@ class Scheduler:
         return self.kv_tokens + tokens + headroom <= self._limits.kv_capacity_tokens
 
     def _make_fit(self, tokens: int) -> bool:
-        """As `_fits`, at the cost of the prompts that are kept for reuse."""
+        """As `_fits`, at the cost of the prompts that are kept for reuse; none goes in vain."""
+        if not self._fits(tokens - self._prefixes.tokens):
+            return False
         while not self._fits(tokens):
             if not self._forget_one_prefix():
                 return False
