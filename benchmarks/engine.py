@@ -1,7 +1,7 @@
 """The engine against its peers: same model at 4 bits, same prompts, same number of threads, one after the other.
 
     python benchmarks/engine.py --setup all      # environments and models of the peers, once (minutes)
-    python benchmarks/engine.py                  # five rounds: A B C A B C …, each peer in a fresh process a round
+    python benchmarks/engine.py                  # three rounds: A B C A B C …, each peer in a fresh process a round
     python benchmarks/engine.py --quick --peers stillhouse onnxruntime-genai
     python benchmarks/engine.py --write-docs     # the table goes into docs/benchmarks.md
 
@@ -30,10 +30,12 @@ from workload import Workload
 
 OURS = "stillhouse"
 VERSION = ROOT / "model_repository/support-int4/1"
-DOCS, BEGIN, END = ROOT / "docs/benchmarks.md", "<!-- engine: begin -->", "<!-- engine: end -->"
+BEGIN, END = "<!-- engine: begin -->", "<!-- engine: end -->"
+PAGES = (ROOT / "docs/benchmarks.md", ROOT / "docs/engine.md")
 SEQUENCES = (1, 4, 16, 32)
 PREFILL_TOKENS = (256, 1024)
 TTFT_PROMPT_TOKENS, TTFT_CONCURRENT = 128, 16
+HELD_OUT_TOKENS = 4096
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version-dir", type=Path, default=VERSION, help="the INT4 version that ours and genai open")
     parser.add_argument("--peers", nargs="+", choices=list(known()), default=list(known()), metavar="PEER")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of every peer")
-    parser.add_argument("--tokens", type=int, default=64, help="decode steps that are timed")
+    parser.add_argument("--tokens", type=int, default=48, help="decode steps that are timed")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts: another seed, other prompts")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens: whether it works, not how fast")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="for one answer of a peer")
@@ -72,18 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save(args, report)
     table = markdown(report)
     print(table)
     if args.write_docs:
-        DOCS.write_text(replace_between(DOCS.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(replace_between(page.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
     return 0
 
 
 def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
     """All rounds; the report. A peer that fails is left out from then on, and the report says why."""
-    rounds, held_out = (1, 1024) if args.quick else (args.rounds, 4096)
+    rounds, held_out = (1, 1024) if args.quick else (args.rounds, HELD_OUT_TOKENS)
     workload = Workload.of_manual(args.version_dir / "tokenizer.json", args.seed, held_out)
     samples: dict[str, dict[str, list[float]]] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -105,9 +107,29 @@ def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
                 settings[peer.name] = about["settings"]
                 for key, value in figures.items():
                     samples.setdefault(peer.name, defaultdict(list))[key].append(value)
-    results = summarise(samples)
-    if OURS not in results:
+            if OURS in samples:
+                save(args, report_of(args, rounds, bandwidth, samples, settings, failed))
+    if OURS not in samples:
         raise PeerError(f"nothing to compare: {failed.get(OURS, f'{OURS} is not among the peers')}")
+    reference_figures = {} if args.no_perplexity else reference(args, workload)
+    return report_of(args, rounds, bandwidth, samples, settings, failed) | reference_figures
+
+
+def save(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def report_of(
+    args: argparse.Namespace,
+    rounds: int,
+    bandwidth: float,
+    samples: dict[str, dict[str, list[float]]],
+    settings: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """What is known so far; it is saved after every round, so that a run that is cut short was not in vain."""
+    results = summarise(samples)
     return {
         "ours": OURS,
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -123,7 +145,7 @@ def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
         "settings": settings,
         "failed": failed,
         "samples": samples,
-    } | ({} if args.no_perplexity else reference(args, workload))
+    }
 
 
 def reference(args: argparse.Namespace, workload: Workload) -> dict[str, float]:
@@ -140,8 +162,8 @@ def reference(args: argparse.Namespace, workload: Workload) -> dict[str, float]:
 def session(
     args: argparse.Namespace, peer: PeerSpec, workload: Workload, number: int, log: Any
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """One peer's turn of round `number`, in a fresh process: everything once, each warmed up; its samples."""
-    tokens, warm_tokens = (12, 2) if args.quick else (args.tokens, 8)
+    """One peer's turn of round `number`, in a fresh process that is warmed up: everything once; its samples."""
+    tokens = 12 if args.quick else args.tokens
     sequences = (1, 4) if args.quick else SEQUENCES
     prefills = PREFILL_TOKENS[:1] if args.quick else PREFILL_TOKENS
     concurrent = 4 if args.quick else TTFT_CONCURRENT
@@ -150,20 +172,19 @@ def session(
     with PeerProcess(peer, args.version_dir, timeout_s=args.timeout_s, log=log, **load) as process:
         figures |= {"load_s": process.about["load_s"], "start_s": process.start_s}
         figures["model_bytes"] = process.about["model_bytes"]
+        process.ask("decode", prompts=workload.prompts(4, number, "warm"), tokens=8)
+        process.ask("prefill", prompt=workload.prompt(PREFILL_TOKENS[0], number, "warm"))
         for count in sequences:
-            process.ask("decode", prompts=workload.prompts(count, number, "warm", count), tokens=warm_tokens)
             answer = process.ask("decode", prompts=workload.prompts(count, number, "decode", count), tokens=tokens)
             figures[f"decode_{count}"] = answer["tokens_per_s"]
         for length in prefills:
-            process.ask("prefill", prompt=workload.prompt(length, number, "warm", length))
             answer = process.ask("prefill", prompt=workload.prompt(length, number, "prefill", length))
             figures[f"prefill_{length}"] = answer["tokens_per_s"]
         alone = [workload.prompt(TTFT_PROMPT_TOKENS, number, "alone", i) for i in range(1 if args.quick else 4)]
         times = [process.ask("ttft", prompts=[prompt])["ttft_s"][0] for prompt in alone]
         figures["ttft_1"] = median(times[1:] or times)
-        together = [workload.prompt(TTFT_PROMPT_TOKENS, number, "together", i) for i in range(2 * concurrent)]
-        process.ask("ttft", prompts=together[concurrent:])
-        times = process.ask("ttft", prompts=together[:concurrent])["ttft_s"]
+        together = [workload.prompt(TTFT_PROMPT_TOKENS, number, "together", i) for i in range(concurrent)]
+        times = process.ask("ttft", prompts=together)["ttft_s"]
         figures |= {"ttft_16_median": median(times), "ttft_16_last": max(times)}
         figures["peak_rss_bytes"] = process.ask("memory")["peak_rss_bytes"]
         if number == 0 and not args.no_perplexity:

@@ -6,7 +6,8 @@ of what the memory allows. Random weights cost what trained ones cost; what the 
 
     python benchmarks/synthetic.py               # builds it (some 4 GB of disk meanwhile; cached), measures it
 
-The checkpoint is written a layer at a time in bfloat16 and read back mapped.
+Two layers are built from a random checkpoint; the second is repeated to the depth asked for, each copy with bytes of
+its own. What a build of a real 1.5B needs is another question: docs/build.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,10 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bandwidth import read_bandwidth_gb_s
+from figures import replace_between
 from machine import describe
 from roster import CACHE, HERE, ROOT, PeerProcess, known
 from workload import Workload
 
+DOCS, BEGIN, END = ROOT / "docs/benchmarks.md", "<!-- synthetic: begin -->", "<!-- synthetic: end -->"
 SHAPE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -50,6 +54,7 @@ SHAPE: dict[str, Any] = {
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # As in a build of a real model: asymmetric blocks of 32, 8-bit head, int8 activations.
+BUILT_LAYERS = 2
 OPTIONS = ("algo_config=k_quant_last", "block_size=32", "accuracy_level=4")
 
 
@@ -99,18 +104,77 @@ def build(out: Path, tokenizer: Path, shape: dict[str, Any]) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         checkpoint, built = Path(scratch, "checkpoint"), Path(scratch, "built")
         checkpoint.mkdir()
-        write_checkpoint(checkpoint, shape)
+        write_checkpoint(checkpoint, shape | {"num_hidden_layers": BUILT_LAYERS})
         for name in TOKENIZER_FILES:
             shutil.copy(tokenizer / name, checkpoint)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", built]
         command += ["-p", "int4", "-e", "cpu", "-c", Path(scratch, "cache")]
         options = ["--extra_options", "hf_token=false", *OPTIONS]
         subprocess.run([*command, *options], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
+        repeat_last_layer(built, shape["num_hidden_layers"])
         for name in TOKENIZER_FILES:
             shutil.copy(tokenizer / name, built)
         _write_manifest(built, shape)
         built.rename(out)
     return out
+
+
+def repeat_last_layer(built: Path, layers: int) -> None:
+    """Makes a graph of two layers one of `layers`: copies of the second, with weights of their own, in its place."""
+    import onnx
+
+    model = onnx.load(str(built / "model.onnx"), load_external_data=False)
+    graph, data = model.graph, built / "model.onnx.data"
+
+    def renamed(name: str, layer: int) -> str:
+        """A name of layer 1, or of layer 0 before it, as layer `layer` or the one before that has it."""
+        name = re.sub(r"(layers|past_key_values|present)\.1(?=[./])", rf"\1.@{layer}", name)
+        return re.sub(r"layers\.0(?=[./])", f"layers.{layer - 1}", name).replace("@", "")
+
+    def repeated(entry: Any, layer: int) -> Any:
+        copy = type(entry)()
+        copy.CopyFrom(entry)
+        copy.name = renamed(entry.name, layer)
+        return copy
+
+    last = re.compile(r"(layers|past_key_values|present)\.1[./]")
+    for node in graph.node:
+        if last.search(node.name) is None:  # what comes after the layers reads the last of them
+            node.input[:] = [renamed(name, layers - 1) if last.search(name) else name for name in node.input]
+            node.name = node.name.replace(f"layers.{BUILT_LAYERS}/", f"layers.{layers}/")
+            node.output[:] = [name.replace(f"layers.{BUILT_LAYERS}/", f"layers.{layers}/") for name in node.output]
+            node.input[:] = [name.replace(f"layers.{BUILT_LAYERS}/", f"layers.{layers}/") for name in node.input]
+    del graph.value_info[:]
+    nodes = [node for node in graph.node if last.search(node.name)]
+    tail = list(graph.node)[list(graph.node).index(nodes[-1]) + 1 :]
+    del graph.node[len(graph.node) - len(tail) :]
+    weights = [tensor for tensor in graph.initializer if last.search(tensor.name)]
+    with data.open("r+b") as file:
+        for layer in range(BUILT_LAYERS, layers):
+            for node in nodes:
+                copy = repeated(node, layer)
+                copy.input[:] = [renamed(name, layer) for name in node.input]
+                copy.output[:] = [renamed(name, layer) for name in node.output]
+                graph.node.append(copy)
+            for tensor in weights:
+                graph.initializer.append(_with_own_bytes(repeated(tensor, layer), file))
+            for values in (graph.input, graph.output):
+                values.extend([repeated(value, layer) for value in values if last.search(value.name)])
+    graph.node.extend(tail)
+    onnx.save(model, str(built / "model.onnx"))
+
+
+def _with_own_bytes(tensor: Any, file: Any) -> Any:
+    """`tensor`, its external data copied to the end of `file`."""
+    where = {entry.key: entry for entry in tensor.external_data}
+    if where:
+        file.seek(int(where["offset"].value))
+        content = file.read(int(where["length"].value))
+        file.seek(0, os.SEEK_END)
+        file.write(b"\0" * (-file.tell() % 4096))
+        where["offset"].value = str(file.tell())
+        file.write(content)
+    return tensor
 
 
 def bytes_a_token(model: Path) -> int:
@@ -181,8 +245,10 @@ def measure(version: Path, tokenizer: Path, *, threads: int, tokens: int, rounds
             peaks.append(held["peak_rss_bytes"])
             anonymous.append(held["anonymous_bytes"])
             loads.append(process.about["load_s"])
+        bandwidths.append(read_bandwidth_gb_s(threads))
     bandwidth = max(bandwidths)
     return {
+        "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": describe(),
         "threads": threads,
         "rounds": rounds,
@@ -197,6 +263,26 @@ def measure(version: Path, tokenizer: Path, *, threads: int, tokens: int, rounds
     }
 
 
+def markdown(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    rows = [
+        ("decode, 1 sequence", f"{report['tokens_per_s']:.1f} tokens/s"),
+        ("weights that a token reads", f"{report['bytes_a_token'] / 1e6:,.0f} MB"),
+        ("streaming read of this memory", f"{report['bandwidth_gb_s']:.1f} GB/s"),
+        ("share of it that decoding uses", f"{report['share_of_bandwidth']:.0%}"),
+        ("peak RSS", f"{report['peak_rss_bytes'] / 1e6:,.0f} MB"),
+        ("of which no file backs (at the end)", f"{report['anonymous_bytes'] / 1e6:,.0f} MB"),
+        ("load", f"{report['load_s']:.2f} s"),
+        ("files", f"{report['model_bytes'] / 1e6:,.0f} MB"),
+    ]
+    lines = ["| | |", "|---|--:|", *(f"| {name} | {figure} |" for name, figure in rows), ""]
+    lines.append(
+        f"Machine: {machine['processor']}, {machine['cores']} cores; {report['threads']} threads, medians of"
+        f" {report['rounds']} rounds. Measured {report['measured']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "model_repository/support-int4/1")
@@ -205,17 +291,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer: to try it out")
     parser.add_argument("--out", type=Path, default=HERE / "results/synthetic.json")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
     version = CACHE / f"synthetic/int4-{args.layers}-layers"
     build(version, args.tokenizer, SHAPE | {"num_hidden_layers": args.layers})
     report = measure(version, args.tokenizer, threads=args.threads, tokens=args.tokens, rounds=args.rounds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"{report['tokens_per_s']:.1f} tokens/s at batch 1, {report['bytes_a_token'] / 1e6:.0f} MB of weights a token: "
-        f"{report['share_of_bandwidth']:.0%} of {report['bandwidth_gb_s']:.1f} GB/s; "
-        f"peak RSS {report['peak_rss_bytes'] / 1e6:.0f} MB, of which anonymous {report['anonymous_bytes'] / 1e6:.0f} MB"
-    )
+    table = markdown(report)
+    print(table)
+    if args.write_docs:
+        DOCS.write_text(replace_between(DOCS.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

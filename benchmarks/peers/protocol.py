@@ -112,7 +112,7 @@ def steady_rate(times_s: Sequence[Sequence[float]]) -> float:
 
 def tokens_to_ask(tokens: int, sequences: int) -> int:
     """How long answers must be for `tokens` steps of overlap, when prompts come in one a step."""
-    return tokens + 2 * sequences
+    return tokens + sequences + 8
 
 
 def file_bytes(*files: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -28,7 +29,6 @@ def test_the_checkpoint_opens_as_a_qwen2_with_no_weight_missing(tmp_path: Path) 
 
 def test_a_step_reads_the_constants_of_matrix_products_each_once(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    import numpy as np
     from onnx import helper, numpy_helper
 
     shared = numpy_helper.from_array(np.ones((4, 4), np.float32), "shared")
@@ -43,6 +43,48 @@ def test_a_step_reads_the_constants_of_matrix_products_each_once(tmp_path: Path)
     graph = helper.make_graph(nodes, "small", [ids], [z], initializer=[shared, table])
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     assert synthetic.bytes_a_token(tmp_path / "model.onnx") == 64
+
+
+@pytest.mark.slow
+def test_a_repeated_layer_computes_what_a_checkpoint_with_that_layer_repeated_does(
+    tmp_path: Path, support_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from stillhouse.engine.directory import open_version
+    from stillhouse.engine.runner import OrtRunner
+
+    shape = synthetic.SHAPE | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 49152}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tokenizer = support_repository / "support-int4/1"
+    synthetic.build(tmp_path / "repeated", tokenizer, shape)
+
+    write = synthetic.write_checkpoint
+
+    def write_repeated(folder: Path, of: dict[str, object], seed: int = 0) -> None:
+        """Four layers in the checkpoint itself, the last two with the second's weights."""
+        write(folder, of | {"num_hidden_layers": 2}, seed)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        for layer in (2, 3):
+            with safe_open(folder / "layer-01.safetensors", "pt") as second:
+                names = {name: name.replace("layers.1.", f"layers.{layer}.") for name in second.keys()}  # noqa: SIM118
+                copied = {names[name]: second.get_tensor(name) for name in names}
+            save_file(copied, folder / f"layer-{layer:02}.safetensors", metadata={"format": "pt"})
+            index["weight_map"] |= dict.fromkeys(copied, f"layer-{layer:02}.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps(shape))
+
+    monkeypatch.setattr(synthetic, "write_checkpoint", write_repeated)
+    monkeypatch.setattr(synthetic, "repeat_last_layer", lambda *_: None)
+    synthetic.build(tmp_path / "whole", tokenizer, shape)
+    logits = []
+    for name in ("repeated", "whole"):
+        version = open_version(tmp_path / name)
+        runner = OrtRunner(version.model_path, network=version.manifest.network, slots=1, max_len=64)
+        runner.prefill(0, [5, 6, 7, 8], 0)
+        logits.append(runner.decode([9], [4]))
+    assert np.array_equal(*logits)
 
 
 def test_the_bandwidth_of_a_small_array_is_measured() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from stillhouse.engine.errors import StillhouseError
 
-app = typer.Typer(no_args_is_help=True, help="Measure stillhouse against its peers, side by side in one run.")
+app = typer.Typer(no_args_is_help=True)
 
 # Whatever the script knows is passed on as it is, --help too.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

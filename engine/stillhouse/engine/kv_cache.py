@@ -77,14 +77,14 @@ class SlotCache:
 
     def swap_out(self, slot: int, tokens: int) -> SwappedOut:
         """Writes the first `tokens` positions of `slot` to a file without a name: memory that can be reclaimed."""
-        data = self._array[:, slot, :, :tokens].tobytes()
+        part = self._array[:, slot, :, :tokens]
         try:
             file = tempfile.TemporaryFile(prefix="stillhouse-kv-", buffering=0)  # noqa: SIM115  closed by swap_in
-            file.write(data)
-            if file.tell() != len(data):
-                raise OSError("the disk is full")
+            for tensor in part:  # one at a time: memory is what there is none of
+                if file.write(tensor.tobytes()) != tensor.nbytes:
+                    raise OSError("the disk is full")
         except OSError:
-            return SwappedOut(io.BytesIO(data), tokens)
+            return SwappedOut(io.BytesIO(part.tobytes()), tokens)
         return SwappedOut(file, tokens)
 
     def swap_in(self, slot: int, swapped: SwappedOut) -> None:

@@ -29,7 +29,7 @@ class EngineOptions(BaseModel):
         default="auto", description="ONNX Runtime's execution provider; auto: the one that the version was built for"
     )
     weights_cache: bool = Field(default=True, description="keep packed weights on disk and map them")
-    threads: int | None = Field(default=None, ge=1, description="ONNX Runtime's threads; None: one a core")
+    threads: int | None = Field(default=None, ge=1, le=512, description="ONNX Runtime's threads; None: one a core")
 
 
 def read_options(model_directory: Path, overrides: dict[str, object] | None = None) -> EngineOptions:

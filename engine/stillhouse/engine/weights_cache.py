@@ -46,6 +46,11 @@ def prepacked_model(version: VersionDirectory, pack: Callable[[Path, Path], None
         return version.model_path
 
 
+def is_packed(model_path: Path) -> bool:
+    """Whether `model_path` is one of this cache: a graph that is optimized already."""
+    return (model_path.parent / STAMP).is_file()
+
+
 def _make(version: VersionDirectory, pack: Callable[[Path, Path], None], entry: Path, key: str) -> Path:
     """Packs into a folder beside, stamps it, renames it into place; another process may do the same at once."""
     entry.parent.mkdir(parents=True, exist_ok=True)
