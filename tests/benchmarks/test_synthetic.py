@@ -55,7 +55,7 @@ def test_a_repeated_layer_computes_what_a_checkpoint_with_that_layer_repeated_do
     from stillhouse.engine.directory import open_version
     from stillhouse.engine.runner import OrtRunner
 
-    shape = synthetic.SHAPE | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 49152}
+    shape = synthetic.SHAPE | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 49152}
     shape |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
     tokenizer = support_repository / "support-int4/1"
     synthetic.build(tmp_path / "repeated", tokenizer, shape)
