@@ -28,7 +28,13 @@ class OrtRunner:
 
     Not supported by GroupQueryAttention: several tokens a row, with a past, at batch > 1. So a prefill is one row
     (in chunks, if wanted), and a decode step is one token a row over the slots 0 … rows − 1.
+
+    On some CPUs a lone row is computed by another kernel than several (4-bit MatMulNBits with AVX2: up to 0.8 logit
+    apart). There a lone row decodes beside a second one that nobody reads, so that company changes no answer. In the
+    cache's memory that spare row's slot lies before slot 0.
     """
+
+    _SPARE, _FIRST = 0, 1  # where they lie in the cache: the spare row, and slot 0
 
     def __init__(
         self,
@@ -55,7 +61,7 @@ class OrtRunner:
         allocate = DeviceSlotCache.allocate if provider == "cuda" else SlotCache
         self.cache: SlotCache | DeviceSlotCache = allocate(
             layers=network.layers,
-            slots=slots,
+            slots=slots + self._FIRST,
             kv_heads=network.kv_heads,
             max_len=max_len,
             head_dim=network.head_dim,
@@ -66,9 +72,10 @@ class OrtRunner:
             for layer in range(network.layers)
             for kind in ("key", "value")
         ]
-        # A binding a number of rows is kept: rebinding 4 × layers tensors costs more than the rest of a small step.
-        self._decode_bindings: dict[int, ort.IOBinding] = {}
-        self._decode_logits = np.empty((slots, self._vocab_size), self._logits_dtype)
+        # A binding is kept by its first slot and rows: rebinding 4 × layers tensors costs more than the rest of a step.
+        self._decode_bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._decode_logits = np.empty((slots + self._FIRST, self._vocab_size), self._logits_dtype)
+        self._lone_row_differs = provider == "cpu" and self._try_a_lone_row()
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, *, last_only: bool = False) -> Logits:
         """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32.
@@ -82,7 +89,7 @@ class OrtRunner:
         skip = np.asarray([count - 1 if last_only else 0], np.int64)
         computed = 1 if last_only and self._skips_logits else count
         logits = np.empty((1, computed, self._vocab_size), self._logits_dtype)
-        binding = self._bind_cache(slot, rows=1)
+        binding = self._bind_cache(slot + self._FIRST, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         if self._takes_positions:
@@ -99,14 +106,20 @@ class OrtRunner:
 
         Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
         """
+        if len(tokens) == 1 and self._lone_row_differs:
+            return self._decode(self._SPARE, [0, *tokens], [0, *lengths])[1:]
+        return self._decode(self._FIRST, tokens, lengths)
+
+    def _decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """`decode` over the cache's slots first … first + rows − 1."""
         rows = len(tokens)
         ids = np.asarray(tokens, np.int64).reshape(rows, 1)
         past = np.asarray(lengths, np.int64).reshape(rows, 1)
         # Right-padded, a row its own length: position p of a row counts when p <= past.
         mask = (np.arange(int(past.max()) + 1) <= past).astype(np.int64)
-        binding = self._decode_bindings.get(rows)
+        binding = self._decode_bindings.get((first, rows))
         if binding is None:
-            binding = self._decode_bindings[rows] = self._bind_cache(0, rows=rows)
+            binding = self._decode_bindings[first, rows] = self._bind_cache(first, rows=rows)
             _bind_output(binding, "logits", self._decode_logits[:rows].reshape(rows, 1, self._vocab_size))
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
@@ -115,24 +128,32 @@ class OrtRunner:
         self._session.run_with_iobinding(binding)
         return self._decode_logits[:rows].astype(np.float32, copy=False)
 
+    def _try_a_lone_row(self) -> bool:
+        """Whether this CPU's kernels compute a lone row otherwise than one of two: tried, since no table knows."""
+        alone = self._decode(self._SPARE, [0], [1]).copy()
+        differs = not np.array_equal(alone, self._decode(self._SPARE, [0, 0], [1, 1])[:1])
+        self.cache.release(self._SPARE)
+        self.cache.release(self._FIRST)
+        return differs
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` of slot `source` into slot `target`."""
-        self.cache.copy(source, target, tokens)
+        self.cache.copy(source + self._FIRST, target + self._FIRST, tokens)
 
     def swap_out(self, slot: int, tokens: int) -> Any:
         """Takes the first `tokens` of `slot` out of the cache's memory; what comes back is for `swap_in`."""
-        return self.cache.swap_out(slot, tokens)
+        return self.cache.swap_out(slot + self._FIRST, tokens)
 
     def swap_in(self, slot: int, swapped: Any) -> None:
         """Brings what was swapped out back into `slot`."""
-        self.cache.swap_in(slot, swapped)
+        self.cache.swap_in(slot + self._FIRST, swapped)
 
     def release(self, slot: int) -> None:
         """Forgets what `slot` holds and gives its memory back."""
-        self.cache.release(slot)
+        self.cache.release(slot + self._FIRST)
 
     def _bind_cache(self, slot: int, *, rows: int) -> ort.IOBinding:
-        """A binding whose past and present are the same memory: slots slot … slot + rows − 1."""
+        """A binding whose past and present are the same memory: the cache's slots slot … slot + rows − 1."""
         binding = self._session.io_binding()
         cache, shape = self.cache, self.cache.shape(rows)
         for tensor, (past_name, present_name) in enumerate(self._kv_names):
