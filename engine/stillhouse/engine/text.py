@@ -63,6 +63,11 @@ class Tokenizer:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry, as it is stored; None for an id that has none."""
+        entry: str | None = self._rust.id_to_token(token_id)
+        return entry
+
     def _byte_fallback_ids(self) -> frozenset[int]:
         """The tokens <0x00> … <0xFF>, where the decoder reads them as bytes (SentencePiece's byte fallback)."""
         found = [self._rust.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
@@ -79,8 +84,14 @@ class Tokenizer:
         """Whether the chat template has `text` in its source."""
         return text in (self._template_source or "")
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the chat template writes it.
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the chat template writes it; `variables` are what else the template is to see.
 
         Raises InvalidRequest when a message is no {"role": …, "content": …} or the template refuses it.
         """
@@ -89,7 +100,14 @@ class Tokenizer:
         check_messages(messages)
         special = {name: text for name, text in self._special_texts.items() if text is not None}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            return self._template.render(
+                {
+                    **special,
+                    **(variables or {}),
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
 

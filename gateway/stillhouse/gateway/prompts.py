@@ -1,0 +1,56 @@
+"""Texts to token ids, where a large one does not hold up the other requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from stillhouse.engine.errors import InvalidRequest
+from stillhouse.gateway.errors import invalid
+from stillhouse.gateway.generator import ServedModel
+from stillhouse.gateway.messages import ready_messages
+
+_LARGE_CHARACTERS = 4096  # a few milliseconds of tokenizing; more is done on a thread
+
+T = TypeVar("T")
+
+
+async def chat_ids(
+    model: ServedModel,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any] | None,
+    *,
+    add_generation_prompt: bool = True,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """Token ids of a conversation; the template has put in the special tokens, so none are added by default."""
+    ready = ready_messages(messages, model)
+
+    def encode() -> list[int]:
+        text = model.tokenizer.render_chat(ready, add_generation_prompt=add_generation_prompt, variables=variables)
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    return await _aside(encode, sum(len(message["content"]) for message in ready))
+
+
+async def text_ids(model: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of plain text."""
+    return await _aside(lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+
+def checked_ids(model: ServedModel, ids: Sequence[int], place: str) -> list[int]:
+    """The ids themselves. Raises ApiError for one that is not in the vocabulary."""
+    if wrong := [token for token in ids if token >= model.vocab_size]:
+        raise invalid(f"{place}: token id {wrong[0]} is not in the vocabulary of {model.vocab_size} tokens", place)
+    return list(ids)
+
+
+async def _aside(work: Callable[[], T], characters: int) -> T:
+    try:
+        if characters < _LARGE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # Chat templates are programs: with a message that they were not written for they may fail in any way.
+        raise InvalidRequest(f"messages: the chat template fails on them: {error}") from error
