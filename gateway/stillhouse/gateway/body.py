@@ -16,6 +16,11 @@ MAX_BODY_BYTES = 16 * 2**20
 # Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
 _PIECE_TIMEOUT_S = 30.0
 _LARGE_BYTES = 2**18  # from here on reading the JSON would hold up the other requests: a thread does it
+# Of a union of lists, pydantic has a fault for each alternative and each element.
+_ALTERNATIVES = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "a non-empty string or a list of them",
+}
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -106,6 +111,8 @@ def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         return invalid(f"unknown field {name!r}" + (f" (known: {known})" if known else ""), name, "unknown_field")
     if fault["type"] == "missing":
         return invalid(f"{name} is missing", name)
+    if place and place[0] in _ALTERNATIVES:
+        return invalid(f"{place[0]} must be {_ALTERNATIVES[place[0]]}, got {_short(faults[0]['input'])}", place[0])
     # A union has a fault for each of its alternatives.
     said = dict.fromkeys(other["msg"] for other in faults if other["loc"][: len(place)] == fault["loc"][: len(place)])
     message = " or ".join(text.removeprefix("Input should ") for text in said)

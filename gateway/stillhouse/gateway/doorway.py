@@ -52,7 +52,7 @@ class Doorway:
             await send(message)
 
         path = scope["path"]
-        refusal = self._refusal(path, headers.get("authorization"))
+        refusal = self._refusal(path, headers)
         gateway.in_flight += 1
         gateway.metrics.in_flight.inc()
         try:
@@ -67,9 +67,12 @@ class Doorway:
             gateway.metrics.requests.labels(counted, str(status)).inc()
             gateway.metrics.request_duration.labels(counted).observe(time.perf_counter() - begun_s)
 
-    def _refusal(self, path: str, authorization: str | None) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if path in OPEN_PATHS:
             return None
+        if self._is_from_elsewhere(headers):
+            return ApiError(403, "pages of other origins may not ask here: see --cors-origin", code="cross_origin")
+        authorization = headers.get("authorization")
         if not self._gateway.admits(authorization):
             said = "Incorrect API key provided" if authorization else "You didn't provide an API key"
             return ApiError(
@@ -80,6 +83,13 @@ class Doorway:
             )
         reason = None if path == "/metrics" else self._gateway.closed()
         return unavailable(reason) if reason else None
+
+    def _is_from_elsewhere(self, headers: Headers) -> bool:
+        """Whether another site's page sent this: a browser lets it ask, and only keeps the answer from it."""
+        allowed = self._gateway.cors_origins
+        if headers.get("sec-fetch-site") not in ("cross-site", "same-site") or "*" in allowed:
+            return False
+        return headers.get("origin") not in allowed
 
 
 def error_response(error: ApiError) -> Response:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
 
 import uvicorn
 
-from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.engine.errors import StillhouseError
+from stillhouse.gateway.address import bound, reachable
 from stillhouse.gateway.app import create_app
 from stillhouse.gateway.gateway import Access, Gateway
 from stillhouse.gateway.generator import Generator
@@ -29,10 +29,10 @@ class GatewayServer:
 
     def __init__(self, host: str, port: int, access: Access | None = None) -> None:
         """Binds the port (0: any free one). Raises UsageError or StillhouseError where that cannot be."""
-        self._socket = _bound(host, port)
+        self._socket = bound(host, port)
         self.gateway = Gateway(access)
         self.port = int(self._socket.getsockname()[1])
-        self.url = f"http://{_reachable(host)}:{self.port}"
+        self.url = f"http://{reachable(host)}:{self.port}"
         config = uvicorn.Config(
             create_app(self.gateway),
             log_config=None,
@@ -88,28 +88,3 @@ class GatewayServer:
         finally:
             if self.gateway.generator is not None:
                 await self.gateway.generator.close()
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise UsageError(f"a port must be between 0 and 65535, got {port}")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except socket.gaierror as error:
-        raise UsageError(f"--host {host} is not an address of this machine: {error.strerror}") from error
-    except OSError as error:
-        raise StillhouseError(
-            f"port {port} on {host} cannot be used: {error.strerror}",
-            hint="stop what listens there, or choose another port",
-        ) from error
-    return listening
-
-
-def _reachable(host: str) -> str:
-    """The address under which a server that listens on `host` is reached from this machine."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
-    return f"[{host}]" if ":" in host else host
