@@ -1,8 +1,8 @@
 """Triton's models as what the gateway speaks to: over the client's gRPC, one stream a request.
 
 A model's process that dies ends none of its streams (Triton 2.51), and a long prefill is silent too. So a model that
-has streams but has said nothing for a second is asked a question of one token: a dead process is refused at once,
-and then every stream of the model ends with an error; one that is busy answers when it can.
+has streams but has said nothing for a while is asked a question of one token: for a dead process Triton refuses it
+(after a second), and then every stream of the model ends with an error; one that is busy answers when it can.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
-from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded
+from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded, TimedOut
 from stillhouse.client import Unavailable as ServerUnavailable
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import StillhouseError
@@ -25,7 +25,8 @@ from stillhouse.serve.translating import chunks_of, engine_error, sampling_field
 
 log = logging.getLogger(__name__)
 
-_SILENT_S = 1.0
+_SILENT_S = 0.6
+_PROBE_TIMEOUT_S = 3.0
 _IDLE_PROBE_S = 10.0
 _DOWN_PROBE_S = 0.5
 _LOOK_S = 0.2
@@ -161,7 +162,13 @@ class TritonGenerator:
         pulse, live = self._pulses[name], self._models[name].live
         pulse.asked_s = time.monotonic()
         tokens = self._client.stream(
-            name, input_ids=[0], version=live.version, details=True, timeout_s=_SILENT_S, max_tokens=1, temperature=0.0
+            name,
+            input_ids=[0],
+            version=live.version,
+            details=True,
+            timeout_s=_PROBE_TIMEOUT_S,
+            max_tokens=1,
+            temperature=0.0,
         )
         try:
             async with contextlib.aclosing(tokens):
@@ -169,11 +176,10 @@ class TritonGenerator:
                     pulse.revive(name)
         except Overloaded:
             pulse.revive(name)
-        except ServerUnavailable as error:
-            pulse.end(name, str(error))
+        except TimedOut:
+            log.debug("%s is busy", name)
         except ClientError as error:
-            if error.__class__.__name__ != "TimedOut":
-                pulse.end(name, str(error))
+            pulse.end(name, str(error))
 
 
 class _Pulse:
