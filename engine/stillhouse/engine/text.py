@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from stillhouse.engine.errors import InvalidRequest, VersionError
 
 Message = Mapping[str, Any]
+_LARGE_CHARACTERS = 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
@@ -54,7 +56,12 @@ class Tokenizer:
             raise InvalidRequest(
                 f"the prompt is not text that UTF-8 can hold: {error.reason}", hint="send it as UTF-8"
             ) from error
-        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int]
+        if len(text) < _LARGE_CHARACTERS:
+            ids = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            # A batch, even of one, is read without Python's lock: other threads go on meanwhile.
+            ids = self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         if len(ids) > 1 and self._bos_id is not None and ids[0] == ids[1] == self._bos_id:
             return ids[1:]
         return ids
@@ -62,6 +69,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more text than this, in UTF-8."""
+        return max(len(entry.encode()) for entry in self._rust.get_vocab())
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry, as it is stored; None for an id that has none."""

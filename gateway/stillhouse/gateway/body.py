@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,7 @@ from stillhouse.gateway.errors import ApiError, invalid
 MAX_BODY_BYTES = 16 * 2**20
 # Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
 _PIECE_TIMEOUT_S = 30.0
+_BODY_TIMEOUT_S = 300.0
 _LARGE_BYTES = 2**18  # from here on reading the JSON would hold up the other requests: a thread does it
 # Of a union of lists, pydantic has a fault for each alternative and each element.
 _ALTERNATIVES = {
@@ -40,15 +42,16 @@ async def _read_bytes(request: Request) -> bytes:
         raise _too_large()
     pieces: list[bytes] = []
     size = 0
-    stream = request.stream().__aiter__()
+    stream, begun_s = request.stream().__aiter__(), time.monotonic()
     while True:
         try:
-            piece = await asyncio.wait_for(stream.__anext__(), _PIECE_TIMEOUT_S)
+            left_s = begun_s + _BODY_TIMEOUT_S - time.monotonic()
+            piece = await asyncio.wait_for(stream.__anext__(), max(0.0, min(_PIECE_TIMEOUT_S, left_s)))
         except StopAsyncIteration:
             return b"".join(pieces)
         except asyncio.TimeoutError:
             close = {"Connection": "close"}
-            raise ApiError(408, f"no more of the body came for {_PIECE_TIMEOUT_S:g} s", headers=close) from None
+            raise ApiError(408, "the body comes too slowly", code="request_timeout", headers=close) from None
         except ClientDisconnect:
             raise ApiError(499, "the client went away") from None
         size += len(piece)

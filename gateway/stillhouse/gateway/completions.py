@@ -17,6 +17,8 @@ from stillhouse.gateway.params import COMPLETION_TOKENS, sampling_params
 from stillhouse.gateway.prompts import checked_ids, text_ids
 from stillhouse.gateway.sse import event
 
+MAX_ANSWERS = 4096
+
 
 async def completion_job(generator: Generator, model: ServedModel, meter: Meter, body: CompletionBody) -> Job:
     """What a completion asks the model. Raises ApiError or StillhouseError for what cannot be asked."""
@@ -27,7 +29,7 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
     max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise invalid("max_tokens must be at least 1 where nothing is echoed, got 0", "max_tokens")
-    prompts = [await _ids(model, prompt, body) for prompt in given_prompts(body)]
+    prompts = await _ids(model, body)
     params = [
         sampling_params(
             body,
@@ -124,11 +126,15 @@ def _answers(job: Job, body: CompletionBody) -> list[_Answer]:
     return answers
 
 
-async def _ids(model: ServedModel, prompt: str | list[int], body: CompletionBody) -> list[int]:
-    if isinstance(prompt, str):
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        return await text_ids(model, prompt, add_special_tokens=special)
-    return checked_ids(model, prompt, "prompt")
+async def _ids(model: ServedModel, body: CompletionBody) -> list[list[int]]:
+    prompts = given_prompts(body)
+    if len(prompts) * (body.n or 1) > MAX_ANSWERS:
+        raise invalid(f"prompt and n ask for more than {MAX_ANSWERS} answers: send them in several requests", "prompt")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        return [checked_ids(model, ids, "prompt") for ids in prompts if not isinstance(ids, str)]
+    special = True if body.add_special_tokens is None else body.add_special_tokens
+    return await text_ids(model, texts, add_special_tokens=special)
 
 
 def _usage(tally: Tally, body: CompletionBody) -> dict[str, Any]:

@@ -51,7 +51,7 @@ async def _tokenized(model: ServedModel, body: TokenizeBody) -> list[int]:
         raise invalid("exactly one of prompt and messages must be given", "prompt")
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        return await text_ids(model, body.prompt, add_special_tokens=special)
+        return (await text_ids(model, [body.prompt], add_special_tokens=special))[0]
     return await chat_ids(
         model,
         body.messages or [],

@@ -12,6 +12,7 @@ from stillhouse.gateway.generator import ServedModel
 from stillhouse.gateway.messages import ready_messages
 
 _LARGE_CHARACTERS = 4096  # a few milliseconds of tokenizing; more is done on a thread
+_PER_MESSAGE_CHARACTERS = 64  # what a template makes of an empty one
 
 T = TypeVar("T")
 
@@ -29,14 +30,18 @@ async def chat_ids(
 
     def encode() -> list[int]:
         text = model.tokenizer.render_chat(ready, add_generation_prompt=add_generation_prompt, variables=variables)
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return _encoded(model, text, add_special_tokens=add_special_tokens)
 
-    return await _aside(encode, sum(len(message["content"]) for message in ready))
+    return await _aside(encode, sum(len(message["content"]) + _PER_MESSAGE_CHARACTERS for message in ready))
 
 
-async def text_ids(model: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of plain text."""
-    return await _aside(lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text))
+async def text_ids(model: ServedModel, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of plain texts."""
+
+    def encode() -> list[list[int]]:
+        return [_encoded(model, text, add_special_tokens=add_special_tokens) for text in texts]
+
+    return await _aside(encode, sum(map(len, texts)))
 
 
 def checked_ids(model: ServedModel, ids: Sequence[int], place: str) -> list[int]:
@@ -44,6 +49,18 @@ def checked_ids(model: ServedModel, ids: Sequence[int], place: str) -> list[int]
     if wrong := [token for token in ids if token >= model.vocab_size]:
         raise invalid(f"{place}: token id {wrong[0]} is not in the vocabulary of {model.vocab_size} tokens", place)
     return list(ids)
+
+
+def _encoded(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text that may fit the context: reading megabytes of one that cannot would take seconds."""
+    most_bytes = model.max_model_len * model.tokenizer.longest_token_bytes
+    if len(text) > most_bytes:
+        raise invalid(
+            f"This model's maximum context length is {model.max_model_len} tokens, which hold at most {most_bytes}"
+            f" bytes of text. However, you sent {len(text)} characters. Please reduce the length of the prompt.",
+            code="context_length_exceeded",
+        )
+    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 async def _aside(work: Callable[[], T], characters: int) -> T:
