@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stillhouse.gateway.errors import ApiError, unavailable
 from stillhouse.gateway.gateway import Gateway
+
+log = logging.getLogger(__name__)
 
 # Whoever watches over the server has no key, and the page asks for one itself.
 OPEN_PATHS = ("/", "/health")
@@ -65,7 +68,9 @@ class Doorway:
             gateway.metrics.in_flight.dec()
             counted = path if path in _COUNTED else "/v1/models" if path.startswith("/v1/models/") else "other"
             gateway.metrics.requests.labels(counted, str(status)).inc()
-            gateway.metrics.request_duration.labels(counted).observe(time.perf_counter() - begun_s)
+            took_s = time.perf_counter() - begun_s
+            gateway.metrics.request_duration.labels(counted).observe(took_s)
+            log.debug("%s %s %s %.0f ms %s", scope["method"], path, status, took_s * 1000, request_id)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if path in OPEN_PATHS:
