@@ -30,15 +30,16 @@ _PROBE_TIMEOUT_S = 3.0
 _IDLE_PROBE_S = 10.0
 _DOWN_PROBE_S = 0.5
 _LOOK_S = 0.2
-# With a token every so often the server is alive; this is for one that is neither alive nor refuses.
-_TOKEN_TIMEOUT_S = 120.0
+_END_MARK_S = 1.0
+# For a model that neither answers nor is refused; longer than any prefill between two tokens of a whole model.
+_HUNG_S = 120.0
 
 
 class TritonGenerator:
     """Made on the event loop that uses it; `open()` it before the first question."""
 
     def __init__(self, grpc_url: str, models: Sequence[LiveModel]) -> None:
-        self._client = AsyncClient(grpc_url, timeout_s=None, token_timeout_s=_TOKEN_TIMEOUT_S)
+        self._client = AsyncClient(grpc_url, timeout_s=None, token_timeout_s=None)
         self._models = {model.name: model for model in models}
         self._pulses = {model.name: _Pulse() for model in models}
         self._watching: list[asyncio.Task[None]] = []
@@ -69,6 +70,8 @@ class TritonGenerator:
                     raise item
                 yield item
                 if item.finish_reason is not None:
+                    # The server's own end mark follows at once; cut off before it, the request would count as cancelled.
+                    await asyncio.wait([pump], timeout=_END_MARK_S)
                     return
         finally:
             pulse.streams.discard(mailbox)
@@ -93,7 +96,7 @@ class TritonGenerator:
     def suspect(self, name: str) -> None:
         """Has the model asked at once whether it still answers; called by whoever saw its process end."""
         if name in self._pulses:
-            self._pulses[name].heard_s = float("-inf")
+            self._pulses[name].suspected = True
 
     async def _pump(
         self,
@@ -150,7 +153,9 @@ class TritonGenerator:
             await asyncio.sleep(_LOOK_S)
             try:
                 await model.follow(self._client)
-                if pulse.silent_s() > (_DOWN_PROBE_S if pulse.fault else _SILENT_S if pulse.streams else _IDLE_PROBE_S):
+                if pulse.is_hung():
+                    pulse.end(name, f"it has said nothing for {_HUNG_S:g} s")
+                elif pulse.is_to_be_asked():
                     await self._probe(name)
             except (ClientError, StillhouseError) as error:
                 log.debug("%s: %s", name, error)
@@ -160,7 +165,7 @@ class TritonGenerator:
     async def _probe(self, name: str) -> None:
         """Asks for one token. A refusal is the model's end until it answers again; silence says nothing."""
         pulse, live = self._pulses[name], self._models[name].live
-        pulse.asked_s = time.monotonic()
+        pulse.asked_s, pulse.suspected = time.monotonic(), False
         tokens = self._client.stream(
             name,
             input_ids=[0],
@@ -187,6 +192,7 @@ class _Pulse:
 
     def __init__(self) -> None:
         self.heard_s = self.asked_s = time.monotonic()
+        self.suspected = False
         self.fault: str | None = None
         self.streams: set[asyncio.Queue[Chunk | Exception]] = set()
 
@@ -199,11 +205,12 @@ class _Pulse:
     def hear(self) -> None:
         self.heard_s = time.monotonic()
 
-    def silent_s(self) -> float:
-        """Seconds since it was heard of or asked; a model that is suspected has been silent for ever."""
-        if self.heard_s == float("-inf") and self.fault is None:
-            return float("inf")
-        return time.monotonic() - max(self.heard_s, self.asked_s)
+    def is_hung(self) -> bool:
+        return bool(self.streams) and self.fault is None and time.monotonic() - self.heard_s > _HUNG_S
+
+    def is_to_be_asked(self) -> bool:
+        patience_s = _DOWN_PROBE_S if self.fault else _SILENT_S if self.streams else _IDLE_PROBE_S
+        return self.suspected or time.monotonic() - max(self.heard_s, self.asked_s) > patience_s
 
     def revive(self, name: str) -> None:
         if self.fault:
