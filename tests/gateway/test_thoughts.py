@@ -54,6 +54,7 @@ def test_nothing_but_tags_and_line_breaks_is_lost(text: str, inside: bool) -> No
     [
         ("<think>\nwell\n</think>\n\nParis.", False, "well", "Paris."),
         ("well\nyes\n</think>\n\nParis.\n", True, "well\nyes", "Paris.\n"),
+        ("\n<think>\nwell</think>Paris.", True, "well", "Paris."),
         ("still thinking", True, "still thinking", ""),
         ("</think>Paris.", True, "", "Paris."),
         ("Paris.", False, "", "Paris."),

@@ -15,17 +15,24 @@ OPEN, CLOSE = "<think>", "</think>"
 class Thoughts:
     """Takes text in pieces of any size; the tags belong to neither part, nor do the line breaks beside them.
 
-    `inside`: the prompt has opened the tag already.
+    `inside`: the prompt has opened the tag already; a model that opens it once more is not taken at its word.
     """
 
     def __init__(self, *, inside: bool) -> None:
         self._inside = inside
+        self._may_reopen = inside
         self._held = ""  # may be the beginning of a tag, or a line break before one
         self._fresh = inside  # nothing has followed the last tag yet
 
     def push(self, piece: str) -> tuple[str, str]:
         """The (thoughts, content) that `piece` makes certain."""
         text, found = self._held + piece, {True: "", False: ""}
+        if self._may_reopen:
+            begin = text.lstrip("\n")
+            if len(begin) < len(OPEN) and OPEN.startswith(begin):
+                self._held = text
+                return "", ""
+            self._may_reopen, text = False, begin.removeprefix(OPEN)
         while True:
             tag = CLOSE if self._inside else OPEN
             before, hit, after = text.partition(tag)

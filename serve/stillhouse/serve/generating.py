@@ -70,7 +70,7 @@ class TritonGenerator:
                     raise item
                 yield item
                 if item.finish_reason is not None:
-                    # The server's own end mark follows at once; cut off before it, the request would count as cancelled.
+                    # The server's end mark follows at once; cut off before it, the request would count as cancelled.
                     await asyncio.wait([pump], timeout=_END_MARK_S)
                     return
         finally:
