@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ class Tokenizer:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    @cached_property
+    @property
     def longest_token_bytes(self) -> int:
         """No token stands for more text than this, in UTF-8."""
         return max(len(entry.encode()) for entry in self._rust.get_vocab())

@@ -22,6 +22,7 @@ class ServedModel:
     version: int
     created_s: int  # since the epoch
     max_model_len: int
+    max_prompt_bytes: int  # of UTF-8: more text than this is surely more than the context
     vocab_size: int
     tokenizer: Tokenizer
     default_params: SamplingParams
@@ -77,6 +78,7 @@ def describe(version: VersionDirectory, max_model_len: int) -> ServedModel:
         version=manifest.version,
         created_s=int(manifest.created.timestamp()),
         max_model_len=max_model_len,
+        max_prompt_bytes=max_model_len * tokenizer.longest_token_bytes,
         vocab_size=manifest.network.vocab_size,
         tokenizer=tokenizer,
         default_params=default_params(generation_config(version.path)),

@@ -53,11 +53,10 @@ def checked_ids(model: ServedModel, ids: Sequence[int], place: str) -> list[int]
 
 def _encoded(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text that may fit the context: reading megabytes of one that cannot would take seconds."""
-    most_bytes = model.max_model_len * model.tokenizer.longest_token_bytes
-    if len(text) > most_bytes:
+    if len(text) > model.max_prompt_bytes:
         raise invalid(
-            f"This model's maximum context length is {model.max_model_len} tokens, which hold at most {most_bytes}"
-            f" bytes of text. However, you sent {len(text)} characters. Please reduce the length of the prompt.",
+            f"This model's maximum context length is {model.max_model_len} tokens, or {model.max_prompt_bytes}"
+            f" bytes of text at most. However, you sent {len(text)} characters. Please reduce the length of it.",
             code="context_length_exceeded",
         )
     return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -16,6 +16,7 @@ from stillhouse.gateway.errors import api_error
 
 log = logging.getLogger(__name__)
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
 # nginx would hold the events back; caches have no business here.
 _HEADERS = [
@@ -27,7 +28,7 @@ _HEADERS = [
 
 def event(value: Any) -> bytes:
     """One event with a JSON object."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"
 
 
 class EventStream(Response):
