@@ -97,3 +97,12 @@ def test_tokenize_and_detokenize_are_the_engines(http: httpx.Client, engine: Lan
     chat = http.post("/tokenize", json={"model": "support-int4", "messages": messages}).json()
     assert chat["tokens"] == engine.prompt_ids(messages=messages)
     assert chat["max_model_len"] == 512
+
+
+def test_what_the_tokenizer_is_may_be_asked(http: httpx.Client, engine: LanguageModel) -> None:
+    info = http.get("/tokenizer_info", params={"model": "support-int4"}).json()
+    assert info["eos_token"] == engine.tokenizer.special_texts["eos_token"]
+    assert "messages" in info["chat_template"]
+    unnamed = http.post("/tokenize", json={"prompt": "a"})
+    assert unnamed.status_code == 400, "there are two models"
+    assert unnamed.json()["error"]["param"] == "model"

@@ -32,17 +32,17 @@ class Tokenizer:
         self._rust.no_truncation()
         config_file = directory / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        self._special_texts = {
+        self.special_texts = {
             name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        bos = self._special_texts["bos_token"]
+        bos = self.special_texts["bos_token"]
         self._bos_id = self._rust.token_to_id(bos) if bos else None
         self.special_ids = frozenset(
             token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special
         )
         self.byte_ids = self._byte_fallback_ids()
-        self._template_source = _template_source(directory, config)
-        self._template = _compile_template(directory, self._template_source)
+        self.template_source = _template_source(directory, config)
+        self._template = _compile_template(directory, self.template_source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a BOS that the text already begins with is not put in twice.
@@ -93,7 +93,7 @@ class Tokenizer:
 
     def template_mentions(self, text: str) -> bool:
         """Whether the chat template has `text` in its source."""
-        return text in (self._template_source or "")
+        return text in (self.template_source or "")
 
     def render_chat(
         self,
@@ -109,7 +109,7 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
-        special = {name: text for name, text in self._special_texts.items() if text is not None}
+        special = {name: text for name, text in self.special_texts.items() if text is not None}
         try:
             return self._template.render(
                 {

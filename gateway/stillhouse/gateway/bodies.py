@@ -124,9 +124,9 @@ class CompletionBody(GenerationBody):
 
 
 class TokenizeBody(_Strict):
-    """POST /tokenize: a prompt or a conversation (vLLM's)."""
+    """POST /tokenize: a prompt or a conversation (vLLM's). The model may be left out where there is one alone."""
 
-    model: NonEmpty
+    model: NonEmpty | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
@@ -138,5 +138,5 @@ class TokenizeBody(_Strict):
 class DetokenizeBody(_Strict):
     """POST /detokenize (vLLM's)."""
 
-    model: NonEmpty
+    model: NonEmpty | None = None
     tokens: TokenIds

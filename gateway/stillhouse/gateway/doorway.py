@@ -26,6 +26,7 @@ _COUNTED = (
     "/v1/completions",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.engine.errors import UsageError
-from stillhouse.gateway.errors import ModelUnknown, Unavailable
+from stillhouse.gateway.errors import ModelUnknown, Unavailable, invalid
 from stillhouse.gateway.generator import Figure, Generator, ServedModel
 from stillhouse.gateway.metrics import Metrics
 
@@ -67,6 +67,13 @@ class Gateway:
 
     def models(self) -> Sequence[ServedModel]:
         return self.ready_generator().models()
+
+    def only_model(self) -> ServedModel:
+        """The one model that is served. Raises ApiError where there are several."""
+        models = self.models()
+        if len(models) != 1:
+            raise invalid(f"model is missing: one of {', '.join(model.name for model in models)}", "model")
+        return models[0]
 
     def model(self, name: str) -> ServedModel:
         """The live model called `name`. Raises ModelUnknown."""

@@ -35,6 +35,8 @@ def check_tools(body: ChatBody, model: ServedModel) -> None:
 
 def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[str, Any]:
     given = {name: value for name, value in message.items() if value not in (None, [])}
+    if given.get("type") in ("message", "text"):
+        del given["type"]  # some clients say so of every message
     if unknown := sorted(given.keys() - _FIELDS):
         raise invalid(f"unknown field {place}.{unknown[0]!s}", f"{place}.{unknown[0]!s}", "unknown_field")
     if not isinstance(given.get("role"), str) or not given["role"]:

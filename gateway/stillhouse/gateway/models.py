@@ -1,4 +1,4 @@
-"""What can be asked of a model without an answer: /v1/models, /tokenize, /detokenize."""
+"""What can be asked of a model without an answer: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody)
-        model = gateway.model(body.model)
+        model = gateway.model(body.model) if body.model else gateway.only_model()
         ids = await _tokenized(model, body)
         texts = [model.tokenizer.token(token) for token in ids] if body.return_token_strs else None
         answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts}
@@ -39,9 +39,15 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody)
-        model = gateway.model(body.model)
+        model = gateway.model(body.model) if body.model else gateway.only_model()
         ids = checked_ids(model, body.tokens, "tokens")
         return JSONResponse({"prompt": model.tokenizer.decode(ids, skip_special_tokens=False)})
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> Response:
+        served = gateway.model(model) if model else gateway.only_model()
+        tokenizer = served.tokenizer
+        return JSONResponse({**tokenizer.special_texts, "chat_template": tokenizer.template_source})
 
     return routes
 
