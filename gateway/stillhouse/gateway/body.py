@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from stillhouse.gateway.bodies import MAX_STOPS
 from stillhouse.gateway.errors import ApiError, invalid
 
 MAX_BODY_BYTES = 16 * 2**20
@@ -21,7 +22,7 @@ _LARGE_BYTES = 2**18  # from here on reading the JSON would hold up the other re
 # Of a union of lists, pydantic has a fault for each alternative and each element.
 _ALTERNATIVES = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
-    "stop": "a non-empty string or a list of them",
+    "stop": f"a non-empty string or a list of up to {MAX_STOPS} of them",
 }
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # Longer than what proxies and clients keep connections for, so that they close them and not we under their hands.
 _KEEP_ALIVE_S = 620
 _BACKLOG = 2048
+_HEAD_BYTES = 2**16
 
 
 class GatewayServer:
@@ -39,6 +40,9 @@ class GatewayServer:
             access_log=False,
             lifespan="off",
             ws="none",
+            # It bounds the size of a request's head, which uvicorn's other parser does not.
+            http="h11",
+            h11_max_incomplete_event_size=_HEAD_BYTES,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
