@@ -117,6 +117,7 @@ def test_a_client_that_goes_away_gives_its_slot_back(
         assert time.monotonic() - begun < 10
 
 
+@pytest.mark.slow
 def test_a_new_version_takes_over_and_the_old_one_comes_back_without_a_failure(
     support_repository: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_model_whose_process_is_killed_ends_its_streams_by_name(support_reposi
         assert refused.headers["retry-after"]
 
 
+@pytest.mark.slow
 def test_the_command_serves_says_503_until_it_can_and_drains(support_repository: Path, tmp_path: Path) -> None:
     words = ["serve", "--repository", str(support_repository), "--models", "support-int4", "--grace", "20"]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", str(_free_port())]

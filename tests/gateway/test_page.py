@@ -62,8 +62,8 @@ def test_an_answer_streams_in_and_its_figures_stand_below(page: Page) -> None:
 
 def test_thoughts_are_folded_away(page: Page) -> None:
     choose(page, "thinker-int4")
-    ask(page, "What is the capital of France?")
-    page.wait("document.querySelector('details:not([hidden])')")
+    ask(page, "Count.")
+    page.wait("!!document.querySelector('details:not([hidden])')")
     assert page.run("document.querySelector('details').open") is False
     page.wait(last("thoughts"))
     page.run("running ? running.abort() : 0; 1")
@@ -73,7 +73,7 @@ def test_thoughts_are_folded_away(page: Page) -> None:
 def test_an_answer_can_be_stopped_and_the_slot_is_free(page: Page, server: GatewayServer) -> None:
     choose(page, "thinker-int4")
     ask(page, "Count.")
-    page.wait("running && document.querySelector('.thoughts').textContent")
+    page.wait("!!running && !!document.querySelector('.thoughts').textContent")
     assert page.run("send.textContent") == "Stop"
     page.run("at('ask').requestSubmit(); 1")
     page.wait("!running")
@@ -90,7 +90,7 @@ def test_an_answer_can_be_stopped_and_the_slot_is_free(page: Page, server: Gatew
 def test_an_error_is_shown_and_the_question_given_back(page: Page) -> None:
     choose(page, "support-int4")
     ask(page, "word " * 700)
-    page.wait("!running && document.querySelector('.fault')")
+    page.wait("!running && !!document.querySelector('.fault')")
     assert "maximum context length" in page.run(last("fault"))
     assert page.run("question.value.length") > 3000
     assert page.run("messages.length") == 0
