@@ -45,6 +45,7 @@ def last(name: str) -> str:
 
 def test_an_answer_streams_in_and_its_figures_stand_below(page: Page) -> None:
     choose(page, "support-int4")
+    page.run("temperature.value = '0'; 1")
     watched = "{childList: true, subtree: true, characterData: true}"
     page.run(f"seen = []; new MutationObserver(() => seen.push(talk.textContent.length)).observe(talk, {watched}); 1")
     ask(page, "What is the capital of France?")
