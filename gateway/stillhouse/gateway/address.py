@@ -21,7 +21,7 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise StillhouseError(
             f"port {port} on {host} cannot be used: {error.strerror}",
-            hint="stop what listens there, or choose another port",
+            hint="stop what listens there, or choose another with --openai-port (edge serve: --port)",
         ) from error
     return listening
 
