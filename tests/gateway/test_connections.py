@@ -14,6 +14,7 @@ import pytest
 
 from stillhouse.edge.serving import open_engines
 from stillhouse.engine.options import EngineOptions
+from stillhouse.gateway.address import bound
 from stillhouse.gateway.server import GatewayServer
 
 ENDLESS: Any = {
@@ -73,6 +74,12 @@ def test_a_stream_ends_with_done_and_is_not_held_back_by_proxies(server: Gateway
     assert response.headers["x-accel-buffering"] == "no"
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+
+def test_small_packets_are_not_held_back() -> None:
+    # A connection inherits the protocol of its listening socket, and asyncio asks it before it sets TCP_NODELAY.
+    with bound("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_a_request_keeps_its_number(server: GatewayServer) -> None:
