@@ -5,8 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # PyPI's PyTorch brings gigabytes of CUDA. Without a GPU: make demo TORCH_INDEX=<the CPU index named by pytorch.org>
 TORCH_INDEX ?=
-EXTRAS := build,serve,triton,edge,client,loadtest,dev,cpu
-ROOMS := engine build serve edge client loadtest cli
+EXTRAS := build,gateway,serve,triton,edge,client,loadtest,dev,cpu
+ROOMS := engine build gateway serve edge client loadtest cli
 READY := .venv/.ready
 
 .PHONY: demo test test-all lint format serve bench clean help setup

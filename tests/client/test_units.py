@@ -16,6 +16,7 @@ from stillhouse.client.errors import (
     ConnectionFailed,
     InvalidCall,
     ModelNotFound,
+    Overloaded,
     RequestRejected,
     Unavailable,
     from_server,
@@ -70,7 +71,7 @@ def test_an_event_joins_its_lines_and_ignores_comments() -> None:
     [
         ("Request for unknown model: 'x' is not found", ModelNotFound),
         ("Stub process 'support-int4_0' is not healthy.", Unavailable),
-        ("64 requests are waiting, the queue holds 64", Unavailable),
+        ("64 requests are waiting, the queue holds 64", Overloaded),
         ("temperature must be between 0 and 100, got -1", RequestRejected),
     ],
 )
@@ -100,7 +101,7 @@ def test_a_status_tells_the_kind(status: int, body: bytes, kind: type[ClientErro
 def test_every_error_has_the_one_base_and_its_hint() -> None:
     kinds = [getattr(stillhouse.client, name) for name in stillhouse.client.__all__]
     errors = [k for k in kinds if isinstance(k, type) and issubclass(k, Exception)]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, ClientError) for error in errors)
     assert ConnectionFailed("x", hint="y").hint == "y"
     for name in stillhouse.client.__all__:

@@ -22,7 +22,9 @@ from stillhouse.serve.leftovers import shm_prefix
 
 pytestmark = pytest.mark.triton
 
-FREE_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+with socket.create_server(("127.0.0.1", 0)) as _probe:
+    _FREE_PORT = str(_probe.getsockname()[1])
+FREE_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", _FREE_PORT]
 LONG = {
     "text_input": "Count: one, two,",
     "stream": True,

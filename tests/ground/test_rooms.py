@@ -13,12 +13,13 @@ TORCH = {"torch", "transformers", "peft", "optimum"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engine": (set(), TORCH | {"tritonclient", "locust", "onnx"}),
     "build": ({"engine"}, {"tritonclient", "locust"}),
-    "serve": ({"engine", "client"}, TORCH | {"locust"}),
-    "edge": ({"engine"}, TORCH | {"tritonclient", "locust", "onnx"}),
+    "gateway": ({"engine"}, TORCH | {"tritonclient", "locust", "onnx", "onnxruntime"}),
+    "serve": ({"engine", "client", "gateway"}, TORCH | {"locust"}),
+    "edge": ({"engine", "gateway"}, TORCH | {"tritonclient", "locust", "onnx"}),
     "client": (set(), TORCH | {"onnxruntime", "onnx", "locust"}),
     "loadtest": ({"client"}, TORCH | {"onnxruntime", "onnx"}),
     "cli": (
-        {"engine", "build", "serve", "edge", "client", "loadtest"},
+        {"engine", "build", "gateway", "serve", "edge", "client", "loadtest"},
         TORCH | {"onnxruntime", "onnx", "tritonclient"},
     ),
 }

@@ -4,11 +4,17 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 
+from stillhouse.client import Overloaded, RequestRejected, Token, Unavailable
+from stillhouse.engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull
 from stillhouse.engine.model import Chunk
-from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.request import PromptLogprob
+from stillhouse.engine.sampling import SamplingParams, StructuredOutputs, parse_params
+from stillhouse.gateway import errors
 from stillhouse.serve.answers import answer_tensors
 from stillhouse.serve.tensors import EXTRA_OUTPUTS, Question
+from stillhouse.serve.translating import chunks_of, engine_error, sampling_fields
 
 CHUNKS = [
     Chunk(" Par", (11,), 5, 1, logprob=-0.5, top_logprobs={11: -0.5, 12: -2.0}, cumulative_logprob=-0.5),
@@ -65,3 +71,55 @@ def test_logprobs_are_json_with_rank_and_text_and_always_hold_the_sampled_token(
 
 def test_logprobs_that_were_not_asked_for_are_null() -> None:
     assert answer(CHUNKS, "logprobs", logprobs_asked=False)["logprobs"][0] == b"null"
+
+
+def token_of(chunks: list[Chunk]) -> Token:
+    """What the client makes of the response with these chunks."""
+    tensors = answer(chunks, "details")
+    text = tensors["text_output"][0].decode()
+    return Token(text, 0, 0.0, None, None, None, None, details=json.loads(tensors["details"][0]))
+
+
+def test_details_bring_the_engines_chunks_to_the_gateway() -> None:
+    prompt = [PromptLogprob(3, -1.5, {4: -0.25}), PromptLogprob(5, -0.5, {5: -0.5})]
+    with_all = Chunk(
+        "x", (7,), 3, 1, None, None, -0.5, {7: -0.5, 8: -2.0}, 1, prompt_logprobs=prompt, num_thinking_tokens=1
+    )
+    plain, ending = Chunk("y", (9,), 3, 2), Chunk("z", (), 3, 2, "stop", num_thinking_tokens=2)
+    for chunk in (with_all, plain, ending):
+        assert list(chunks_of(token_of([chunk]))) == [chunk]
+    first, second = chunks_of(token_of([with_all, Chunk("y", (9,), 3, 2, "length", None, -1.0, {9: -1.0}, 1)]))
+    assert (first.text, first.token_ids, first.logprob, first.num_output_tokens) == ("", (7,), -0.5, 1)
+    assert (second.text, second.token_ids, second.logprob, second.finish_reason) == ("xy", (9,), -1.0, "length")
+    assert (first.prompt_logprobs, second.prompt_logprobs) == (prompt, None)
+
+
+def test_parameters_arrive_as_they_were_sent() -> None:
+    params = SamplingParams(
+        max_tokens=5,
+        temperature=0.0,
+        seed=2**63,
+        stop=("a", "b"),
+        stop_token_ids=(3,),
+        logit_bias={5: -1.5},
+        prompt_logprobs=0,
+        structured_outputs=StructuredOutputs("json", {"type": "object"}),
+    )
+    assert parse_params(json.loads(json.dumps(sampling_fields(params)))) == params
+    assert sampling_fields(SamplingParams()) == {}
+
+
+@pytest.mark.parametrize(
+    ("met", "meant"),
+    [
+        (Overloaded("m: 3 requests are waiting, the queue holds 3"), QueueFull),
+        (RequestRejected("m: top_k must be more"), InvalidRequest),
+        (RequestRejected("m: the prompt has 9 tokens, the context holds 8"), PromptTooLong),
+        (RequestRejected("m: internal error: KeyError: 1"), errors.StillhouseError),
+        (Unavailable("m: Stub process is not healthy"), errors.Unavailable),
+    ],
+)
+def test_what_the_client_meets_is_what_the_engine_would_have_raised(met: Any, meant: type[EngineError]) -> None:
+    error = engine_error(met, "m")
+    assert type(error) is meant
+    assert not str(error).startswith("m: ")

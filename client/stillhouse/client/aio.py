@@ -65,14 +65,17 @@ class AsyncClient:
         version: str | int | None = None,
         timeout_s: float | Unset | None = UNSET,
         token_timeout_s: float | Unset | None = UNSET,
+        details: bool = False,
         **sampling: Any,
     ) -> AsyncGenerator[Token, None]:
         """The answer as it comes, without the prompt; arguments as in `Client.generate`.
 
+        `details`: each token brings what a stillhouse server tells of it (ids, log-probabilities, thinking tokens).
+
         The request is sent, and its clock started, when the first token is asked for. `aclose()`, or cancelling the
         task, cancels the request on the server.
         """
-        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=True)
+        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=True, details=details)
         return self._tokens(request, Assembly(request, choose_limits(self._limits, timeout_s, token_timeout_s)))
 
     @overload

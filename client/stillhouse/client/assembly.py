@@ -52,6 +52,7 @@ class Assembly:
             num_input_tokens=reply.num_input_tokens,
             num_output_tokens=count,
             cumulative_logprob=reply.cumulative_logprob,
+            details=reply.details,
         )
         if self._first_s is None:
             self._first_s = token.time_s

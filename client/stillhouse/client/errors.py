@@ -5,7 +5,8 @@ ClientError             anything that can go wrong with a call; `hint` says what
 ├── ConnectionFailed    nobody listens at the address, or the connection went before the first token
 ├── RequestRejected     the server refused the request: a bad parameter, a prompt that is too long
 │   └── ModelNotFound   no such model or version there
-├── Unavailable         the server is there, but cannot answer now: not ready, full, failed
+├── Unavailable         the server is there, but cannot answer now: not ready, failed
+│   └── Overloaded      its queue is full
 ├── TimedOut            no answer in time, or no next token in time
 └── StreamBroken        the answer began, but did not come to its end
 """
@@ -43,6 +44,10 @@ class Unavailable(ClientError):
     """The server is there, but cannot answer now."""
 
 
+class Overloaded(Unavailable):
+    """The server's queue is full: later, or with fewer requests at a time, it answers."""
+
+
 class TimedOut(ClientError):
     """No answer in time, or no next token in time."""
 
@@ -61,17 +66,19 @@ def from_server(message: str, where: str, default: type[ClientError] = RequestRe
     kind = default
     if "unknown model" in lowered or ("model" in lowered and "not found" in lowered):
         kind = ModelNotFound
+    elif _QUEUE_FULL in lowered:
+        kind = Overloaded
     elif any(words in lowered for words in _NOT_NOW):
         kind = Unavailable
     return kind(f"{where}: {message.rstrip('.')}", hint=_HINTS.get(kind))
 
 
+_QUEUE_FULL = "requests are waiting"  # the engine's
 # Triton's words, then the engine's.
 _NOT_NOW = (
     "is not healthy",
     "not ready",
     "not at ready state",
-    "requests are waiting",
     "is shut down",
     "being unloaded",
     "loop failed",
@@ -79,5 +86,6 @@ _NOT_NOW = (
 
 _HINTS: dict[type[ClientError], str] = {
     ModelNotFound: "Client.models() lists the models and versions of this server",
+    Overloaded: "ask again in a moment, or send fewer requests at a time",
     Unavailable: "the server is there, but this failed; its log says why, and asking again later may help",
 }

@@ -22,6 +22,10 @@ _ALWAYS = {
 }
 
 
+# A stillhouse server's own: one output that has all of these and more, at the cost of one.
+_DETAILS = {"exclude_input_in_output": True, "return_details": True}
+
+
 @dataclass(frozen=True)
 class Limits:
     """How long to wait, in seconds; None is for ever."""
@@ -61,6 +65,7 @@ def build_request(
     sampling: Mapping[str, Any],
     *,
     stream: bool,
+    details: bool = False,
 ) -> Request:
     """The request for exactly one of prompt, messages and input_ids. Raises InvalidCall."""
     given = [
@@ -92,11 +97,14 @@ def build_request(
     for name, value in inputs.items():
         if isinstance(value, str) and not _is_unicode(value):
             raise InvalidCall(f"{name} must be text that UTF-8 can hold, got half a surrogate pair")
-    return Request(model, "" if version is None else str(version), {**inputs, **_ALWAYS}, stream)
+    wanted = _DETAILS if details else _ALWAYS
+    return Request(model, "" if version is None else str(version), {**inputs, **wanted}, stream)
 
 
 def reply_from(values: dict[str, Any], received_s: float) -> Reply:
     """The reply in a response's outputs by name, each its first element."""
+    if "details" in values:
+        return _detailed_reply(values, received_s)
     finish_reason = values.get("finish_reason")
     if str(finish_reason).lower() in ("none", ""):
         finish_reason = None  # what the vLLM backend writes before the end
@@ -107,6 +115,19 @@ def reply_from(values: dict[str, Any], received_s: float) -> Reply:
         num_output_tokens=values.get("num_output_tokens"),
         cumulative_logprob=values.get("cumulative_logprob"),
         received_s=received_s,
+    )
+
+
+def _detailed_reply(values: dict[str, Any], received_s: float) -> Reply:
+    details = json.loads(values["details"])
+    return Reply(
+        text=values.get("text_output") or "",
+        finish_reason=details["finish_reason"],
+        num_input_tokens=details["num_input_tokens"],
+        num_output_tokens=len(details["token_ids"]),
+        cumulative_logprob=None,
+        received_s=received_s,
+        details=details,
     )
 
 

@@ -24,6 +24,7 @@ class Token:
     num_input_tokens: int | None
     num_output_tokens: int | None  # generated so far
     cumulative_logprob: float | None  # of everything generated so far
+    details: Mapping[str, Any] | None = None  # what the server tells of the tokens, where `details` was asked for
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,4 @@ class Reply:
     cumulative_logprob: float | None
     received_s: float  # of time.perf_counter
     ends: bool = False  # the server's own end marker; carries nothing else
+    details: Mapping[str, Any] | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stillhouse.gateway.server import GatewayServer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -70,6 +74,51 @@ def generate(
             f" TTFT {(first_s - loaded_s) * 1000:.0f} ms, between tokens {between_ms} ms",
             file=sys.stderr,
         )
+
+
+@app.command()
+def serve(
+    directories: Annotated[list[Path], typer.Argument(help="Version directories: MODEL/VERSION, one a model.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0: any free one.")] = 9000,
+    max_model_len: Annotated[int | None, typer.Option(help="Context served, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that decode at the same time.")] = None,
+    kv_cache_bytes: Annotated[int | None, typer.Option(help="Budget of a model's KV cache, in bytes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; one a core by default.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="A key that clients must bring; may be repeated.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of such keys, one a line.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask, or '*'.")] = None,
+    grace_s: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds for running requests at the end.")] = 30.0,
+) -> None:
+    """Serve versions over HTTP in OpenAI's API, with a page to try them at /; Ctrl-C ends it.
+
+    Keys may also come in the environment variable STILLHOUSE_API_KEY.
+
+    Example: stillhouse edge serve model_repository/support-int4/1 --port 9000
+    """
+    from stillhouse.edge.runtime import require_onnxruntime
+
+    require_onnxruntime()
+    from stillhouse.edge.serving import serve as run
+    from stillhouse.engine.options import read_options
+    from stillhouse.gateway.gateway import KEY_VARIABLE, Access, read_keys
+
+    keys = read_keys(api_key or (), api_key_file, os.environ.get(KEY_VARIABLE))
+    overrides: dict[str, object] = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "kv_cache_bytes": kv_cache_bytes,
+        "threads": threads,
+    }
+    versions = [(directory, read_options(directory.resolve().parent, overrides)) for directory in directories]
+    typer.echo(f"loading {', '.join(map(str, directories))} ...", err=True)
+    run(versions, host, port, Access(keys, tuple(cors_origin or ())), grace_s, _announce)
+
+
+def _announce(server: GatewayServer) -> None:
+    models = ", ".join(f"{model.name}/{model.version}" for model in server.gateway.models())
+    for line in (f"models   {models}", f"openai   {server.url}/v1", f"page     {server.url}", "ready; Ctrl-C ends it"):
+        typer.echo(line)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,15 @@ from typing import Any
 from stillhouse.engine.answer import Chunk, Completion, TextSink, completion_of
 from stillhouse.engine.core import Engine, Stats
 from stillhouse.engine.directory import VersionDirectory, open_version
-from stillhouse.engine.errors import InvalidRequest, VersionError
+from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.generation import default_params, generation_config
 from stillhouse.engine.grammar import GrammarCompiler
 from stillhouse.engine.limits import limits_of
 from stillhouse.engine.options import EngineOptions, read_options
 from stillhouse.engine.request import Request, Timing
-from stillhouse.engine.sampling import SamplingParams, parse_params
+from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.text import Message, Tokenizer
-from stillhouse.engine.thinking import Thinking, ThinkingTags
+from stillhouse.engine.thinking import Thinking, thinking_tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.engine = engine
         self.default_params = default_params
-        self.thinking_tags = _thinking_tags(tokenizer)
+        self.thinking_tags = thinking_tags(tokenizer)
         self._grammars: GrammarCompiler | None = None
 
     @classmethod
@@ -76,7 +76,7 @@ class LanguageModel:
         options = options or read_options(directory.resolve().parent)
         limits = limits_of(version.manifest, options)
         tokenizer = Tokenizer(directory)
-        generation = _generation_config(directory)
+        generation = generation_config(directory)
         provider = choose_provider(options.provider, version.manifest.target)
         runner = OrtRunner(
             model_to_load(version, provider) if options.weights_cache else version.model_path,
@@ -88,7 +88,7 @@ class LanguageModel:
         )
         engine = Engine(runner, limits, _eos_ids(version, generation))
         engine.start()
-        return cls(version, tokenizer, engine, _default_params(generation))
+        return cls(version, tokenizer, engine, default_params(generation))
 
     @property
     def max_model_len(self) -> int:
@@ -245,34 +245,7 @@ def _until_finished(chunks: queue.SimpleQueue[Chunk], submitted: Submitted) -> G
             submitted.cancel()
 
 
-def _thinking_tags(tokenizer: Tokenizer) -> ThinkingTags | None:
-    """The tags of a model that thinks: its vocabulary has a token for each, or its chat template writes them."""
-    start, end = (tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in ("<think>", "</think>"))
-    if len(start) == len(end) == 1 or tokenizer.template_mentions("</think>"):
-        return ThinkingTags(start, end)
-    return None
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except json.JSONDecodeError as error:
-        raise VersionError(f"{file} is not JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
-
-
 def _eos_ids(version: VersionDirectory, generation: dict[str, Any]) -> list[int]:
     """Every token that ends an answer: the manifest's and generation_config.json's."""
     named = generation.get("eos_token_id") or []
     return sorted({*version.manifest.network.eos_token_ids, *([named] if isinstance(named, int) else named)})
-
-
-def _default_params(generation: dict[str, Any]) -> SamplingParams:
-    """Sampling defaults that the model's authors put into generation_config.json; greedy where they say so."""
-    if generation.get("do_sample") is False:
-        return SamplingParams(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return parse_params({name: generation[name] for name in names if generation.get(name) is not None})

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from stillhouse.engine.errors import InvalidRequest, VersionError
 
 Message = Mapping[str, Any]
+_LARGE_CHARACTERS = 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
@@ -31,17 +32,17 @@ class Tokenizer:
         self._rust.no_truncation()
         config_file = directory / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        self._special_texts = {
+        self.special_texts = {
             name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        bos = self._special_texts["bos_token"]
+        bos = self.special_texts["bos_token"]
         self._bos_id = self._rust.token_to_id(bos) if bos else None
         self.special_ids = frozenset(
             token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special
         )
         self.byte_ids = self._byte_fallback_ids()
-        self._template_source = _template_source(directory, config)
-        self._template = _compile_template(directory, self._template_source)
+        self.template_source = _template_source(directory, config)
+        self._template = _compile_template(directory, self.template_source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a BOS that the text already begins with is not put in twice.
@@ -54,7 +55,12 @@ class Tokenizer:
             raise InvalidRequest(
                 f"the prompt is not text that UTF-8 can hold: {error.reason}", hint="send it as UTF-8"
             ) from error
-        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int]
+        if len(text) < _LARGE_CHARACTERS:
+            ids = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            # A batch, even of one, is read without Python's lock: other threads go on meanwhile.
+            ids = self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         if len(ids) > 1 and self._bos_id is not None and ids[0] == ids[1] == self._bos_id:
             return ids[1:]
         return ids
@@ -62,6 +68,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more text than this, in UTF-8."""
+        return max(len(entry.encode()) for entry in self._rust.get_vocab())
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry, as it is stored; None for an id that has none."""
+        entry: str | None = self._rust.id_to_token(token_id)
+        return entry
 
     def _byte_fallback_ids(self) -> frozenset[int]:
         """The tokens <0x00> … <0xFF>, where the decoder reads them as bytes (SentencePiece's byte fallback)."""
@@ -77,19 +93,32 @@ class Tokenizer:
 
     def template_mentions(self, text: str) -> bool:
         """Whether the chat template has `text` in its source."""
-        return text in (self._template_source or "")
+        return text in (self.template_source or "")
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the chat template writes it.
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the chat template writes it; `variables` are what else the template is to see.
 
         Raises InvalidRequest when a message is no {"role": …, "content": …} or the template refuses it.
         """
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
-        special = {name: text for name, text in self._special_texts.items() if text is not None}
+        special = {name: text for name, text in self.special_texts.items() if text is not None}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            return self._template.render(
+                {
+                    **special,
+                    **(variables or {}),
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
 

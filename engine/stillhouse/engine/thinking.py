@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stillhouse.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +16,19 @@ class ThinkingTags:
 
     start: tuple[int, ...]
     end: tuple[int, ...]
+
+
+def thinking_tags(tokenizer: Tokenizer) -> ThinkingTags | None:
+    """The tags of a model that thinks: its vocabulary has a token for each, or its chat template writes them."""
+    start, end = (tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in ("<think>", "</think>"))
+    if len(start) == len(end) == 1 or tokenizer.template_mentions("</think>"):
+        return ThinkingTags(start, end)
+    return None
+
+
+def opens_thinking(prompt_ids: Sequence[int], tags: ThinkingTags) -> bool:
+    """Whether the prompt ends inside an open tag, so that the answer begins with thoughts."""
+    return _last(prompt_ids, tags.start) > _last(prompt_ids, tags.end)
 
 
 class Thinking:
@@ -26,7 +43,7 @@ class Thinking:
         self._tail: list[int] = []
         self._forced: list[int] = []
         self.tokens = 0
-        self.inside = _last(prompt_ids, tags.start) > _last(prompt_ids, tags.end)
+        self.inside = opens_thinking(prompt_ids, tags)
 
     def forced_token(self) -> int | None:
         """The token that must come next, whatever the model would say; None: the model is free."""

@@ -37,7 +37,35 @@ def answer_tensors(
         tensors["num_input_tokens"] = np.array([last.num_prompt_tokens], np.uint32)
     if "num_output_tokens" in question.returns:
         tensors["num_output_tokens"] = np.array([sum(len(chunk.token_ids) for chunk in chunks)], np.uint32)
+    if "details" in question.returns:
+        tensors["details"] = strings(_details_json(chunks))
     return tensors
+
+
+def _details_json(chunks: Sequence[Chunk]) -> str:
+    """The tokens one by one and the counts so far; what has not been asked for by the parameters is left out.
+
+    {"token_ids": [5], "num_input_tokens": 9, "num_output_tokens": 3, "num_thinking_tokens": 0, "finish_reason": null,
+     "logprobs": [[logprob, rank, [[token id, logprob], …]]], "prompt_logprobs": [[token id, logprob, [[…]]], …]}
+    """
+    last = chunks[-1]
+    details: dict[str, Any] = {
+        "token_ids": [token_id for chunk in chunks for token_id in chunk.token_ids],
+        "num_input_tokens": last.num_prompt_tokens,
+        "num_output_tokens": last.num_output_tokens,
+        "num_thinking_tokens": last.num_thinking_tokens,
+        "finish_reason": last.finish_reason,
+    }
+    with_logprobs = [chunk for chunk in chunks if chunk.logprob is not None]
+    if with_logprobs:
+        details["logprobs"] = [
+            [chunk.logprob, chunk.rank, list((chunk.top_logprobs or {}).items())] for chunk in with_logprobs
+        ]
+    if chunks[0].prompt_logprobs is not None:
+        details["prompt_logprobs"] = [
+            [found.token_id, found.logprob, list(found.top_logprobs.items())] for found in chunks[0].prompt_logprobs
+        ]
+    return json.dumps(details, separators=(",", ":"))
 
 
 def _logprobs_json(chunks: Sequence[Chunk], token_text: Callable[[int], str]) -> str:

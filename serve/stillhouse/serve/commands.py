@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,17 @@ def serve(
     http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics port; 0: any free one.")] = 8002,
+    openai_port: Annotated[
+        int, typer.Option(help="The port of the OpenAI-compatible gateway and its page; 0: none.")
+    ] = 9000,
+    no_openai: Annotated[bool, typer.Option("--no-openai", help="Serve without the gateway.")] = False,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that the gateway's clients must bring; may be repeated.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of such keys, one a line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may ask the gateway, or '*'.")
+    ] = None,
     models: Annotated[
         str | None,
         typer.Option(help="Models to serve, separated by commas.", show_default="all"),
@@ -45,10 +57,13 @@ def serve(
         float, typer.Option("--grace", min=0.0, help="Seconds that running requests have at the end.")
     ] = 30.0,
 ) -> None:
-    """Serve a model repository from Triton, over HTTP and gRPC; Ctrl-C ends it.
+    """Serve a model repository from Triton, over HTTP and gRPC, with OpenAI's API beside it; Ctrl-C ends it.
+
+    The gateway's keys may also come in the environment variable STILLHOUSE_API_KEY.
 
     Example: stillhouse serve --models support-int4 --http-port 8000
     """
+    from stillhouse.gateway.gateway import KEY_VARIABLE, Access, read_keys
     from stillhouse.serve.launcher import ServeOptions
     from stillhouse.serve.launcher import serve as run
     from stillhouse.serve.ports import Ports
@@ -66,6 +81,8 @@ def serve(
         },
         log_file=log_file,
         grace_s=grace_s,
+        openai_port=None if no_openai else openai_port or None,
+        access=Access(read_keys(api_key or (), api_key_file, os.environ.get(KEY_VARIABLE)), tuple(cors_origin or ())),
     )
     typer.echo(f"starting Triton on {repository} ...", err=True)
     run(options, _announce)
@@ -78,6 +95,7 @@ def _announce(server: Server) -> None:
         f"http     {server.http_url}",
         f"grpc     {server.grpc_url}",
         f"metrics  {server.metrics_url}",
+        *((f"openai   {server.openai_url}/v1", f"page     {server.openai_url}") if server.openai_url else ()),
         f"log      {server.log_file}",
         "ready; Ctrl-C ends it",
     ):

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from stillhouse.engine.errors import UsageError
-from stillhouse.engine.options import EngineOptions, read_options
+from stillhouse.gateway.address import reachable
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
+from stillhouse.serve.openai import plug_triton, start_gateway
 from stillhouse.serve.ports import Ports, settle_ports
-from stillhouse.serve.repository import ServedModel, served_models
+from stillhouse.serve.repository import ServedModel, checked_engine_options, served_models
 from stillhouse.serve.startup import wait_until_ready
 from stillhouse.serve.tritonserver import (
     TritonInstall,
@@ -31,6 +32,9 @@ from stillhouse.serve.tritonserver import (
     lay_out_backends,
     server_environment,
 )
+
+if TYPE_CHECKING:
+    from stillhouse.gateway.gateway import Access
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,8 @@ class ServeOptions:
     log_file: Path | None = None
     grace_s: float = 30.0
     ready_timeout_s: float = 300.0
+    openai_port: int | None = None  # None: no gateway
+    access: Access | None = None
 
 
 class Server:
@@ -70,19 +76,20 @@ class Server:
         self.run_directory = run_directory
         self.host = host
         self.ports = ports
+        self.openai_url: str | None = None
         self._guard = guard
 
     @property
     def http_url(self) -> str:
-        return f"http://{_reachable(self.host)}:{self.ports.http}"
+        return f"http://{reachable(self.host)}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"grpc://{_reachable(self.host)}:{self.ports.grpc}"
+        return f"grpc://{reachable(self.host)}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{_reachable(self.host)}:{self.ports.metrics}/metrics"
+        return f"http://{reachable(self.host)}:{self.ports.metrics}/metrics"
 
     @property
     def pid(self) -> int:
@@ -121,7 +128,7 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
     `stop`, once set, ends the wait: ServeError.
     """
     models = served_models(options.repository, options.models)
-    engine_options = _checked_engine_options(options, models)
+    engine_options = checked_engine_options(options.repository, models, options.engine)
     install = find_tritonserver(options.tritonserver)
     libpython = find_libpython()
     for leftover in remove_leftovers():
@@ -193,6 +200,8 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         asked.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
+    gateway = start_gateway(options.host, options.openai_port, options.access)
     try:
         try:
             server = start_server(options, stop=asked)
@@ -201,6 +210,9 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                 return 0
             raise
         servers.append(server)
+        if gateway is not None:
+            plug_triton(gateway, server, options.repository, options.engine)
+            server.openai_url = gateway.url
         announce(server)
         while not asked.wait(0.2):
             if (status := server.exit_status()) is not None:
@@ -209,23 +221,15 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     hint=f"its log: {server.log_file}",
                 )
         log.info("ending: running requests have %g s to finish", options.grace_s)
+        if gateway is not None:
+            gateway.drain(options.grace_s)
         server.stop()
         return 0
     finally:
+        if gateway is not None:
+            gateway.drain(0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _checked_engine_options(options: ServeOptions, models: list[ServedModel]) -> dict[str, int]:
-    """The overrides that were given, after a check of each against what it would make of the models' engine.json."""
-    given = {key: value for key, value in options.engine.items() if value is not None}
-    if unknown := sorted(given.keys() - EngineOptions.model_fields.keys()):
-        raise UsageError(
-            f"unknown engine option {unknown[0]!r}", hint=f"known: {', '.join(EngineOptions.model_fields)}"
-        )
-    for model in models:
-        read_options(options.repository / model.name, dict(given))
-    return given
 
 
 def _command(
@@ -288,10 +292,3 @@ def _spawn_guard(
 def _default_log_file(ports: Ports) -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "stillhouse" / f"triton-{ports.http}.log"
-
-
-def _reachable(host: str) -> str:
-    """The address under which a server that listens on `host` is reached from this machine."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
-    return f"[{host}]" if ":" in host else host

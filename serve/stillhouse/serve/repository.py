@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.engine.directory import model_directories, open_version
 from stillhouse.engine.errors import UsageError, VersionError
+from stillhouse.engine.options import EngineOptions, read_options
 from stillhouse.engine.policy import CONFIG, live_versions
 
 
@@ -50,3 +51,20 @@ def _served(directory: Path) -> ServedModel:
     for version in versions:
         open_version(directory / str(version), verify=False)
     return ServedModel(directory.name, tuple(versions))
+
+
+def checked_engine_options(
+    repository: Path, models: Sequence[ServedModel], engine: Mapping[str, int | None]
+) -> dict[str, int]:
+    """The options that were given, after a check of each against what it would make of the models' engine.json.
+
+    Raises UsageError for one that is unknown or out of range.
+    """
+    given = {key: value for key, value in engine.items() if value is not None}
+    if unknown := sorted(given.keys() - EngineOptions.model_fields.keys()):
+        raise UsageError(
+            f"unknown engine option {unknown[0]!r}", hint=f"known: {', '.join(EngineOptions.model_fields)}"
+        )
+    for model in models:
+        read_options(repository / model.name, dict(given))
+    return given

@@ -1,6 +1,7 @@
 """The tensors of Triton's vLLM backend, name by name, and what a request says with them.
 
-Beyond that backend's, there are two more ways to give the prompt: `messages` and `input_ids`.
+Beyond that backend's, there are two more ways to give the prompt, `messages` and `input_ids`, and one more output,
+`details`: all that the engine tells of the tokens, as JSON (see answers.py).
 Source of names, types and defaults: https://github.com/triton-inference-server/vllm_backend (src/model.py).
 """
 
@@ -18,7 +19,7 @@ from stillhouse.engine.errors import InvalidRequest
 from stillhouse.engine.sampling import SamplingParams, parse_params
 
 # The outputs that come only when their `return_…` input is true.
-EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "details")
 PROMPTS = ("text_input", "messages", "input_ids")
 FLAGS = ("stream", "exclude_input_in_output", *(f"return_{name}" for name in EXTRA_OUTPUTS))
 
@@ -36,6 +37,7 @@ OUTPUTS: list[dict[str, Any]] = [
     {"name": "logprobs", "data_type": "TYPE_STRING", "dims": [-1]},
     {"name": "num_input_tokens", "data_type": "TYPE_UINT32", "dims": [1]},
     {"name": "num_output_tokens", "data_type": "TYPE_UINT32", "dims": [-1]},
+    {"name": "details", "data_type": "TYPE_STRING", "dims": [-1]},
 ]
 
 

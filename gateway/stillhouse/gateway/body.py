@@ -1,0 +1,132 @@
+"""From the bytes of a request to its checked body; whatever is wrong with them is a named 400 (or 413)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from stillhouse.gateway.bodies import MAX_STOPS
+from stillhouse.gateway.errors import ApiError, invalid
+
+MAX_BODY_BYTES = 16 * 2**20
+# Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
+_PIECE_TIMEOUT_S = 30.0
+_BODY_TIMEOUT_S = 300.0
+_LARGE_BYTES = 2**18  # from here on reading the JSON would hold up the other requests: a thread does it
+# Of a union of lists, pydantic has a fault for each alternative and each element.
+_ALTERNATIVES = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": f"a non-empty string or a list of up to {MAX_STOPS} of them",
+}
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """The request's body as a `kind`. Raises ApiError, naming the field that is unknown, ill-typed or out of range."""
+    data = await _read_bytes(request)
+    if len(data) < _LARGE_BYTES:
+        return _parse(data, kind)
+    return await asyncio.get_running_loop().run_in_executor(None, _parse, data, kind)
+
+
+async def _read_bytes(request: Request) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise _too_large()
+    pieces: list[bytes] = []
+    size = 0
+    stream, begun_s = request.stream().__aiter__(), time.monotonic()
+    while True:
+        try:
+            left_s = begun_s + _BODY_TIMEOUT_S - time.monotonic()
+            piece = await asyncio.wait_for(stream.__anext__(), max(0.0, min(_PIECE_TIMEOUT_S, left_s)))
+        except StopAsyncIteration:
+            return b"".join(pieces)
+        except asyncio.TimeoutError:
+            close = {"Connection": "close"}
+            raise ApiError(408, "the body comes too slowly", code="request_timeout", headers=close) from None
+        except ClientDisconnect:
+            raise ApiError(499, "the client went away") from None
+        size += len(piece)
+        if size > MAX_BODY_BYTES:
+            raise _too_large()
+        pieces.append(piece)
+
+
+def _too_large() -> ApiError:
+    message = f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"
+    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+
+def _parse(data: bytes, kind: type[Body]) -> Body:
+    fields = _read_json(data)
+    if not isinstance(fields, dict):
+        raise invalid(f"the body must be a JSON object, got {type(fields).__name__}")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _first_fault(error, kind) from None
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+
+
+def _read_json(data: bytes) -> Any:
+    if not data.strip():
+        raise invalid("the body is empty: a JSON object is needed")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body must be UTF-8: byte {error.start} is not") from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+        if _HALF_PAIR.search(text):
+            # Half a surrogate pair is no character: nothing could be said back in UTF-8.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise invalid("the body holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+    except ValueError as error:
+        raise invalid(f"the body must be JSON: {error}") from None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+    """The fault of an unknown field before others, else the first, as one line."""
+    faults = error.errors(include_url=False, include_context=False)
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    # Of a union, pydantic appends the alternative that it tried; that is no part of the field's name.
+    place = [str(part) for part in fault["loc"] if not _is_alternative(str(part))]
+    name = ".".join(place)
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(sorted(kind.model_fields)) if len(place) == 1 else ""
+        return invalid(f"unknown field {name!r}" + (f" (known: {known})" if known else ""), name, "unknown_field")
+    if fault["type"] == "missing":
+        return invalid(f"{name} is missing", name)
+    if place and place[0] in _ALTERNATIVES:
+        return invalid(f"{place[0]} must be {_ALTERNATIVES[place[0]]}, got {_short(faults[0]['input'])}", place[0])
+    # A union has a fault for each of its alternatives.
+    said = dict.fromkeys(other["msg"] for other in faults if other["loc"][: len(place)] == fault["loc"][: len(place)])
+    message = " or ".join(text.removeprefix("Input should ") for text in said)
+    return invalid(f"{name} must {message}, got {_short(fault['input'])}", name)
+
+
+def _is_alternative(part: str) -> bool:
+    return part in ("str", "int", "bool", "float") or "[" in part
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,91 @@
+"""One request's answers: which prompts, how many answers to each, with which parameters."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from stillhouse.engine.answer import Chunk
+from stillhouse.engine.sampling import SamplingParams
+from stillhouse.gateway.answers import merged
+from stillhouse.gateway.generator import Generator, ServedModel
+from stillhouse.gateway.metrics import Meter
+from stillhouse.gateway.params import answer_params
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts tokens as the chunks come by; a prompt counts once, however many answers it has."""
+
+    num_prompt_tokens: int
+    _output: dict[int, int] = field(default_factory=dict)
+    _thinking: dict[int, int] = field(default_factory=dict)
+
+    def add(self, number: int, chunk: Chunk) -> None:
+        self._output[number] = chunk.num_output_tokens
+        self._thinking[number] = chunk.num_thinking_tokens
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's `usage`."""
+        completion_tokens = sum(self._output.values())
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.num_prompt_tokens + completion_tokens,
+            "completion_tokens_details": {"reasoning_tokens": sum(self._thinking.values())},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Answer k is answer `k % n` to prompt `k // n`."""
+
+    generator: Generator
+    model: ServedModel
+    meter: Meter
+    kind: str  # of object: "chat.completion" or "text_completion"
+    prefix: str  # of the id
+    prompts: Sequence[Sequence[int]]
+    params: Sequence[SamplingParams]  # one a prompt
+    n: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.n
+
+    async def chunks(self, tally: Tally) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """All answers as they come, each chunk with its answer's number; counted in `tally` and for the metrics."""
+        streams = [
+            partial(self.generator.stream, self.model, prompt, answer_params(params, index))
+            for prompt, params in zip(self.prompts, self.params, strict=True)
+            for index in range(self.n)
+        ]
+        self.meter.begin(self.model, tally.num_prompt_tokens)
+        # Closed by hand: an async generator that is left open is ended some time later.
+        source = merged(streams)
+        try:
+            async for number, chunk in source:
+                tally.add(number, chunk)
+                self.meter.take(number, chunk)
+                yield number, chunk
+        finally:
+            await source.aclose()
+
+    def tally(self) -> Tally:
+        return Tally(sum(map(len, self.prompts)))
+
+    def head(self, kind: str | None = None) -> dict[str, Any]:
+        """The fields that every object of this job begins with."""
+        return {
+            "id": f"{self.prefix}-{self.id}",
+            "object": kind or self.kind,
+            "created": self.created_s,
+            "model": self.model.name,
+            "system_fingerprint": f"{self.model.name}-v{self.model.version}",
+        }

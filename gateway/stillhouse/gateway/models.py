@@ -1,0 +1,78 @@
+"""What can be asked of a model without an answer: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from stillhouse.gateway.bodies import DetokenizeBody, TokenizeBody
+from stillhouse.gateway.body import read_body
+from stillhouse.gateway.errors import invalid
+from stillhouse.gateway.gateway import Gateway
+from stillhouse.gateway.generator import ServedModel
+from stillhouse.gateway.prompts import chat_ids, checked_ids, text_ids
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The paths over `gateway`."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [_entry(model) for model in gateway.models()]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        return JSONResponse(_entry(gateway.model(name)))
+
+    @routes.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, TokenizeBody)
+        model = gateway.model(body.model) if body.model else gateway.only_model()
+        ids = await _tokenized(model, body)
+        texts = [model.tokenizer.token(token) for token in ids] if body.return_token_strs else None
+        answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts}
+        return JSONResponse(answer)
+
+    @routes.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody)
+        model = gateway.model(body.model) if body.model else gateway.only_model()
+        ids = checked_ids(model, body.tokens, "tokens")
+        return JSONResponse({"prompt": model.tokenizer.decode(ids, skip_special_tokens=False)})
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> Response:
+        served = gateway.model(model) if model else gateway.only_model()
+        tokenizer = served.tokenizer
+        return JSONResponse({**tokenizer.special_texts, "chat_template": tokenizer.template_source})
+
+    return routes
+
+
+async def _tokenized(model: ServedModel, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("exactly one of prompt and messages must be given", "prompt")
+    if body.prompt is not None:
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        return (await text_ids(model, [body.prompt], add_special_tokens=special))[0]
+    return await chat_ids(
+        model,
+        body.messages or [],
+        body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        add_special_tokens=bool(body.add_special_tokens),
+    )
+
+
+def _entry(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "stillhouse",
+        "max_model_len": model.max_model_len,
+        "version": model.version,
+    }

@@ -1,0 +1,127 @@
+"""/v1/chat/completions, asked by OpenAI's own client; the engine itself says what must come out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from stillhouse.engine.model import LanguageModel
+from stillhouse.engine.sampling import SamplingParams
+
+MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
+GREEDY: Any = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "max_tokens": 16}
+
+
+def test_the_answer_is_the_engines(client: openai.OpenAI, engine: LanguageModel) -> None:
+    answer = client.chat.completions.create(**GREEDY)
+    ids = engine.prompt_ids(messages=MESSAGES)
+    own = engine.generate(ids, SamplingParams(temperature=0.0, max_tokens=16))
+    assert answer.choices[0].message.content == own.text
+    assert "Paris" in own.text
+    assert answer.choices[0].finish_reason == own.finish_reason
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), own.num_output_tokens)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"n": 3, "temperature": 1.5, "seed": 4}, {"logprobs": True, "top_logprobs": 3}, {"stop": ["ris"]}]
+)
+def test_streamed_is_whole(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    asked = {**GREEDY, **more}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    for choice in whole.choices:
+        mine = [piece for piece in pieces if piece.index == choice.index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(piece.delta.content or "" for piece in mine) == choice.message.content
+        assert [piece.finish_reason for piece in mine if piece.finish_reason] == [choice.finish_reason]
+        if choice.logprobs:
+            tokens = [token for piece in mine if piece.logprobs for token in piece.logprobs.content or []]
+            assert tokens == choice.logprobs.content
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_logprobs_are_the_engines_and_their_bytes_make_the_text(client: openai.OpenAI, engine: LanguageModel) -> None:
+    answer = client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=4)
+    params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=4)
+    chunks = list(engine.stream(engine.prompt_ids(messages=MESSAGES), params))[:]
+    own = [chunk for chunk in chunks if chunk.token_ids]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [token.logprob for token in logprobs.content] == pytest.approx([chunk.logprob for chunk in own])
+    for token, chunk in zip(logprobs.content, own, strict=True):
+        assert [top.logprob for top in token.top_logprobs] == pytest.approx(list((chunk.top_logprobs or {}).values()))
+    said = b"".join(bytes(token.bytes or []) for token in logprobs.content[:-1])
+    assert said.decode() == answer.choices[0].message.content
+
+
+def test_n_answers_differ_and_come_again_with_the_same_seed(client: openai.OpenAI) -> None:
+    asked = {**GREEDY, "temperature": 1.5, "n": 4, "seed": 7, "max_tokens": 12}
+    first, again = (client.chat.completions.create(**asked) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) > 1
+    assert texts == [choice.message.content for choice in again.choices]
+
+
+def test_a_bias_forbids_a_token(client: openai.OpenAI, engine: LanguageModel) -> None:
+    (paris,) = engine.tokenizer.encode(" Paris")
+    answer = client.chat.completions.create(**GREEDY, logit_bias={str(paris): -100})
+    assert " Paris" not in (answer.choices[0].message.content or "")
+
+
+def test_json_schema_is_followed(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        **{**GREEDY, "max_tokens": 40},
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    )
+    assert json.loads(answer.choices[0].message.content or "")["city"] in ("Paris", "Rome")
+
+
+def test_vllms_extra_fields_reach_the_engine(client: openai.OpenAI) -> None:
+    extra = {"ignore_eos": True, "min_tokens": 3, "top_k": 1, "min_p": 0.0, "repetition_penalty": 1.0}
+    answer = client.chat.completions.create(**{**GREEDY, "temperature": 1, "max_tokens": 30}, extra_body=extra)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 30
+    choice = client.chat.completions.create(**GREEDY, extra_body={"structured_outputs": {"choice": ["left", "right"]}})
+    assert choice.choices[0].message.content in ("left", "right")
+
+
+def test_the_models_own_defaults_hold_where_nothing_is_said(http: httpx.Client) -> None:
+    # The thinker's generation_config.json says do_sample: false.
+    asked = {"model": "thinker-int4", "messages": MESSAGES, "max_tokens": 12}
+    first, again = (http.post("/v1/chat/completions", json=asked).json()["choices"] for _ in range(2))
+    assert first == again
+
+
+def test_without_max_tokens_the_answer_may_fill_the_context(http: httpx.Client) -> None:
+    asked = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "ignore_eos": True, "stop": ["France"]}
+    answer = http.post("/v1/chat/completions", json=asked).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_content_may_come_in_parts_and_nulls_are_not_given(http: httpx.Client) -> None:
+    parts = [{"type": "text", "text": MESSAGES[0]["content"]}]
+    in_parts = [{"role": "user", "content": parts, "name": None, "tool_calls": None}]
+    whole = http.post("/v1/chat/completions", json=GREEDY).json()["choices"]
+    assert (
+        http.post("/v1/chat/completions", json={**GREEDY, "messages": in_parts, "seed": None}).json()["choices"]
+        == whole
+    )
+
+
+def test_fields_without_an_effect_are_accepted(http: httpx.Client) -> None:
+    idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True}
+    assert http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle}).status_code == 200

@@ -1,0 +1,109 @@
+"""/v1/completions and what lm-eval needs of it: echoed prompts with their log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from stillhouse.engine.model import LanguageModel
+from stillhouse.engine.sampling import SamplingParams
+
+PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time"]
+GREEDY: Any = {"model": "support-int4", "temperature": 0, "max_tokens": 6}
+
+
+def test_several_prompts_get_their_own_answers_in_order(client: openai.OpenAI, engine: LanguageModel) -> None:
+    # One token each: those after it depend, in their last bits, on how many decode together.
+    answer = client.completions.create(**{**GREEDY, "max_tokens": 1}, prompt=PROMPTS, n=2)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    own = [engine.generate(engine.prompt_ids(text=prompt), params).text for prompt in PROMPTS]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert [choice.text for choice in answer.choices] == [text for text in own for _ in range(2)]
+
+
+def test_token_ids_are_answered_like_their_text(client: openai.OpenAI, engine: LanguageModel) -> None:
+    ids, short = [engine.tokenizer.encode(prompt) for prompt in PROMPTS], {**GREEDY, "max_tokens": 1}
+    as_text = client.completions.create(**short, prompt=PROMPTS)
+    as_lists = client.completions.create(**short, prompt=ids)
+    as_list = client.completions.create(**short, prompt=ids[0])
+    assert [choice.text for choice in as_lists.choices] == [choice.text for choice in as_text.choices]
+    assert as_list.choices[0].text == as_text.choices[0].text
+
+
+@pytest.mark.parametrize("max_tokens", [1, 0])
+def test_an_echo_brings_the_engines_own_prompt_logprobs(
+    http: httpx.Client, engine: LanguageModel, max_tokens: int
+) -> None:
+    ids = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+    body = {"model": "support-int4", "prompt": ids, "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    answer = http.post("/v1/completions", json=body | {"temperature": 0, "seed": 1234}).json()
+    for prompt, choice in zip(PROMPTS, answer["choices"], strict=True):
+        prompt_ids, logprobs = engine.tokenizer.encode(prompt), choice["logprobs"]
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=1)
+        (chunk,) = [c for c in engine.stream(prompt_ids, params) if c.token_ids]
+        assert chunk.prompt_logprobs is not None
+        own = [found.logprob for found in chunk.prompt_logprobs] + [chunk.logprob] * max_tokens
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(own)
+        assert choice["text"].startswith(prompt)
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        offsets = [len("".join(logprobs["tokens"][:place])) for place in range(len(logprobs["tokens"]))]
+        assert logprobs["text_offset"] == offsets
+        # lm-eval's test of greediness: the token is the likeliest of those listed.
+        for found, value, top in zip(
+            chunk.prompt_logprobs, logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=False
+        ):
+            greedy = max(found.top_logprobs.values()) == found.logprob
+            assert (value == max(top.values())) == greedy
+    assert answer["usage"]["completion_tokens"] == 3 * max_tokens
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"echo": True, "logprobs": 0}, {"echo": True}])
+def test_streamed_is_whole(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    asked = {**GREEDY, "prompt": PROMPTS, **more}
+    whole = client.completions.create(**asked)
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    for choice in whole.choices:
+        mine = [piece for piece in pieces if piece.index == choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        assert mine[-1].finish_reason == choice.finish_reason
+        if choice.logprobs:
+            for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+                parts = [getattr(piece.logprobs, name) for piece in mine if piece.logprobs]
+                assert [value for part in parts for value in part] == getattr(choice.logprobs, name)
+    assert chunks[-1].usage == whole.usage
+
+
+def test_more_prompts_than_run_together_are_answered(http: httpx.Client) -> None:
+    body = {"model": "support-int4", "prompt": ["a"] * 80, "max_tokens": 1, "temperature": 0}
+    answer = http.post("/v1/completions", json=body).json()
+    assert len(answer["choices"]) == 80
+    assert len({choice["text"] for choice in answer["choices"]}) == 1
+
+
+def test_tokenize_and_detokenize_are_the_engines(http: httpx.Client, engine: LanguageModel) -> None:
+    for prompt in PROMPTS:
+        made = http.post(
+            "/tokenize", json={"model": "support-int4", "prompt": prompt, "return_token_strs": True}
+        ).json()
+        assert made["tokens"] == engine.tokenizer.encode(prompt)
+        assert made["count"] == len(made["tokens"]) == len(made["token_strs"])
+        back = http.post("/detokenize", json={"model": "support-int4", "tokens": made["tokens"]})
+        assert back.json() == {"prompt": prompt}
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = http.post("/tokenize", json={"model": "support-int4", "messages": messages}).json()
+    assert chat["tokens"] == engine.prompt_ids(messages=messages)
+    assert chat["max_model_len"] == 512
+
+
+def test_what_the_tokenizer_is_may_be_asked(http: httpx.Client, engine: LanguageModel) -> None:
+    info = http.get("/tokenizer_info", params={"model": "support-int4"}).json()
+    assert info["eos_token"] == engine.tokenizer.special_texts["eos_token"]
+    assert "messages" in info["chat_template"]
+    unnamed = http.post("/tokenize", json={"prompt": "a"})
+    assert unnamed.status_code == 400, "there are two models"
+    assert unnamed.json()["error"]["param"] == "model"

@@ -1,0 +1,127 @@
+"""Clients that go away, connections that are kept, and the end of a server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from stillhouse.edge.serving import open_engines
+from stillhouse.engine.options import EngineOptions
+from stillhouse.gateway.address import bound
+from stillhouse.gateway.server import GatewayServer
+
+ENDLESS: Any = {
+    "model": "support-int4",
+    "messages": [{"role": "user", "content": "Count."}],
+    "ignore_eos": True,
+    "max_tokens": 450,
+}
+
+
+def running(server: GatewayServer) -> float:
+    generator = server.gateway.generator
+    assert generator is not None
+    return sum(figure.value for figure in generator.figures() if figure.name.startswith("num_requests"))
+
+
+def send(server: GatewayServer, body: dict[str, Any]) -> socket.socket:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_client_that_goes_away_gives_its_slots_back(
+    server: GatewayServer, wait_until: Callable[..., float], stream: bool, n: int
+) -> None:
+    wait_until(lambda: running(server) == 0)
+    connection = send(server, ENDLESS | {"stream": stream, "n": n})
+    wait_until(lambda: running(server) == n)
+    connection.close()
+    wait_until(lambda: running(server) == 0, timeout_s=2.0)
+    wait_until(lambda: server.gateway.in_flight == 0, timeout_s=2.0)
+
+
+@pytest.mark.slow
+def test_an_idle_connection_is_kept(server: GatewayServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                piece = connection.recv(65536)
+                assert piece, "the connection was closed"
+                answer += piece
+            assert answer.startswith(b"HTTP/1.1 200")
+            time.sleep(7)
+
+
+def test_a_stream_ends_with_done_and_is_not_held_back_by_proxies(server: GatewayServer) -> None:
+    asked = ENDLESS | {"stream": True, "max_tokens": 3}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-accel-buffering"] == "no"
+    assert lines[-1] == "data: [DONE]"
+    assert all(json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+
+def test_small_packets_are_not_held_back() -> None:
+    # A connection inherits the protocol of its listening socket, and asyncio asks it before it sets TCP_NODELAY.
+    with bound("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+def test_a_request_keeps_its_number(server: GatewayServer) -> None:
+    assert httpx.get(f"{server.url}/health", headers={"X-Request-Id": "abc"}).headers["x-request-id"] == "abc"
+    assert httpx.get(f"{server.url}/health", headers={"X-Request-Id": "é".encode()}).headers["x-request-id"] != "é"
+
+
+def test_draining_refuses_new_requests_and_ends_running_ones(
+    version_dir: Any, wait_until: Callable[..., float]
+) -> None:
+    server = GatewayServer("127.0.0.1", 0)
+    server.start()
+    server.plug(lambda: open_engines([(version_dir, EngineOptions(max_num_seqs=2, max_model_len=512))]))
+    answers: list[httpx.Response] = []
+    asked = ENDLESS | {"max_tokens": 150}
+    asker = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60))
+    )
+    asker.start()
+    wait_until(lambda: running(server) == 1)
+    ending = threading.Thread(target=server.drain, args=(30.0,))
+    ending.start()
+    wait_until(lambda: server.gateway.draining)
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert refused.status_code == 503
+    assert refused.headers["connection"] == "close"
+    asker.join()
+    ending.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 150
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_the_metrics_page_counts_requests_and_tokens(server: GatewayServer) -> None:
+    def value(line: str) -> float:
+        page = httpx.get(f"{server.url}/metrics").text
+        return sum(float(found.rsplit(" ", 1)[1]) for found in page.splitlines() if found.startswith(line))
+
+    tokens = 'stillhouse_gateway_generation_tokens_total{model_name="support-int4"'
+    requests = 'stillhouse_gateway_requests_total{path="/v1/chat/completions",status="200"'
+    before = value(tokens), value(requests)
+    httpx.post(f"{server.url}/v1/chat/completions", json=ENDLESS | {"max_tokens": 5}, timeout=60)
+    assert (value(tokens), value(requests)) == (before[0] + 5, before[1] + 1)
+    assert value('stillhouse_num_requests_running{model_name="support-int4"') == 0
