@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from stillhouse.build import publish as publishing
+from stillhouse.build.answers import Replies, compare, judge_tasks
 from stillhouse.build.cache import Entry, cache_root, prune, stage_entry
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.plan import Plan, PlannedVersion, plan
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.record import manifest_of
-from stillhouse.build.texts import token_ids, token_windows
+from stillhouse.build.texts import excerpts, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
@@ -53,6 +54,8 @@ class BuildResult:
     perplexity_ratio: float
     top1_agreement: float
     gate: GateRecord
+    greedy_agreement: float | None = None
+    task_accuracy_share: float | None = None
     reason: str | None = None
     live: list[int] = field(default_factory=list)
 
@@ -107,7 +110,7 @@ class _Run:
         self.root = cache_root()
         self.created = datetime.now(timezone.utc).replace(microsecond=0)
         self.wanted = [version for version in plan_.versions if version.existing is None]
-        self.count = 3 + 3 * len(self.wanted)
+        self.count = 4 + 4 * len(self.wanted)
         self.index = 0
         self.stages: list[StageTime] = []
         self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
@@ -141,14 +144,15 @@ class _Run:
         spool = stack.enter_context(held_temporary(scratch_root, _SCRATCH)) / "reference.f32"
         measured = {"network": network.model_dump(), "windows": windows, "spool": str(spool)}
         self._stage("reference", "reference", {"model": str(fp32.path / "model.onnx"), **measured})
+        said = self._answers("fp32", fp32, merged, network)
         results: dict[Precision, BuildResult] = {}
         for version in self.wanted:
             with ExitStack() as own:
                 made = self._make(own, version, merged, fp32)
                 model = made.path / "model.onnx"
                 answer = self._stage(f"verify {version.precision}", "fidelity", {"model": str(model), **measured})
-                figures = Figures(**answer)
-                results[version.precision] = self._publish(version, merged, made, network, figures)
+                replies = compare(said, self._answers(version.precision, made, merged, network), self.plan.tasks)
+                results[version.precision] = self._publish(version, merged, made, network, Figures(**answer), replies)
         return results
 
     def _make(self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry) -> Entry:
@@ -168,8 +172,19 @@ class _Run:
         call = {"stage": version.method.stage, "arguments": arguments}
         return self._entry(stack, f"make {version.precision}", version.precision, version.stage_key, call)
 
+    def _answers(self, precision: str, made: Entry, merged: Entry, network: ModelRecord) -> dict[str, Any]:
+        tasks = [task.model_dump() for task in self.plan.tasks.tasks] if self.plan.tasks else []
+        arguments = {"model": str(made.path / "model.onnx"), "network": network.model_dump(), "tasks": tasks}
+        return self._stage(f"ask {precision}", "answers", arguments | {"tokenizer": str(merged.path)})
+
     def _publish(
-        self, version: PlannedVersion, merged: Entry, made: Entry, network: ModelRecord, figures: Figures
+        self,
+        version: PlannedVersion,
+        merged: Entry,
+        made: Entry,
+        network: ModelRecord,
+        figures: Figures,
+        replies: Replies,
     ) -> BuildResult:
         sources = {
             name: folder / name
@@ -190,7 +205,9 @@ class _Run:
             perplexity_ratio=figures.perplexity_ratio,
             top1_agreement=figures.top1_agreement,
             gate=version.gate,
-            reason=judge(figures, version.gate),
+            greedy_agreement=replies.greedy_agreement,
+            task_accuracy_share=replies.tasks.accuracy_share if replies.tasks else None,
+            reason=judge(figures, version.gate) or judge_tasks(replies.tasks, version.gate),
         )
         if measured.reason is not None:
             self.index += 1
@@ -214,6 +231,7 @@ class _Run:
                 network=network,
                 merge=merged.result,
                 figures=figures,
+                replies=replies,
             ),
             self.plan.repository / version.model,
             probe=probe,
@@ -231,9 +249,8 @@ class _Run:
 
     def _merge_arguments(self) -> dict[str, Any]:
         adapters = [{"path": str(adapter.path), "weight": adapter.weight} for adapter in self.plan.adapters]
-        # The opening of the text is enough to compare attached and merged on.
-        text = self.plan.text.content[:4000]
-        arguments = {"base": str(self.plan.base.path), "adapters": adapters, "probe_text": text}
+        arguments: dict[str, Any] = {"base": str(self.plan.base.path), "adapters": adapters}
+        arguments |= {"probe_texts": excerpts(self.plan.text), "trust_remote_code": self.plan.recipe.trust_remote_code}
         return {"stage": "merge", "arguments": arguments}
 
     def _entry(self, stack: ExitStack, title: str, name: str, key: str, call: dict[str, Any]) -> Entry:
@@ -318,5 +335,7 @@ def _of_existing(version: PlannedVersion) -> BuildResult:
         perplexity_ratio=quality.perplexity_ratio,
         top1_agreement=quality.top1_agreement,
         gate=version.gate,
+        greedy_agreement=quality.greedy_agreement,
+        task_accuracy_share=quality.tasks.accuracy_share if quality.tasks else None,
         live=live_versions(existing.path.parent),
     )

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.build import publish as publishing
+from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.cache import cache_root, is_cached, key_of
-from stillhouse.build.checkpoint import Adapter, Checkpoint, open_adapter, open_checkpoint
+from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
 from stillhouse.build.recipe import Recipe
+from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.manifest import GateRecord, Precision
 
 # Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 3
+FORMAT = 4
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -44,6 +46,7 @@ class Plan:
     base: Checkpoint
     adapters: list[Adapter]
     text: Text
+    tasks: Tasks | None
     tools: dict[str, str]
     merge_key: str
     reference_key: str
@@ -59,14 +62,15 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     methods = {
         precision: method_of(precision, recipe.options(precision), recipe.target) for precision in recipe.precisions
     }
-    base = open_checkpoint(recipe.base, recipe.revision)
+    tasks = read_tasks(recipe.evaluate.tasks) if recipe.evaluate.tasks is not None else None
+    base = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     adapters = [open_adapter(ref, base) for ref in recipe.adapters]
     text = evaluation_text(recipe.evaluate.text)
     if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
         token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
     tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
     makers = {name: tools[name] for name in _MAKERS}
-    merge_key = key_of(
+    weights_key = key_of(
         {
             "format": FORMAT,
             "base": base.sha256,
@@ -74,23 +78,26 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
             "makers": makers,
         }
     )
+    # The merge also says what it changed on the text; the weights, and all that is made of them, do not depend on it.
+    merge_key = key_of({"weights": weights_key, "text": text.sha256})
     versions: list[PlannedVersion] = []
     for precision, method in methods.items():
         options = builder_options(method, recipe.options(precision))
-        stage_key = _stage_key(merge_key, recipe.target, method, options)
+        stage_key = _stage_key(weights_key, recipe.target, method, options)
         gate = recipe.gate_of(precision)
         inputs = {
             "format": FORMAT,
             "name": recipe.name,
             "made": stage_key,
             "text": text.sha256,
+            "tasks": tasks.sha256 if tasks else None,
             "gate": gate.model_dump(),
         }
         model = recipe.model_name(precision)
         existing = None if force else publishing.find_same(repository / model, key_of(inputs))
         versions.append(PlannedVersion(precision, model, method, options, stage_key, key_of(inputs), gate, existing))
-    reference_key = _stage_key(merge_key, "cpu", METHODS["fp32"][0], {})
-    return Plan(recipe, repository, base, adapters, text, tools, merge_key, reference_key, versions)
+    reference_key = _stage_key(weights_key, "cpu", METHODS["fp32"][0], {})
+    return Plan(recipe, repository, base, adapters, text, tasks, tools, merge_key, reference_key, versions)
 
 
 def dry_run(plan_: Plan) -> dict[str, Any]:
@@ -120,9 +127,9 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
     }
 
 
-def _stage_key(merge_key: str, target: str, method: Method, options: dict[str, str]) -> str:
+def _stage_key(weights_key: str, target: str, method: Method, options: dict[str, str]) -> str:
     inputs = {
-        "merge": merge_key,
+        "weights": weights_key,
         # The converter works on the reference, whatever runs its result.
         "target": "cpu" if method.stage == "convert_fp16" else target,
         "method": method.name,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from stillhouse.build.answers import Replies
 from stillhouse.build.plan import Plan, PlannedVersion
 from stillhouse.build.verify import Figures
 from stillhouse.engine.manifest import (
@@ -32,6 +33,7 @@ def manifest_of(
     network: ModelRecord,
     merge: dict[str, Any],
     figures: Figures,
+    replies: Replies,
 ) -> Manifest:
     """The manifest of `version` as version `number`; `merge` is what the merge stage returned."""
     recipe, text = plan.recipe, plan.text
@@ -58,6 +60,10 @@ def manifest_of(
             text_sha256=text.sha256,
             gate=version.gate,
             passed=True,
+            greedy_prompts=replies.greedy_prompts,
+            greedy_tokens=replies.greedy_tokens,
+            greedy_agreement=replies.greedy_agreement,
+            tasks=replies.tasks,
             **measured,
         ),
         merge=MergeRecord.model_validate(merge),
@@ -75,4 +81,5 @@ def _portable(plan: Plan) -> dict[str, Any]:
     for entry, adapter in zip(resolved["adapters"], plan.adapters, strict=True):
         entry["path"] = adapter.id
     resolved["evaluate"]["text"] = plan.text.label if plan.recipe.evaluate.text else None
+    resolved["evaluate"]["tasks"] = plan.tasks.label if plan.tasks else None
     return resolved

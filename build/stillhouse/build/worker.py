@@ -29,6 +29,7 @@ STAGES = {
     "convert_fp16": "stillhouse.build.quantize:convert_fp16",
     "reference": "stillhouse.build.verify:reference",
     "fidelity": "stillhouse.build.verify:fidelity",
+    "answers": "stillhouse.build.answers:answers",
     "probe": "stillhouse.build.verify:probe",
 }
 

@@ -64,6 +64,18 @@ class GateRecord(_Record):
 
     perplexity_ratio: float | None = None
     top1_agreement: float | None = None
+    task_accuracy: float | None = None
+
+
+class TasksRecord(_Record):
+    """How the version answers the recipe's own tasks; `accuracy_share` is its accuracy over the reference's."""
+
+    file: str
+    sha256: str
+    tasks: int
+    accuracy: float
+    reference_accuracy: float
+    accuracy_share: float
 
 
 class QualityRecord(_Record):
@@ -71,6 +83,7 @@ class QualityRecord(_Record):
 
     `kl_mean` is KL(reference ‖ version) in nats a token; `top1_agreement` the share of positions (0…1) at which
     both name the same most likely token. `decode_*` are the same figures measured by one-token decode steps.
+    `greedy_agreement` is the mean share of a greedy answer's tokens before it first differs from the reference's.
     """
 
     reference: str
@@ -85,6 +98,10 @@ class QualityRecord(_Record):
     decode_tokens: int = 0
     decode_perplexity_ratio: float | None = None
     decode_top1_agreement: float | None = None
+    greedy_prompts: int = 0
+    greedy_tokens: int = 0
+    greedy_agreement: float | None = None
+    tasks: TasksRecord | None = None
     gate: GateRecord = GateRecord()
     passed: bool
 
@@ -93,7 +110,7 @@ class MergeRecord(_Record):
     """What the merge did to the base, and the proof that merged equals attached (FP32 logits).
 
     A relative change is the norm of a weight's delta over the norm of the weight; `kl_from_base` is
-    KL(base ‖ merged) in nats a token.
+    KL(base ‖ merged) in nats a token, over `kl_tokens` tokens of the evaluation text.
     """
 
     modules_changed: list[str] = Field(default_factory=list)
@@ -101,6 +118,7 @@ class MergeRecord(_Record):
     relative_change_median: float = 0.0
     max_logit_difference: float = 0.0
     kl_from_base: float | None = None
+    kl_tokens: int = 0
 
 
 class MemoryRecord(_Record):
