@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from stillhouse.build import proof
+from stillhouse.build import proof, vocabulary
 from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of
 from stillhouse.build.checkpoint import read_json
 from stillhouse.build.tensors import read_header
@@ -58,7 +58,7 @@ def merge(
         model, merged, own = _merge_one(model, Path(adapter["path"]), float(adapter["weight"]), windows, rows)
         difference = max(difference, own)
         share(0.2 + 0.5 * (index + 1) / len(adapters))
-    _refuse_tokens_without_rows(folder, paths, model.get_input_embeddings().weight.shape[0])
+    vocabulary.refuse_tokens_without_rows(folder, paths, model.get_input_embeddings().weight.shape[0])
     record: dict[str, Any] = {"modules_changed": [], "max_logit_difference": difference}
     if adapters:
         record |= proof.changes(model, Path(base))
@@ -100,12 +100,12 @@ def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: 
     `rows` is the base's vocabulary.
     """
     before = proof.fingerprints(model)
-    _grow_vocabulary(model, path, weight, rows)
+    vocabulary.grow_vocabulary(model, path, weight, rows)
     attached = _attach(model, path)
     proof.refuse_not_finite(attached, f"adapter: {path}")
     _scale(attached, weight)
     with_adapter = proof.logits_of(attached, windows)
-    _untie(attached.get_base_model())
+    vocabulary.untie(attached.get_base_model())
     try:
         merged = attached.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
@@ -114,7 +114,7 @@ def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: 
         ) from error
     if hasattr(merged, "peft_config"):
         del merged.peft_config
-    _tie_as_it_is(merged)
+    vocabulary.tie_as_it_is(merged)
     if before == proof.fingerprints(merged):
         raise StillhouseError(
             f"adapter: {path} changes nothing: its delta is zero" + ("" if weight else " (its weight is 0)"),
@@ -184,59 +184,6 @@ def _scale(attached: Any, weight: float) -> None:
                     changed.copy_(torch.lerp(original, changed, weight))
 
 
-def _untie(model: Any) -> None:
-    """Gives a LoRA on tied embeddings a weight of its own to be merged into: the other end has not its delta."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if not any(isinstance(end, LoraLayer) for end in ends):
-        return
-    weights = [_own_module(end) for end in ends]
-    if weights[0].weight is weights[1].weight:
-        weights[1].weight = torch.nn.Parameter(weights[1].weight.detach().clone(), requires_grad=False)
-
-
-def _own_module(module: Any) -> Any:
-    """The module that peft has wrapped, or `module` itself."""
-    for name in ("base_layer", "original_module"):
-        module = getattr(module, name, module)
-    return module
-
-
-def _tie_as_it_is(model: Any) -> None:
-    """Makes the config say whether embedding and head are one weight."""
-    import torch
-
-    if not model.config.tie_word_embeddings:
-        return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if torch.equal(embedding.weight, head.weight):
-        head.weight = embedding.weight
-    else:
-        model.config.tie_word_embeddings = False
-
-
-def _grow_vocabulary(model: Any, path: Path, weight: float, base_rows: int) -> None:
-    """An adapter that brings new tokens carries whole embeddings; the model gets as many rows before it is attached."""
-    header = read_header(path / WEIGHTS)
-    found = [info.shape[0] for name, info in header.items() if is_vocabulary(place_of(name))]
-    now = model.get_input_embeddings().weight.shape[0]
-    if not found or found[0] == now:
-        return
-    if now != base_rows:
-        raise StillhouseError(
-            f"adapter: {path} has embeddings of {found[0]} tokens, an adapter before it has {now}",
-            hint="adapters that bring new tokens must bring the same ones",
-        )
-    if weight != 1.0:
-        raise StillhouseError(
-            f"adapter: {path} brings new tokens, which have no part to be weighted by {weight:g}",
-            hint="leave its weight out",
-        )
-    model.resize_token_embeddings(found[0], mean_resizing=False)
-
-
 def _windows(folder: Path, texts: list[str], vocabulary: int) -> list[Any]:
     """Up to PROBE_TOKENS tokens (S,) of each text; ids that the base does not know are left out."""
     import torch
@@ -248,21 +195,6 @@ def _windows(folder: Path, texts: list[str], vocabulary: int) -> list[Any]:
         for text in texts
     ]
     return [torch.tensor(window[:PROBE_TOKENS]) for window in windows if window]
-
-
-def _refuse_tokens_without_rows(folder: Path, adapters: list[Path], rows: int) -> None:
-    """A token that an adapter's tokenizer brings must have an embedding."""
-    from tokenizers import Tokenizer
-
-    if not any((path / "tokenizer.json").is_file() for path in adapters):
-        return
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-    token, last = max(vocabulary.items(), key=lambda entry: entry[1])
-    if last >= rows:
-        raise StillhouseError(
-            f"the adapter's tokenizer has {token!r} as token {last}, but the embedding has {rows} rows",
-            hint="save the adapter with its embeddings: modules_to_save, or save_embedding_layers=True",
-        )
 
 
 def _save(model: Any, folder: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from stillhouse.build import publish as publishing
 from stillhouse.build.answers import Replies, compare, judge_tasks
@@ -18,16 +19,16 @@ from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.plan import Plan, PlannedVersion, plan
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.record import manifest_of
+from stillhouse.build.results import Build, BuildResult, StageTime, of_existing
 from stillhouse.build.texts import excerpts, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
-from stillhouse.engine.manifest import GateRecord, ModelRecord, Precision
-from stillhouse.engine.policy import live_versions
+from stillhouse.engine.manifest import ModelRecord, Precision
+
+log = logging.getLogger(__name__)
 
 _SCRATCH = "run-"
-
-Status = Literal["published", "unchanged", "failed"]
 
 
 class Reporter(Protocol):
@@ -38,46 +39,6 @@ class Reporter(Protocol):
     def share(self, share: float) -> None: ...
 
     def done(self, note: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BuildResult:
-    """What became of one precision. `figures` are those of the manifest where nothing had to be built."""
-
-    precision: Precision
-    model: str
-    status: Status
-    version: int | None
-    path: Path | None
-    bytes: int
-    perplexity: float
-    perplexity_ratio: float
-    top1_agreement: float
-    gate: GateRecord
-    greedy_agreement: float | None = None
-    task_accuracy_share: float | None = None
-    reason: str | None = None
-    live: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class StageTime:
-    """One stage of a build: seconds by the clock and of processors, its process's most memory; nothing where reused."""
-
-    name: str
-    seconds: float
-    reused: bool
-    cpu_seconds: float = 0.0
-    peak_rss_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """The results by precision, the stages, and where the build's log lies (None where nothing was run)."""
-
-    results: list[BuildResult]
-    stages: list[StageTime]
-    log: Path | None
 
 
 def build(
@@ -116,11 +77,17 @@ class _Run:
         self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
 
     def build(self) -> Build:
-        results = {version.precision: _of_existing(version) for version in self.plan.versions if version.existing}
+        results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
         if not self.wanted:
             return Build([results[version.precision] for version in self.plan.versions], [], None)
-        self.log.mkdir(parents=True, exist_ok=True)
-        prune(self.root)
+        try:
+            self.log.mkdir(parents=True, exist_ok=True)
+            prune(self.root)
+        except OSError as failure:
+            raise StillhouseError(
+                f"cannot write into the cache {self.root}: {failure.strerror}",
+                hint="set XDG_CACHE_HOME to another folder",
+            ) from failure
         error: str | None = None
         try:
             with ExitStack() as stack:
@@ -311,31 +278,12 @@ class _Run:
             ],
             "error": error,
         }
-        (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        try:
+            (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        except OSError as failure:  # what went wrong before is worth more than that this did
+            log.warning("warning: the build's log could not be written: %s", failure)
 
 
 def _fp32_arguments(merged: Path) -> dict[str, Any]:
     arguments = {"checkpoint": str(merged), "precision": "fp32", "target": "cpu", "options": {}}
     return {"stage": "export", "arguments": arguments}
-
-
-def _of_existing(version: PlannedVersion) -> BuildResult:
-    existing = version.existing
-    if existing is None or existing.manifest.quality is None:
-        raise StillhouseError(f"{version.model} has no quality record", hint="build it again with --force")
-    manifest, quality = existing.manifest, existing.manifest.quality
-    return BuildResult(
-        version.precision,
-        version.model,
-        "unchanged",
-        manifest.version,
-        existing.path,
-        bytes=sum(file.bytes for file in manifest.files),
-        perplexity=quality.perplexity,
-        perplexity_ratio=quality.perplexity_ratio,
-        top1_agreement=quality.top1_agreement,
-        gate=version.gate,
-        greedy_agreement=quality.greedy_agreement,
-        task_accuracy_share=quality.tasks.accuracy_share if quality.tasks else None,
-        live=live_versions(existing.path.parent),
-    )

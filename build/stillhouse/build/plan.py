@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -123,8 +124,14 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
         "stages": [name for name, _ in todo],
         "memory_bytes": max((int(runtime + factor * weights) for _, factor in todo), default=0),
         "disk_bytes": (2 * weights + spool + int(2.2 * weights * len(wanted) / 3)) if wanted else 0,
+        "disk_free_bytes": min(shutil.disk_usage(_existing(folder)).free for folder in (root, plan_.repository)),
         "cache": str(root),
     }
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.is_dir())
 
 
 def _stage_key(weights_key: str, target: str, method: Method, options: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted. Re
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -60,6 +61,9 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except ModuleNotFoundError as error:
         return _say(f"{error.name} is not installed", f"pip install 'stillhouse[{_extra_of(called)}]'", 1)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _say(str(error), "free some disk space" if full else None, getattr(error, "exit_code", 1))
     except Exception as error:
         if hasattr(error, "format_message"):
             return _wrong_usage(error)
@@ -110,13 +114,12 @@ def _extra_of(called: str) -> str:
 
 
 def _wrong_usage(error: Any) -> int:
-    """What typer says of a command line that it cannot read, in our form; of an empty one, the help."""
-    context = getattr(error, "ctx", None)
+    """What typer says of a command line that it cannot read, in our form; of an empty one it has printed the help."""
     message = " ".join(str(error.format_message()).split()).rstrip(".")
-    if context is None or not message or type(error).__name__ == "NoArgsIsHelpError":
-        print(context.get_help() if context is not None else message, file=sys.stderr)
+    if not message:
         return 2
-    return _say(message, f"see '{context.command_path} --help'", 2)
+    context = getattr(error, "ctx", None)
+    return _say(message, f"see '{context.command_path if context else 'stillhouse'} --help'", 2)
 
 
 def _say(message: str, hint: str | None, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any, Literal
 
@@ -154,3 +155,9 @@ class Manifest(_Record):
     def to_json(self) -> str:
         """The file's text: keys as in the schema, two spaces, a newline at the end."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def schema_json() -> str:
+    """The JSON Schema of manifest.json, as docs/manifest.schema.json has it (`stillhouse inspect --schema`)."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(by_alias=True)}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
