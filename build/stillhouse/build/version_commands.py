@@ -63,7 +63,7 @@ def inspect(
         return
     if directory is None:
         raise UsageError("inspect needs a version's directory", hint="e.g. model_repository/support-int4/1")
-    version = open_version(_there(directory), verify=False)
+    version = open_version(directory, verify=False)
     if as_json:
         print(version.manifest.to_json(), end="")
     else:
@@ -83,7 +83,7 @@ def diff(
     from stillhouse.build.report import diff_table, print_table
     from stillhouse.engine.directory import open_version
 
-    manifests = [open_version(_there(directory), verify=False).manifest for directory in (left, right)]
+    manifests = [open_version(directory, verify=False).manifest for directory in (left, right)]
     rows = differences(*manifests)
     if as_json:
         print(json.dumps({"left": str(left), "right": str(right), "rows": rows}, indent=2))
@@ -104,12 +104,6 @@ def remove(
 
     freed = remove_version(repository, name, version)
     print(f"{name} version {version} is removed, {freed:,} bytes are free")
-
-
-def _there(directory: Path) -> Path:
-    if not directory.exists():
-        raise UsageError(f"no such directory: {directory}", hint="'stillhouse versions' lists what is there")
-    return directory
 
 
 def _version_row(directory: Path, verify: bool) -> dict[str, Any]:

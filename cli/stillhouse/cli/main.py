@@ -63,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
         return _say(f"{error.name} is not installed", f"pip install 'stillhouse[{_extra_of(called)}]'", 1)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return _say(str(error), "free some disk space" if full else None, getattr(error, "exit_code", 1))
+        hint = getattr(error, "hint", None) or ("free some disk space" if full else None)
+        return _say(str(error), hint, getattr(error, "exit_code", 1))
     except Exception as error:
         if hasattr(error, "format_message"):
             return _wrong_usage(error)
