@@ -53,7 +53,6 @@ def logits_of(folder: Path, adapter: Path | None = None, *, rows: int | None = N
             id="all-linear, patterns",
         ),
         pytest.param({"layers_to_transform": [1]}, "model.layers.1.self_attn.q_proj", id="one layer"),
-        pytest.param({"bias": "lora_only", "lora_bias": True}, "model.layers.0.self_attn.q_proj", id="with bias"),
         pytest.param({"init_lora_weights": "pissa"}, "model.layers.0.self_attn.q_proj", id="PiSSA"),
         pytest.param({"modules_to_save": ["norm"]}, "model.norm", id="modules_to_save"),
         pytest.param({"modules_to_save": ["lm_head"]}, "lm_head", id="tied head saved whole"),
@@ -77,6 +76,24 @@ def test_merged_says_what_base_and_adapter_said_together(
     assert 0 <= record["max_logit_difference"] <= 1e-4
     assert changed in record["modules_changed"]
     assert 1e-5 < record["relative_change_median"] <= record["relative_change_max"] < 1
+
+
+def test_biases_that_were_trained_are_merged_where_the_base_has_them_and_refused_where_not(
+    tiny_base: Path,
+    make_adapter: Callable[..., Path],
+    family_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base = family_checkpoint("Qwen2ForCausalLM", tmp_path / "base")  # biases on q, k and v
+    adapter = make_adapter(base=base, bias="lora_only", lora_bias=True)
+    record = run_merge(base, tmp_path / "merged", adapter)
+    assert "model.layers.0.self_attn.q_proj.bias" in record["modules_changed"]
+    attached, merged = logits_of(base, adapter), logits_of(tmp_path / "merged")
+    assert float((attached - merged).abs().max()) <= 1e-4
+    with pytest.raises(StillhouseError, match=r"cannot be weighted by 0\.5"):
+        run_merge(base, tmp_path / "half", adapter, weights=[0.5])
+    with pytest.raises(StillhouseError, match=r"cannot be merged: .*the base layer has no bias"):
+        run_merge(tiny_base, tmp_path / "none", make_adapter(lora_bias=True))
 
 
 def test_the_figures_of_a_change_are_what_plain_arithmetic_gives(

@@ -122,8 +122,6 @@ BASES: dict[str, tuple[Damage, str]] = {
     "own code": (set_config(auto_map={"AutoConfig": "x.Y"}), "brings its own modelling code"),
     "quantized": (set_config(quantization_config={"quant_method": "awq"}), "is quantized already (awq)"),
     "NaN": (poison, "has NaN in"),
-    "inf": (edit_tensors(to_infinity), "has inf in"),
-    "a tensor missing": (without("layers.1.mlp.up_proj"), "lacks model.layers.1.mlp.up_proj.weight"),
     "a layer missing": (without("layers.1."), "has weights of 1 layers, its config.json says 2"),
     "another vocabulary": (set_config(vocab_size=2048), "its config.json says [2048, 128]"),
     "no shape": (set_config(hidden_size=None), "says no hidden_size"),
@@ -138,14 +136,21 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "other modules": (rename_modules, "qkv_pack, a module that this base does not have"),
     "other shapes": (widen, "does not fit"),
     "half of a pair": (without("layers.0.self_attn.q_proj.lora_B"), "lora_B.weight is missing"),
-    "a rank that its config denies": (set_adapter_config(r=8), "size mismatch"),
-    "config leaves modules out": (set_adapter_config(target_modules=["q_proj"]), "its adapter_config.json leaves out"),
-    "lacks weights": (without("v_proj"), "lacks weights that its adapter_config.json promises"),
-    "NaN": (poison, "has NaN in"),
-    "inf": (edit_tensors(to_infinity), "has inf in"),
     "not LoRA": (set_adapter_config(peft_type="IA3"), "is of type IA3"),
     "empty": (edit_tensors(lambda _: {}), "holds no tensor"),
     "LFS pointer": (point_to_lfs, "is a Git LFS pointer"),
+}
+
+
+# Told only when the weights are loaded; whether it is the base or the adapter.
+WEIGHTS: dict[str, tuple[str, Damage, str]] = {
+    "inf in the base": ("base", edit_tensors(to_infinity), "has inf in"),
+    "a tensor missing": ("base", without("layers.1.mlp.up_proj"), "lacks model.layers.1.mlp.up_proj.weight"),
+    "NaN in the adapter": ("adapter", poison, "has NaN in"),
+    "inf in the adapter": ("adapter", edit_tensors(to_infinity), "has inf in"),
+    "another rank": ("adapter", set_adapter_config(r=8), "size mismatch"),
+    "modules left out": ("adapter", set_adapter_config(target_modules=["q_proj"]), "adapter_config.json leaves out"),
+    "modules promised": ("adapter", without("v_proj"), "lacks weights that its adapter_config.json promises"),
 }
 
 
@@ -167,6 +172,27 @@ def test_an_unsound_adapter_is_refused_by_name(
     apply, words = ADAPTERS[damage]
     apply(broken)
     refuses(cli, write_recipe(broken), tmp_path / "repository", words, str(broken))
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+def test_unsound_weights_are_refused_by_name_when_they_are_merged(
+    damage: str, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    from stillhouse.build.merge import merge
+
+    role, apply, words = WEIGHTS[damage]
+    sound = {"base": tiny_base, "adapter": tiny_adapter}
+    folders = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in sound.items()}
+    apply(folders[role])
+    adapters = [{"path": str(folders["adapter"]), "weight": 1.0}]
+    with pytest.raises(StillhouseError) as refused:
+        merge(
+            lambda _: None, base=str(folders["base"]), adapters=adapters, probe_texts=["some words"],
+            destination=str(tmp_path / "merged"),
+        )  # fmt: skip
+    assert words in str(refused.value)
+    assert str(folders[role]) in str(refused.value)
+    assert refused.value.hint
 
 
 def test_an_adapter_that_changes_nothing_is_refused_by_name(

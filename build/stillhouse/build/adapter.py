@@ -25,7 +25,7 @@ _LORA = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta)(\.weight|\.bias)?$"
 )
 # Where peft wraps a module, the module's own weights lie one name deeper.
-_WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.|$)")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save|token_adapter)(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: 
     vocabulary.grow_vocabulary(model, path, weight, rows)
     attached = _attach(model, path)
     proof.refuse_not_finite(attached, f"adapter: {path}")
-    _scale(attached, weight)
+    _scale(attached, weight, path)
     with_adapter = proof.logits_of(attached, windows)
     vocabulary.untie(attached.get_base_model())
     try:
@@ -168,12 +168,18 @@ def _attach(model: Any, path: Path) -> Any:
     return attached
 
 
-def _scale(attached: Any, weight: float) -> None:
+def _scale(attached: Any, weight: float, path: Path) -> None:
     """Multiplies the adapter's change by `weight`, also where it saved a module whole."""
     import torch
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
+    config = attached.peft_config["default"]
+    if weight != 1.0 and (config.bias != "none" or config.trainable_token_indices):
+        raise StillhouseError(
+            f"adapter: {path} trained biases or single tokens, which cannot be weighted by {weight:g}",
+            hint="leave its weight out",
+        )
     for module in attached.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)

@@ -30,7 +30,8 @@ class VersionDirectory:
 def open_version(path: Path, *, verify: bool = True) -> VersionDirectory:
     """Reads the manifest of the version at `path`; with `verify`, re-hashes every file.
 
-    Raises NotThereError when there is nothing at `path`, VersionError when there is no sound manifest, TamperedError when a file differs from it.
+    Raises NotThereError when there is nothing at `path`, VersionError when there is no sound manifest, TamperedError
+    when a file differs from it.
     """
     manifest_path = path / MANIFEST
     if not path.exists():
