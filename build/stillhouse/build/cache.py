@@ -63,15 +63,19 @@ def stage_entry(
     stages.mkdir(parents=True, exist_ok=True)
     name = f"{stage}-{key[:20]}"
     with (stages / f"{name}.lock").open("a") as lock:
-        _wait_for(lock, stage)
         folder = stages / name
-        result = None if ignore else _whole(folder)
-        reused = result is not None
-        if result is None:
-            result = _make(stages, folder, make)
-        os.utime(folder)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield Entry(folder, result, reused)
+        made = False
+        while True:
+            _wait_for(lock, stage)
+            result = None if ignore and not made else _whole(folder)
+            if result is None:
+                result, made = _make(stages, folder, make), True
+            os.utime(folder)
+            # A lock is changed by giving it up first: somebody may have pruned the entry in between.
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if folder.is_dir():
+                break
+        yield Entry(folder, result, reused=not made)
 
 
 def is_cached(root: Path, stage: str, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stillhouse.build.results import Build
 from stillhouse.engine.directory import model_directories, open_version, version_numbers
@@ -20,7 +21,7 @@ class Point:
     kind: str
 
 
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "this build": {"color": "#1b6ca8", "marker": "o"},
     "there before": {"color": "#9aa5b1", "marker": "o"},
     "not published": {"color": "#c0392b", "marker": "x"},

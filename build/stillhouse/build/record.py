@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from stillhouse.build.answers import Replies
@@ -49,7 +50,9 @@ def manifest_of(
         created=created,
         inputs_sha256=version.inputs_sha256,
         base=BaseRecord(id=plan.base.id, sha256=plan.base.sha256),
-        adapters=[AdapterRecord(id=a.id, sha256=a.sha256, weight=a.weight, config=a.config) for a in plan.adapters],
+        adapters=[
+            AdapterRecord(id=a.id, sha256=a.sha256, weight=a.weight, config=_travels(a.config)) for a in plan.adapters
+        ],
         recipe=_portable(plan),
         tools=plan.tools,
         files=files,
@@ -83,3 +86,9 @@ def _portable(plan: Plan) -> dict[str, Any]:
     resolved["evaluate"]["text"] = plan.text.label if plan.recipe.evaluate.text else None
     resolved["evaluate"]["tasks"] = plan.tasks.label if plan.tasks else None
     return resolved
+
+
+def _travels(config: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's config without the folder that its base lay in where it was trained."""
+    named = config.get("base_model_name_or_path")
+    return {**config, "base_model_name_or_path": Path(named).name} if str(named).startswith("/") else config

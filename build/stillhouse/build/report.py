@@ -112,11 +112,12 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
             )
         )
     if quality is not None:
+        tail = f" (99th percentile {quality.kl_p99:.2g})" if quality.kl_p99 is not None else ""
         rows.append(
             (
                 "quality",
                 f"perplexity {quality.perplexity:.3f}, ratio {quality.perplexity_ratio:.4f} "
-                f"(gate {gate_words(quality.gate)}), KL {quality.kl_mean:.2g}, "
+                f"(gate {gate_words(quality.gate)}), KL {quality.kl_mean:.2g}{tail}, "
                 f"top-1 {100 * quality.top1_agreement:.1f}% on {quality.tokens:,} tokens of {quality.text}",
             )
         )
