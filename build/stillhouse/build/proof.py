@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from stillhouse.build.checkpoint import read_json
 from stillhouse.engine.errors import StillhouseError
 
 # Below this norm of the delta over norm of the weight nothing was changed: FP32's own rounding is 6e-8.
@@ -71,18 +72,13 @@ def changes(model: Any, base: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     merged = model.state_dict()
+    tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
     relative: dict[str, float] = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                # A head that was tied to the embedding has no tensor of its own in the base's files.
-                heads = ["lm_head.weight"] if name.endswith("embed_tokens.weight") and _was_tied(base) else []
-                for own in [name, *heads]:
-                    if own not in merged:
-                        continue
+                for own in _names_now(name, merged, tied):
                     change, grew = _relative_change(tensors.get_tensor(name), merged[own])
-                    if own != name and merged[own].data_ptr() == merged[name].data_ptr():
-                        continue
                     if change or grew:
                         relative[own.removesuffix(".weight")] = change
     if max(relative.values(), default=0.0) < LEAST_CHANGE:
@@ -124,7 +120,10 @@ def _relative_change(old: Any, new: Any) -> tuple[float, bool]:
     return change, len(old) != len(new)
 
 
-def _was_tied(base: Path) -> bool:
-    from stillhouse.build.checkpoint import read_json
-
-    return bool(read_json(base / "config.json").get("tie_word_embeddings"))
+def _names_now(name: str, merged: dict[str, Any], tied: bool) -> list[str]:
+    """The weights that the base's tensor `name` has become: two where a tied embedding and head are tied no longer."""
+    names = [name] if name in merged else []
+    head = merged.get("lm_head.weight")
+    if names and tied and name.endswith("embed_tokens.weight") and head is not None:
+        names += ["lm_head.weight"] if head.data_ptr() != merged[name].data_ptr() else []
+    return names
