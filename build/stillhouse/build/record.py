@@ -90,5 +90,5 @@ def _portable(plan: Plan) -> dict[str, Any]:
 
 def _travels(config: dict[str, Any]) -> dict[str, Any]:
     """An adapter's config without the folder that its base lay in where it was trained."""
-    named = config.get("base_model_name_or_path")
-    return {**config, "base_model_name_or_path": Path(named).name} if str(named).startswith("/") else config
+    named = str(config.get("base_model_name_or_path"))
+    return {**config, "base_model_name_or_path": Path(named).name} if named.startswith("/") else config
