@@ -152,13 +152,15 @@ def test_the_same_recipe_gives_the_same_bytes_from_an_empty_cache(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_builds_killed_at_ten_moments_lose_nothing(tiny_recipe: Path, repo_root: Path, tmp_path: Path) -> None:
+def test_builds_killed_at_ten_moments_lose_nothing(
+    tiny_adapter: Path, write_recipe: Callable[..., Path], repo_root: Path, tmp_path: Path
+) -> None:
     spec = importlib.util.spec_from_file_location("kill_builds", repo_root / "benchmarks" / "kill_builds.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    done = script.kill_builds(tiny_recipe, tmp_path, kills=12, every=6)
+    done = script.kill_builds(write_recipe(tiny_adapter), tmp_path, kills=12, every=6)
     assert done["killed"] >= 10, done
 
 
