@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from stillhouse.build import publish as publishing
 from stillhouse.build.answers import Replies, compare, judge_tasks
 from stillhouse.build.cache import Entry, cache_root, prune, stage_entry
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.plan import Plan, PlannedVersion, plan
+from stillhouse.build.progress import Reporter
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.record import manifest_of
 from stillhouse.build.results import Build, BuildResult, StageTime, of_existing
@@ -29,16 +30,6 @@ from stillhouse.engine.manifest import ModelRecord, Precision
 log = logging.getLogger(__name__)
 
 _SCRATCH = "run-"
-
-
-class Reporter(Protocol):
-    """Who is told how far a build is; `report.py` has one for the terminal and one for logs."""
-
-    def stage(self, name: str, index: int, count: int) -> None: ...
-
-    def share(self, share: float) -> None: ...
-
-    def done(self, note: str) -> None: ...
 
 
 def build(

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +15,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
+
+
+class Reporter(Protocol):
+    """Who is told how far a build is; below are one for a terminal and one for logs."""
+
+    def stage(self, name: str, index: int, count: int) -> None: ...
+
+    def share(self, share: float) -> None: ...
+
+    def done(self, note: str) -> None: ...
 
 
 class BarReporter:
