@@ -45,10 +45,20 @@ class AdapterRef(_Table):
 
 
 class QuantizeOptions(_Table):
-    """[quantize.<precision>]: `method` is a row of `quantize.METHODS`, or "auto" for the precision's own choice."""
+    """[quantize.<precision>]: `method` is a row of `quantize.METHODS`, or "auto" for the best that fits the bytes.
+
+    `keep_int8` names what int4 keeps at 8 bits: "lm_head", a kind ("down_proj") or one weight
+    ("layers.3.mlp.down_proj"). `calibration` is a text file; without one the model's own samples are taken.
+    `max_bytes`, or `max_bytes_share` of the FP16 version's bytes, bounds the version's directory.
+    """
 
     method: str = "auto"
     block_size: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool | None = None
+    keep_int8: list[str] = Field(default_factory=list)
+    calibration: str | None = None
+    max_bytes: int | None = Field(default=None, gt=0)
+    max_bytes_share: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
 
 
 class EvaluateOptions(_Table):
@@ -165,8 +175,15 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
             f"adapters: {twice} is named twice", hint="name each once; { path = …, weight = 2.0 } doubles its change"
         )
     evaluate = recipe.evaluate
+    quantize = {
+        precision: options.model_copy(
+            update={"calibration": _resolved_file(f"quantize.{precision}.calibration", options.calibration, folder)}
+        )
+        for precision, options in recipe.quantize.items()
+    }
     return recipe.model_copy(
         update={
+            "quantize": quantize,
             "base": resolve_source(recipe.base, folder),
             "adapters": adapters,
             "evaluate": evaluate.model_copy(
