@@ -62,7 +62,7 @@ class _Run:
         self.root = cache_root()
         self.created = datetime.now(timezone.utc).replace(microsecond=0)
         self.wanted = [version for version in plan_.versions if version.existing is None]
-        self.count = 4 + 4 * len(self.wanted)
+        self.count = 4 + 4 * len(self.wanted) + sum(version.calibration_key is not None for version in self.wanted)
         self.index = 0
         self.stages: list[StageTime] = []
         self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
@@ -106,14 +106,16 @@ class _Run:
         results: dict[Precision, BuildResult] = {}
         for version in self.wanted:
             with ExitStack() as own:
-                made = self._make(own, version, merged, fp32)
+                made = self._make(own, version, merged, fp32, network)
                 model = made.path / "model.onnx"
                 answer = self._stage(f"verify {version.precision}", "fidelity", {"model": str(model), **measured})
                 replies = compare(said, self._answers(version.precision, made, merged, network), self.plan.tasks)
                 results[version.precision] = self._publish(version, merged, made, network, Figures(**answer), replies)
         return results
 
-    def _make(self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry) -> Entry:
+    def _make(
+        self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
+    ) -> Entry:
         if version.stage_key == self.plan.reference_key:
             self.index += 1
             return fp32
@@ -123,12 +125,24 @@ class _Run:
         else:
             arguments = {
                 "checkpoint": str(merged.path),
-                "precision": version.method.builder_precision,
+                "graph": str(fp32.path),
+                "network": network.model_dump(),
                 "target": self.plan.recipe.target,
-                "options": version.options,
+                **version.options,
             }
+            if version.calibration_key is not None:
+                calibration = self._calibration(stack, version, merged, fp32, network)
+                arguments["calibration"] = str(calibration.path / "calibration.json")
         call = {"stage": version.method.stage, "arguments": arguments}
         return self._entry(stack, f"make {version.precision}", version.precision, version.stage_key, call)
+
+    def _calibration(
+        self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
+    ) -> Entry:
+        arguments = {"model": str(fp32.path / "model.onnx"), "checkpoint": str(merged.path)}
+        arguments |= {"network": network.model_dump(), "text": self.plan.recipe.options(version.precision).calibration}
+        call = {"stage": "calibrate", "arguments": arguments}
+        return self._entry(stack, "calibrate", "calibrate", str(version.calibration_key), call)
 
     def _answers(self, precision: str, made: Entry, merged: Entry, network: ModelRecord) -> dict[str, Any]:
         tasks = [task.model_dump() for task in self.plan.tasks.tasks] if self.plan.tasks else []
@@ -190,6 +204,7 @@ class _Run:
                 merge=merged.result,
                 figures=figures,
                 replies=replies,
+                quantization=made.result.get("quantization"),
             ),
             self.plan.repository / version.model,
             probe=probe,

@@ -12,15 +12,16 @@ from stillhouse.build import publish as publishing
 from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.cache import cache_root, is_cached, key_of
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
-from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
+from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
-from stillhouse.engine.directory import VersionDirectory
+from stillhouse.engine.directory import VersionDirectory, sha256_of
 from stillhouse.engine.manifest import GateRecord, Precision
 
 # Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 4
+FORMAT = 5
+CALIBRATION_FORMAT = 1
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -31,8 +32,9 @@ class PlannedVersion:
     precision: Precision
     model: str
     method: Method
-    options: dict[str, str]
+    options: dict[str, Any]
     stage_key: str
+    calibration_key: str | None
     inputs_sha256: str
     gate: GateRecord
     existing: VersionDirectory | None
@@ -83,8 +85,13 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     merge_key = key_of({"weights": weights_key, "text": text.sha256})
     versions: list[PlannedVersion] = []
     for precision, method in methods.items():
-        options = builder_options(method, recipe.options(precision))
-        stage_key = _stage_key(weights_key, recipe.target, method, options)
+        asked = recipe.options(precision)
+        options = stage_options(method, asked)
+        calibration_key = None
+        if calibrates(method, asked):
+            file = sha256_of(Path(asked.calibration)) if asked.calibration else None
+            calibration_key = key_of({"weights": weights_key, "file": file, "format": CALIBRATION_FORMAT})
+        stage_key = _stage_key(weights_key, recipe.target, method, options, calibration_key)
         gate = recipe.gate_of(precision)
         inputs = {
             "format": FORMAT,
@@ -96,8 +103,12 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
         }
         model = recipe.model_name(precision)
         existing = None if force else publishing.find_same(repository / model, key_of(inputs))
-        versions.append(PlannedVersion(precision, model, method, options, stage_key, key_of(inputs), gate, existing))
-    reference_key = _stage_key(weights_key, "cpu", METHODS["fp32"][0], {})
+        versions.append(
+            PlannedVersion(
+                precision, model, method, options, stage_key, calibration_key, key_of(inputs), gate, existing
+            )
+        )
+    reference_key = _stage_key(weights_key, "cpu", METHODS["fp32"][0], {}, None)
     return Plan(recipe, repository, base, adapters, text, tasks, tools, merge_key, reference_key, versions)
 
 
@@ -134,13 +145,16 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.is_dir())
 
 
-def _stage_key(weights_key: str, target: str, method: Method, options: dict[str, str]) -> str:
+def _stage_key(
+    weights_key: str, target: str, method: Method, options: dict[str, Any], calibration_key: str | None
+) -> str:
     inputs = {
         "weights": weights_key,
         # The converter works on the reference, whatever runs its result.
         "target": "cpu" if method.stage == "convert_fp16" else target,
+        "stage": method.stage,
         "method": method.name,
-        "precision": method.builder_precision,
         "options": options,
+        "calibration": calibration_key,
     }
     return key_of(inputs)

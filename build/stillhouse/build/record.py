@@ -19,6 +19,7 @@ from stillhouse.engine.manifest import (
     MergeRecord,
     ModelRecord,
     QualityRecord,
+    QuantizationRecord,
 )
 
 REFERENCE = "FP32 export of the merged checkpoint"
@@ -35,11 +36,13 @@ def manifest_of(
     merge: dict[str, Any],
     figures: Figures,
     replies: Replies,
+    quantization: dict[str, Any] | None,
 ) -> Manifest:
     """The manifest of `version` as version `number`; `merge` is what the merge stage returned."""
     recipe, text = plan.recipe, plan.text
     measured = asdict(figures)
     measured.pop("decode_error")
+    half = version.method.stage == "convert_fp16" or recipe.target == "cuda"
     kv_floats = 2 * network.layers * network.kv_heads * network.head_dim
     return Manifest(
         name=recipe.name,
@@ -70,9 +73,10 @@ def manifest_of(
             **measured,
         ),
         merge=MergeRecord.model_validate(merge),
+        quantization=QuantizationRecord.model_validate(quantization) if quantization else None,
         memory=MemoryRecord(
             weights_bytes=sum(file.bytes for file in files if file.path.startswith("model.onnx")),
-            kv_bytes_per_token=kv_floats * (2 if version.method.stage == "convert_fp16" else 4),
+            kv_bytes_per_token=kv_floats * (2 if half else 4),
         ),
     )
 
@@ -83,6 +87,8 @@ def _portable(plan: Plan) -> dict[str, Any]:
     resolved["base"] = plan.base.id
     for entry, adapter in zip(resolved["adapters"], plan.adapters, strict=True):
         entry["path"] = adapter.id
+    for options in resolved["quantize"].values():
+        options["calibration"] = Path(options["calibration"]).name if options["calibration"] else None
     resolved["evaluate"]["text"] = plan.text.label if plan.recipe.evaluate.text else None
     resolved["evaluate"]["tasks"] = plan.tasks.label if plan.tasks else None
     return resolved

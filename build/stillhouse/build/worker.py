@@ -26,6 +26,8 @@ from stillhouse.engine.errors import StillhouseError
 STAGES = {
     "merge": "stillhouse.build.merge:merge",
     "export": "stillhouse.build.export:export",
+    "calibrate": "stillhouse.build.calibrate:calibrate",
+    "quantize": "stillhouse.build.auto:quantize",
     "convert_fp16": "stillhouse.build.quantize:convert_fp16",
     "reference": "stillhouse.build.verify:reference",
     "fidelity": "stillhouse.build.verify:fidelity",

@@ -122,6 +122,46 @@ class MergeRecord(_Record):
     kl_tokens: int = 0
 
 
+class CalibrationRecord(_Record):
+    """The text that a version was calibrated on, and how much of it was held out to choose by; its tokens' sha256."""
+
+    text: str
+    sha256: str
+    tokens: int
+    held_out_tokens: int = 0
+
+
+class CandidateRecord(_Record):
+    """One method that the build tried: what it was priced at, and where it was measured, on held-out text."""
+
+    method: str
+    kl_estimated: float | None = None
+    output_error: float | None = None
+    output_error_to_nearest: float | None = None
+    bytes: int | None = None
+    tokens: int = 0
+    perplexity_ratio: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    chosen: bool = False
+
+
+class QuantizationRecord(_Record):
+    """How the weights were rounded; `int8_weights` are those that an int4 version keeps at 8 bits.
+
+    `bytes` are of model.onnx and its data, `budget_bytes` of the whole directory. `candidates` is the table that the
+    method was chosen from.
+    """
+
+    method: str
+    block_size: int
+    bytes: int
+    budget_bytes: int | None = None
+    int8_weights: list[str] = Field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    candidates: list[CandidateRecord] = Field(default_factory=list)
+
+
 class MemoryRecord(_Record):
     """Bytes of weights on disk, and of KV cache a token over all layers."""
 
@@ -148,6 +188,7 @@ class Manifest(_Record):
     network: ModelRecord
     quality: QualityRecord | None = None
     merge: MergeRecord | None = None
+    quantization: QuantizationRecord | None = None
     memory: MemoryRecord
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), populate_by_name=True)
