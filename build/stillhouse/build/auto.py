@@ -22,6 +22,7 @@ from stillhouse.build.budget import footprint, kept_at_8_bits, quantized_bytes, 
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of
 from stillhouse.build.nbits import EMBEDDING, HEAD, quantizable, write_quantized
+from stillhouse.build.prequantized import taken
 from stillhouse.build.quantize import convert_fp16
 from stillhouse.build.rounding import ROUNDINGS, rounded
 from stillhouse.build.sensitivity import divergence_by_weight, place
@@ -48,6 +49,7 @@ class _Job:
     symmetric: bool
     windows: list[list[int]] = field(default_factory=list)
     held_out: list[list[int]] = field(default_factory=list)
+    taken: dict[str, BlockWeight] = field(default_factory=dict)
 
     @property
     def linears(self) -> list[str]:
@@ -97,7 +99,11 @@ def quantize(
             text = json.loads(Path(calibration).read_text("utf-8"))
             job.windows, job.held_out = text.pop("windows"), text.pop("held_out")
             record["calibration"] = text
-        rows: list[dict[str, Any]] = [{"method": name} for name in (CANDIDATES if method == "auto" else (method,))]
+        names = CANDIDATES if method == "auto" else (method,)
+        if method == "auto" and bits == 4:
+            job.taken = taken(Path(checkpoint), list(shapes))
+            names = ("taken",) if job.taken else names
+        rows: list[dict[str, Any]] = [{"method": name} for name in names]
         chosen = _choose(share, job, rows, spare, network, Path(scratch))
         destination_ = Path(destination)
         destination_.mkdir(parents=True, exist_ok=True)
@@ -184,7 +190,7 @@ def _estimate(job: _Job, costs: dict[str, dict[str, float]], method: str) -> flo
 
 def _make(share: Share, job: _Job, method: str, folder: Path) -> dict[str, Any]:
     """Writes the graph quantized by `method` into `folder`; what a table says of it."""
-    weights: dict[str, BlockWeight] = {}
+    weights: dict[str, BlockWeight] = dict(job.taken)
     said: dict[str, Any] = {}
     if method == "gptq":
         bits = {node: job.bits[node] for node in job.linears}

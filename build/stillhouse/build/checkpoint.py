@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.build.hub import folder_of
+from stillhouse.build.prequantized import as_if_whole, refuse_unless_taken
 from stillhouse.build.recipe import HUB_ID
 from stillhouse.build.tensors import TensorInfo, read_header
 from stillhouse.engine.directory import sha256_of
@@ -43,6 +44,11 @@ class Checkpoint:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
+    def quantized(self) -> bool:
+        """Whether it brings integers of its own, which int4 takes over."""
+        return "quantization_config" in self.config
+
+    @property
     def context_length(self) -> int:
         return int(self.config["max_position_embeddings"])
 
@@ -70,13 +76,10 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
             f"base: {folder} is a {architecture}, which is not supported",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise StillhouseError(
-            f"base: {folder} is quantized already ({method})",
-            hint="name the unquantized checkpoint; the build quantizes it itself",
-        )
     tensors = _all_tensors(folder)
+    if "quantization_config" in config:
+        refuse_unless_taken(folder, config["quantization_config"])
+        tensors = as_if_whole(tensors)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StillhouseError(
             f"base: {folder} has no tokenizer", hint="save it beside the weights: tokenizer.save_pretrained(folder)"

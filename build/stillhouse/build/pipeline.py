@@ -221,6 +221,8 @@ class _Run:
         )
 
     def _merge_arguments(self) -> dict[str, Any]:
+        if self.plan.base.quantized:
+            return {"stage": "unpack", "arguments": {"base": str(self.plan.base.path)}}
         adapters = [{"path": str(adapter.path), "weight": adapter.weight} for adapter in self.plan.adapters]
         arguments: dict[str, Any] = {"base": str(self.plan.base.path), "adapters": adapters}
         arguments |= {"probe_texts": excerpts(self.plan.text), "trust_remote_code": self.plan.recipe.trust_remote_code}

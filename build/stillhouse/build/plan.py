@@ -17,6 +17,7 @@ from stillhouse.build.recipe import Recipe
 from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.engine.directory import VersionDirectory, sha256_of
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord, Precision
 
 # Raised when the same inputs would give other bytes or other figures than before.
@@ -67,6 +68,11 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     }
     tasks = read_tasks(recipe.evaluate.tasks) if recipe.evaluate.tasks is not None else None
     base = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    if base.quantized and recipe.adapters:
+        raise StillhouseError(
+            f"base: {base.id} is quantized already; an adapter cannot be merged into 4-bit integers",
+            hint="name the unquantized base; the build quantizes the merge",
+        )
     adapters = [open_adapter(ref, base) for ref in recipe.adapters]
     text = evaluation_text(recipe.evaluate.text)
     if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
@@ -88,7 +94,7 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
         asked = recipe.options(precision)
         options = stage_options(method, asked)
         calibration_key = None
-        if calibrates(method, asked):
+        if calibrates(method, asked) and not (base.quantized and method.name == "auto"):
             file = sha256_of(Path(asked.calibration)) if asked.calibration else None
             calibration_key = key_of({"weights": weights_key, "file": file, "format": CALIBRATION_FORMAT})
         stage_key = _stage_key(weights_key, recipe.target, method, options, calibration_key)

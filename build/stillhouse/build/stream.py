@@ -45,6 +45,16 @@ def layer_of(node: str) -> int:
     return int(node.split("/")[2].rpartition(".")[2])
 
 
+def modules_of(node: str) -> list[str]:
+    """The checkpoint's modules whose rows a node holds, in their order."""
+    if node == HEAD:
+        return ["lm_head"]
+    if node == EMBEDDING:
+        return ["model.embed_tokens"]
+    linear = node.split("/", 3)[3].rpartition("/")[0]
+    return [f"model.layers.{layer_of(node)}.{name}" for name in LINEARS[linear]]
+
+
 class LayerStream:
     """The merged checkpoint at `folder`, run layer by layer. Hidden states are (B, S, D) float32."""
 
@@ -68,10 +78,7 @@ class LayerStream:
         """The weight (N, K) of a node of the graph: a linear of a layer, the head or the embedding."""
         if node == HEAD:
             return self.head()
-        if node == EMBEDDING:
-            return self.tensor("model.embed_tokens.weight")
-        linear = node.split("/", 3)[3].rpartition("/")[0]
-        return torch.cat([self.tensor(f"model.layers.{layer_of(node)}.{name}.weight") for name in LINEARS[linear]])
+        return torch.cat([self.tensor(f"{module}.weight") for module in modules_of(node)])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states (B, S, D) that enter the first layer."""

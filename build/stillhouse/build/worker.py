@@ -25,6 +25,7 @@ from stillhouse.engine.errors import StillhouseError
 # stage -> function(progress, **arguments) -> JSON-able result
 STAGES = {
     "merge": "stillhouse.build.merge:merge",
+    "unpack": "stillhouse.build.prequantized:unpack",
     "export": "stillhouse.build.export:export",
     "calibrate": "stillhouse.build.calibrate:calibrate",
     "quantize": "stillhouse.build.auto:quantize",
