@@ -61,12 +61,14 @@ def write_gptq(
     return chosen
 
 
+@pytest.mark.usefixtures("kept_cache")
 @pytest.mark.parametrize(("group", "v2"), [(32, False), (128, True)])
 def test_a_gptq_base_keeps_its_integers_to_the_bit(
-    group: int, v2: bool, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path, kept_cache: Path
+    group: int, v2: bool, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     chosen = write_gptq(tiny_base, tmp_path / "gptq", group=group, v2=v2)
-    result = pipeline.build(load_recipe(write_recipe(base=tmp_path / "gptq", precisions='"int4"')), tmp_path / "out")
+    recipe = write_recipe(base=tmp_path / "gptq", precisions='"int4"', more="[gate.int4]\nperplexity_ratio = 2.0\n")
+    result = pipeline.build(load_recipe(recipe), tmp_path / "out")
     version = result.results[0]
     assert version.status == "published", version.reason
     assert version.path is not None

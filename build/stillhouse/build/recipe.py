@@ -27,8 +27,8 @@ TASK_ACCURACY = 0.9
 DEFAULT_GATES: dict[str, GateRecord] = {
     "fp32": GateRecord(perplexity_ratio=1.0001),
     "fp16": GateRecord(perplexity_ratio=1.005),
-    "int8": GateRecord(perplexity_ratio=1.02),
-    "int4": GateRecord(perplexity_ratio=1.15),
+    "int8": GateRecord(perplexity_ratio=1.01),
+    "int4": GateRecord(perplexity_ratio=1.06),
 }
 
 
