@@ -35,19 +35,18 @@ class Calibrated:
         self, index: int, layer: nn.Module, names: tuple[str, ...], _: nn.Module, arguments: tuple[Any, ...]
     ) -> None:
         """Rounds the modules `names` of layer `index`, which all read the input that just arrived."""
-        hessian = hessian_of(arguments[0])
-        for linear, members in LINEARS.items():
-            node = node_of(index, linear)
-            if node in self.bits and members[0] in names:
-                modules = [layer.get_submodule(name) for name in members]
-                self._round(node, modules, hessian)
+        readers = {node_of(index, linear): own for linear, own in LINEARS.items() if own[0] in names}
+        mine = {node: own for node, own in readers.items() if node in self.bits}
+        hessian = hessian_of(arguments[0]) if any(self.bits[node] == 4 for node in mine) else None
+        for node, members in mine.items():
+            self._round(node, [layer.get_submodule(name) for name in members], hessian)
 
-    def _round(self, node: str, modules: list[Any], hessian: Tensor) -> None:
+    def _round(self, node: str, modules: list[Any], hessian: Tensor | None) -> None:
         """Rounds one node's weight, and puts what it became into the modules that it is made of."""
         bits, weight = self.bits[node], torch.cat([module.weight for module in modules])
         symmetric = self.symmetric or bits == 8
         chosen = nearest = rounded(weight, "rtn", bits=bits, block_size=self.block_size, symmetric=symmetric)
-        if bits == 4:
+        if hessian is not None and bits == 4:
             chosen = gptq(weight, hessian, bits=bits, block_size=self.block_size, symmetric=symmetric)
             errors = [output_error(weight, torch.from_numpy(each.dequantized()), hessian) for each in (chosen, nearest)]
             if not errors[0] < errors[1]:

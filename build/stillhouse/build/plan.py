@@ -125,6 +125,7 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
     vocabulary = int(plan_.base.config["vocab_size"])
     wanted = [version for version in plan_.versions if version.existing is None]
     stages = [] if not wanted else [("merge", plan_.merge_key, 2.2), ("fp32", plan_.reference_key, 1.3)]
+    stages += [("calibrate", v.calibration_key, 1.3) for v in wanted if v.calibration_key is not None]
     stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
     runtime = 600_000_000  # torch, transformers and the interpreter
     todo = [(name, factor) for name, key, factor in stages if not is_cached(root, name, key)]

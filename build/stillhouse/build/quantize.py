@@ -54,7 +54,7 @@ def method_of(precision: Precision, options: QuantizeOptions, target: Target) ->
     rows = METHODS[precision]
     found = [row for row in rows if options.method in ("auto", row.name)]
     if not found:
-        known = ", ".join(["auto", *(row.name for row in rows)])
+        known = ", ".join(dict.fromkeys(["auto", *(row.name for row in rows)]))
         raise UsageError(f"quantize.{precision}.method: unknown method {options.method!r}", hint=f"known: {known}")
     if target not in found[0].targets:
         able = [name for name, methods in METHODS.items() if target in methods[0].targets]

@@ -179,6 +179,8 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
         precision: options.model_copy(
             update={"calibration": _resolved_file(f"quantize.{precision}.calibration", options.calibration, folder)}
         )
+        if options.calibration is not None  # a word that is not said stays unsaid
+        else options
         for precision, options in recipe.quantize.items()
     }
     return recipe.model_copy(
