@@ -325,7 +325,7 @@ def test_calibration_text_may_be_a_file_and_must_be_long_enough(tiny_base: Path,
     assert content["windows"][0] in [ids[start : start + 256] for start in range(20_000)]
     assert not {tuple(window) for window in content["windows"]} & {tuple(window) for window in content["held_out"]}
     text.write_text("too short", "utf-8")
-    with pytest.raises(StillhouseError, match="10240 are needed"):
+    with pytest.raises(StillhouseError, match="8192 are needed"):
         calibrate(nothing, **words, destination=str(tmp_path), text=str(text))
 
 

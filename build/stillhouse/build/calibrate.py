@@ -24,7 +24,7 @@ from stillhouse.engine.runner import OrtRunner
 _MARK = "\u241f"
 _STRETCH = 256
 
-SEQUENCES, HELD_OUT, LENGTH = 40, 10, 256  # a quarter of the sequences is held out
+SEQUENCES, HELD_OUT, LENGTH = 32, 8, 256  # a quarter of the sequences is held out
 
 
 def calibrate(
