@@ -196,12 +196,12 @@ def test_the_graph_computes_with_the_chosen_weights_in_prefill_and_decode(
         expected = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
         plain = AutoModelForCausalLM.from_pretrained(tiny_base)(input_ids=torch.tensor([tokens])).logits[0].numpy()
     runner = OrtRunner(tmp_path / "model.onnx", network=read_network(tiny_base), slots=1, max_len=64)
-    rows = [runner.prefill(0, tokens[:50], 0)]
-    rows += [runner.decode([tokens[place]], [place]) for place in range(50, 60)]
+    rows = [runner.prefill(0, tokens[:50], 0).copy()]
+    rows += [runner.decode([tokens[place]], [place]).copy() for place in range(50, 60)]  # the buffer is one
     ours = np.concatenate(rows)
     near = float(np.abs(ours - expected).max())
-    assert near < 0.05 * float(np.abs(expected).max())
-    assert near < 0.5 * float(np.abs(ours - plain).max())
+    assert near < 0.1 * float(np.abs(expected).max())
+    assert near < 0.25 * float(np.abs(ours - plain).max())
 
 
 def test_sensitivity_finds_the_weight_that_matters(tiny_base: Path, calibration: Path) -> None:

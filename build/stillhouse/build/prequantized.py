@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from stillhouse.build.blocks import BlockWeight, stack
 from stillhouse.build.tensors import TensorInfo
-from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
 
@@ -66,6 +65,8 @@ def unpack(share: Share, *, base: str, destination: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stillhouse.build.tokenizer_files import write_tokenizer  # which reads checkpoints, as they do this file
 
     folder, source = Path(destination), Path(base)
     folder.mkdir(parents=True, exist_ok=True)
