@@ -84,7 +84,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 def test_an_unknown_method_and_a_target_that_cannot_be_built_are_refused_with_what_can() -> None:
     with pytest.raises(UsageError, match="unknown method 'magic'") as refused:
         method_of("int4", QuantizeOptions(method="magic"), "cpu")
-    assert refused.value.hint == "known: auto, k_quant_mixed, k_quant_last, rtn_last, rtn"
+    assert refused.value.hint == "known: auto, gptq, k_quant, hqq, rtn"
     with pytest.raises(UsageError, match="int4 cannot be built for cuda"):
         method_of("int4", QuantizeOptions(), "cuda")
     assert method_of("fp16", QuantizeOptions(), "cuda").name == "converter"
