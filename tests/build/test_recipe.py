@@ -85,8 +85,8 @@ def test_an_unknown_method_and_a_target_that_cannot_be_built_are_refused_with_wh
     with pytest.raises(UsageError, match="unknown method 'magic'") as refused:
         method_of("int4", QuantizeOptions(method="magic"), "cpu")
     assert refused.value.hint == "known: auto, gptq, k_quant, hqq, rtn"
-    with pytest.raises(UsageError, match="int4 cannot be built for cuda"):
-        method_of("int4", QuantizeOptions(), "cuda")
+    with pytest.raises(UsageError, match="fp32 cannot be built for cuda"):
+        method_of("fp32", QuantizeOptions(), "cuda")
     assert method_of("fp16", QuantizeOptions(), "cuda").name == "converter"
 
 
