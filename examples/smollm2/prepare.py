@@ -123,6 +123,9 @@ def convert(gguf: Path, folder: Path) -> None:
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by the owner alone
+    # Transformers does not write what a model is called; an adapter's base is known by it.
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**written, "_name_or_path": PUBLIC_ID}, indent=2) + "\n", "utf-8")
     _save_tokenizer(gguf, folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:

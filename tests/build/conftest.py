@@ -21,18 +21,18 @@ WriteRecipe = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Trains a LoRA on the tiny base for `steps` (0: its delta stays zero); further words go to LoraConfig."""
+    """Trains a LoRA on a base, the tiny one, for `steps` (0: its delta stays zero); further words go to LoraConfig."""
 
-    def make(*, steps: int = 3, seed: int = 0, grow: int = 0, **config: Any) -> Path:
+    def make(*, base: Path = tiny_base, steps: int = 3, seed: int = 0, grow: int = 0, **config: Any) -> Path:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         folder = tmp_path_factory.mktemp("adapter")
         if grow:
-            tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+            tokenizer = AutoTokenizer.from_pretrained(base)
             tokenizer.add_tokens([f"<new{index}>" for index in range(grow)])
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             tokenizer.save_pretrained(folder)

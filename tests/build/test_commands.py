@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -34,6 +37,89 @@ def test_inspect_says_how_a_version_came_to_be(repository: Path, cli: Cli) -> No
     done = cli("inspect", repository / "tiny-int8")
     assert done.returncode == 1
     assert "is not a version directory" in done.stderr
+    for wrong in (["inspect", repository / "none"], ["inspect"], ["diff", directory, repository / "none"]):
+        done = cli(*wrong)
+        assert done.returncode == 2
+        assert "hint: " in done.stderr
+
+
+def test_the_schema_in_the_docs_is_current_and_a_manifest_follows_it(
+    repository: Path, repo_root: Path, cli: Cli
+) -> None:
+    written = (repo_root / "docs" / "manifest.schema.json").read_text("utf-8")
+    assert cli("inspect", "--schema").stdout == written, "stillhouse inspect --schema > docs/manifest.schema.json"
+    schema = json.loads(written)
+    manifest = json.loads((repository / "tiny-int8" / "1" / "manifest.json").read_text())
+    assert set(schema["required"]) <= set(manifest)
+    assert set(manifest) <= set(schema["properties"])
+    quality = schema["$defs"]["QualityRecord"]["properties"]
+    assert set(manifest["quality"]) <= set(quality)
+
+
+def test_diff_shows_two_versions_side_by_side(repository: Path, cli: Cli) -> None:
+    left, right = repository / "tiny-fp16" / "1", repository / "tiny-int8" / "1"
+    printed = json.loads(cli("diff", left, right, "--json").stdout)
+    rows = {row["key"]: row for row in printed["rows"]}
+    assert (rows["precision"]["left"], rows["precision"]["right"], rows["precision"]["same"]) == ("fp16", "int8", False)
+    assert rows["quality.perplexity_ratio"]["left"] != rows["quality.perplexity_ratio"]["right"]
+    assert rows["version"]["same"] is True
+    assert "file model.onnx.data" in rows
+    assert not any(key.startswith("base.") for key in rows)  # the same on both sides
+    assert "quality.perplexity_ratio" in cli("diff", left, right).stdout
+    same = json.loads(cli("diff", left, left, "--json").stdout)
+    assert all(row["same"] for row in same["rows"])
+
+
+def test_remove_takes_a_version_whole_but_never_the_live_one(repository: Path, cli: Cli) -> None:
+    model = repository / "tiny-fp16"
+    done = cli("remove", "tiny-fp16", "1", "--repository", repository)
+    assert done.returncode == 1
+    assert "tiny-fp16 version 1 is live" in done.stderr
+    shutil.copytree(model / "1", model / "2")
+    shutil.copytree(model / "1", model / ".removed-by-one-that-died")
+    done = cli("remove", "tiny-fp16", "2", "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-fp16 version 2 is removed" in done.stdout
+    assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt", "engine.json"]
+    for wrong, words in (
+        (["tiny-fp16", "2"], "versions there: 1"),
+        (["tiny-fp8", "1"], "models there: tiny-fp16, tiny-int8"),
+    ):
+        done = cli("remove", *wrong, "--repository", repository)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
+@pytest.mark.usefixtures("kept_cache")
+def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Path, cli: Cli) -> None:
+    weights = repository / "tiny-fp16" / "1" / "model.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")  # so that something is to be built
+    done = cli("build", tiny_recipe, "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    assert "[1/8] merge: reused" in done.stderr
+    for word in ("tiny-fp16", "tiny-int8", "there already", "published", "greedy"):
+        assert word in done.stdout
+    log = Path(done.stdout.rpartition("log, figures and picture: ")[2].strip())
+    assert (log / "quality.png").read_bytes().startswith(b"\x89PNG")
+    picture = (log / "quality.svg").read_text()
+    for label in ("fp16 v2", "fp16 v1", "int8 v1", "perplexity ratio to the FP32 merge"):
+        assert f"<!-- {label} -->" in picture
+
+
+def test_a_line_reporter_says_how_much_is_done_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from stillhouse.build import progress
+
+    clock = iter([100.0, 105.0, 130.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    caplog.set_level("INFO", "stillhouse")
+    reporter = progress.LineReporter()
+    reporter.stage("make int4", 3, 9)
+    reporter.share(0.1)
+    reporter.share(0.25)
+    reporter.done("40.0 s, 0.5 GB")
+    assert caplog.messages == ["[3/9] make int4: 25%, about 90 s left", "[3/9] make int4: 40.0 s, 0.5 GB"]
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(

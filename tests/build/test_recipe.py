@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from stillhouse.build.quantize import method_of
-from stillhouse.build.recipe import QuantizeOptions, load_recipe
-from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.build.recipe import EvaluateOptions, Gate, QuantizeOptions, Recipe, load_recipe
+from stillhouse.build.starter import write_recipe
+from stillhouse.engine.errors import UsageError
 
 
 def recipe_of(folder: Path, text: str) -> Path:
@@ -35,7 +37,7 @@ def test_relative_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert recipe.evaluate.text == str(tmp_path / "text.txt")
     assert recipe.precisions == ["fp16", "int8", "int4"]
     assert recipe.gate_of("int4").perplexity_ratio == 1.1
-    assert recipe.gate_of("int8").perplexity_ratio == 1.02
+    assert recipe.gate_of("int8").perplexity_ratio == 1.01
 
 
 def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
@@ -54,6 +56,11 @@ def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
         ('name = "a"\nbase = "b"\ntarget = "tpu"\n', "unknown target 'tpu'", "cuda"),
         ('name = "a"\nbase = "b"\nprecisions = []\n', "precisions", "name"),
         ('name = "a/b"\nbase = "b"\n', "must be letters", "name"),
+        ('name = "a"\nbase = "b"\nprecisions = ["int8", "int8"]\n', "'int8' is named twice", "precisions"),
+        ('name = "a"\nbase = "b"\nadapters = ["x", "y", "x"]\n', "x is named twice", "weight"),
+        ('name = "a"\nbase = "b"\n[evaluate]\ntext = "none.txt"\n', "evaluate.text: no such file", "relative"),
+        ('name = "a"\nbase = "b"\n[evaluate]\ntasks = "none"\n', "evaluate.tasks: no such file", "relative"),
+        ('name = "a"\nbase = "b"\n[gate.int8]\ntask_accuracy = 0.9\n', "there are no tasks", "evaluate"),
         ('base = "b"\n', "'name' is missing", "base"),
         ('name = "a"\nbase = b\n', "is not TOML", "quotes"),
     ],
@@ -69,17 +76,46 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key(
     assert hinted in refused.value.hint
 
 
-def test_a_missing_recipe_or_text_is_named(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no recipe at .*nowhere\.toml"):
         load_recipe(tmp_path / "nowhere.toml")
-    with pytest.raises(StillhouseError, match=r"evaluate.text: no such file"):
-        load_recipe(recipe_of(tmp_path, 'name = "a"\nbase = "b"\n[evaluate]\ntext = "none.txt"\n'))
 
 
 def test_an_unknown_method_and_a_target_that_cannot_be_built_are_refused_with_what_can() -> None:
     with pytest.raises(UsageError, match="unknown method 'magic'") as refused:
         method_of("int4", QuantizeOptions(method="magic"), "cpu")
-    assert refused.value.hint == "known: auto, k_quant_mixed, k_quant_last, rtn_last, rtn"
-    with pytest.raises(UsageError, match="int4 cannot be built for cuda"):
-        method_of("int4", QuantizeOptions(), "cuda")
+    assert refused.value.hint == "known: auto, gptq, k_quant, hqq, rtn"
+    with pytest.raises(UsageError, match="fp32 cannot be built for cuda"):
+        method_of("fp32", QuantizeOptions(), "cuda")
     assert method_of("fp16", QuantizeOptions(), "cuda").name == "converter"
+
+
+def test_tasks_bring_a_default_gate(tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text("{}")
+    text = 'name = "a"\nbase = "b"\n[evaluate]\ntasks = "tasks.jsonl"\n[gate.int4]\ntask_accuracy = 0.5\n'
+    recipe = load_recipe(recipe_of(tmp_path, text))
+    assert recipe.evaluate.tasks == str(tmp_path / "tasks.jsonl")
+    assert (recipe.gate_of("int8").task_accuracy, recipe.gate_of("int4").task_accuracy) == (0.9, 0.5)
+    assert load_recipe(recipe_of(tmp_path, 'name = "a"\nbase = "b"\n')).gate_of("int8").task_accuracy is None
+
+
+def test_the_starter_is_a_recipe_and_names_every_key(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "new", "mine")
+    recipe = load_recipe(file)
+    assert (recipe.name, recipe.adapters, recipe.precisions) == ("mine", [], ["fp16", "int8", "int4"])
+    text = file.read_text("utf-8")
+    # What is commented out must be right too.
+    uncommented = re.sub(r"^# (\w+ = |\[)", r"\1", text, flags=re.MULTILINE).replace("adapters = []\n", "")
+    (tmp_path / "new" / "held-out.txt").write_text("words")
+    (tmp_path / "new" / "tasks.jsonl").write_text("{}")
+    whole = load_recipe(recipe_of(tmp_path / "new", uncommented))
+    assert [(Path(adapter.path).name, adapter.weight) for adapter in whole.adapters] == [
+        ("my-adapter", 1.0),
+        ("another", 0.5),
+    ]
+    for model, read in ((Recipe, whole), (EvaluateOptions, whole.evaluate), (Gate, whole.gate["int4"])):
+        assert set(model.model_fields) == read.model_fields_set
+    with pytest.raises(UsageError, match="is there already"):
+        write_recipe(tmp_path / "new", "mine")
+    with pytest.raises(UsageError, match="no model's name"):
+        write_recipe(tmp_path / "other", "a/b")

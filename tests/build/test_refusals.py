@@ -6,8 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from stillhouse.engine.errors import StillhouseError
 
 Damage = Callable[[Path], None]
 
@@ -68,6 +71,37 @@ def widen(folder: Path) -> None:
     )
 
 
+def edit_tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Damage:
+    def damage(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        file = next(folder.glob("*.safetensors"))
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return damage
+
+
+def to_infinity(tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors[max(tensors)].view(-1)[-1] = float("inf")
+    return tensors
+
+
+def without(part: str) -> Damage:
+    return edit_tensors(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
+
+
+def set_adapter_config(**changes: object) -> Damage:
+    def damage(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def point_to_lfs(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
 def remove(name: str) -> Damage:
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -88,6 +122,10 @@ BASES: dict[str, tuple[Damage, str]] = {
     "own code": (set_config(auto_map={"AutoConfig": "x.Y"}), "brings its own modelling code"),
     "quantized": (set_config(quantization_config={"quant_method": "awq"}), "is quantized already (awq)"),
     "NaN": (poison, "has NaN in"),
+    "a layer missing": (without("layers.1."), "has weights of 1 layers, its config.json says 2"),
+    "another vocabulary": (set_config(vocab_size=2048), "its config.json says [2048, 128]"),
+    "no shape": (set_config(hidden_size=None), "says no hidden_size"),
+    "LFS pointer": (point_to_lfs, "is a Git LFS pointer"),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     "no adapter": (remove("adapter_config.json"), "is no adapter: it has no adapter_config.json"),
@@ -97,7 +135,22 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "pickle": (to_pickle, "adapter_model.bin is a pickle"),
     "other modules": (rename_modules, "qkv_pack, a module that this base does not have"),
     "other shapes": (widen, "does not fit"),
-    "NaN": (poison, "has NaN in"),
+    "half of a pair": (without("layers.0.self_attn.q_proj.lora_B"), "lora_B.weight is missing"),
+    "not LoRA": (set_adapter_config(peft_type="IA3"), "is of type IA3"),
+    "empty": (edit_tensors(lambda _: {}), "holds no tensor"),
+    "LFS pointer": (point_to_lfs, "is a Git LFS pointer"),
+}
+
+
+# Told only when the weights are loaded; whether it is the base or the adapter.
+WEIGHTS: dict[str, tuple[str, Damage, str]] = {
+    "inf in the base": ("base", edit_tensors(to_infinity), "has inf in"),
+    "a tensor missing": ("base", without("layers.1.mlp.up_proj"), "lacks model.layers.1.mlp.up_proj.weight"),
+    "NaN in the adapter": ("adapter", poison, "has NaN in"),
+    "inf in the adapter": ("adapter", edit_tensors(to_infinity), "has inf in"),
+    "another rank": ("adapter", set_adapter_config(r=8), "size mismatch"),
+    "modules left out": ("adapter", set_adapter_config(target_modules=["q_proj"]), "adapter_config.json leaves out"),
+    "modules promised": ("adapter", without("v_proj"), "lacks weights that its adapter_config.json promises"),
 }
 
 
@@ -121,6 +174,27 @@ def test_an_unsound_adapter_is_refused_by_name(
     refuses(cli, write_recipe(broken), tmp_path / "repository", words, str(broken))
 
 
+@pytest.mark.parametrize("damage", WEIGHTS)
+def test_unsound_weights_are_refused_by_name_when_they_are_merged(
+    damage: str, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    from stillhouse.build.merge import merge
+
+    role, apply, words = WEIGHTS[damage]
+    sound = {"base": tiny_base, "adapter": tiny_adapter}
+    folders = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in sound.items()}
+    apply(folders[role])
+    adapters = [{"path": str(folders["adapter"]), "weight": 1.0}]
+    with pytest.raises(StillhouseError) as refused:
+        merge(
+            lambda _: None, base=str(folders["base"]), adapters=adapters, probe_texts=["some words"],
+            destination=str(tmp_path / "merged"),
+        )  # fmt: skip
+    assert words in str(refused.value)
+    assert str(folders[role]) in str(refused.value)
+    assert refused.value.hint
+
+
 def test_an_adapter_that_changes_nothing_is_refused_by_name(
     make_adapter: Callable[..., Path], tmp_path: Path, write_recipe: Callable[..., Path], cli: Callable[..., object]
 ) -> None:
@@ -131,7 +205,9 @@ def test_an_adapter_that_changes_nothing_is_refused_by_name(
 def test_a_missing_folder_and_a_file_are_told_apart(
     tiny_base: Path, tmp_path: Path, write_recipe: Callable[..., Path], cli: Callable[..., object]
 ) -> None:
-    refuses(cli, write_recipe(tmp_path / "gone"), tmp_path / "repository", "adapter: no such folder", "gone")
+    gone = tmp_path / "gone"
+    refuses(cli, write_recipe(gone), tmp_path / "repository", "adapter: no such folder", "gone", code=2)
+    refuses(cli, write_recipe(base=gone), tmp_path / "repository", "base: no such folder", "gone", code=2)
     file = tiny_base / "config.json"
     refuses(cli, write_recipe(base=file), tmp_path / "repository", "is a file, not a folder", str(file))
 
@@ -141,7 +217,63 @@ def test_a_text_too_short_to_measure_on_is_refused(
 ) -> None:
     (tmp_path / "short.txt").write_text("a few words")
     recipe = write_recipe(more=f'[evaluate]\ntext = "{tmp_path / "short.txt"}"\n')
-    refuses(cli, recipe, tmp_path / "repository", "fidelity needs at least", "evaluate.text", code=2)
+    refuses(cli, recipe, tmp_path / "repository", "fidelity needs at least", "evaluate.text")
+
+
+def test_modules_of_another_base_are_refused_with_those_that_are_there_and_the_base_that_is_named(
+    tiny_adapter: Path, tmp_path: Path, write_recipe: Callable[..., Path], cli: Callable[..., object]
+) -> None:
+    broken = shutil.copytree(tiny_adapter, tmp_path / "broken")
+    rename_modules(broken)
+    set_adapter_config(base_model_name_or_path="owner/another-model")(broken)
+    done = refuses(cli, write_recipe(broken), tmp_path / "repository", "changes model.layers.0", "qkv_pack")
+    assert "the base has: down_proj, embed_tokens, gate_proj" in done
+    assert "it names owner/another-model as its base, this is base" in done
+
+
+@pytest.mark.usefixtures("kept_cache")
+def test_a_base_of_another_name_that_fits_is_a_warning(
+    tiny_adapter: Path, tmp_path: Path, write_recipe: Callable[..., Path], cli: Callable[..., object]
+) -> None:
+    other = shutil.copytree(tiny_adapter, tmp_path / "other")
+    set_adapter_config(base_model_name_or_path="owner/another-model")(other)
+    done = cli("build", write_recipe(other), "--repository", tmp_path / "repository", "--dry-run")
+    assert done.returncode == 0  # type: ignore[attr-defined]
+    assert "warning: adapter other names owner/another-model as its base" in done.stderr  # type: ignore[attr-defined]
+    done = cli("build", write_recipe(tiny_adapter), "--repository", tmp_path / "repository", "--dry-run")
+    assert "warning" not in done.stderr  # type: ignore[attr-defined]
+
+
+def test_code_that_a_base_brings_is_run_only_where_the_recipe_says_so_and_leaves_none_behind(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    from stillhouse.build.merge import merge
+    from stillhouse.build.plan import plan
+    from stillhouse.build.recipe import load_recipe
+
+    own = shutil.copytree(tiny_base, tmp_path / "own")
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    set_config(auto_map=auto_map, model_type="own")(own)
+    (own / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(StillhouseError, match="brings its own modelling code") as refused:
+        plan(load_recipe(write_recipe(base=own)), tmp_path / "repository")
+    assert refused.value.hint is not None
+    assert "trust_remote_code = true" in refused.value.hint
+    trusting = load_recipe(write_recipe(tiny_adapter, base=own)).model_copy(update={"trust_remote_code": True})
+    assert plan(trusting, tmp_path / "repository").base.path == own
+    adapters = [{"path": str(tiny_adapter), "weight": 1.0}]
+    merge(
+        lambda _: None, base=str(own), adapters=adapters, probe_texts=["some words to compare on"],
+        destination=str(tmp_path / "merged"), trust_remote_code=True,
+    )  # fmt: skip
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert "auto_map" not in config
+    assert not list((tmp_path / "merged").glob("*.py"))
 
 
 def test_a_repository_that_is_none_is_refused_before_anything_is_run(
@@ -156,7 +288,8 @@ def test_a_repository_that_is_none_is_refused_before_anything_is_run(
 
 def refuses(
     cli: Callable[..., object], recipe: Path, repository: Path, words: str, named: str, *, code: int = 1
-) -> None:
+) -> str:
+    """Builds, and checks that it was refused in the project's form; returns what was said."""
     done = cli("build", recipe, "--repository", repository)
     stderr: str = done.stderr  # type: ignore[attr-defined]
     assert done.returncode == code, stderr  # type: ignore[attr-defined]
@@ -167,4 +300,5 @@ def refuses(
     assert "hint: " in stderr
     assert "Traceback" not in stderr
     assert done.stdout == ""  # type: ignore[attr-defined]
-    assert list(repository.iterdir()) == []
+    assert not repository.exists() or list(repository.iterdir()) == []
+    return stderr

@@ -9,7 +9,7 @@ import pytest
 
 from stillhouse.build.texts import LEAST_TOKENS, token_windows
 from stillhouse.build.verify import Figures, divergence, judge, log_softmax
-from stillhouse.engine.errors import UsageError
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord
 
 GOOD = Figures(
@@ -59,5 +59,5 @@ def test_windows_cover_at_least_the_tokens_that_a_gate_needs() -> None:
     assert {len(window) for window in windows} == {512}
     assert windows[0][0] == 0
     assert windows[-1][-1] == 99_999
-    with pytest.raises(UsageError, match="has 8000 tokens"):
+    with pytest.raises(StillhouseError, match="has 8000 tokens"):
         token_windows(list(range(8000)), 8192)

@@ -45,6 +45,30 @@ def test_an_unknown_command_is_wrong_usage() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words", "hint"),
+    [
+        (["buidl"], "No such command 'buidl'. Did you mean 'build'?", "see 'stillhouse --help'"),
+        (["build"], "Missing argument", "see 'stillhouse build --help'"),
+        (["build", "a.toml", "b.toml"], "unexpected extra argument", "see 'stillhouse build --help'"),
+        (["build", "a.toml", "--froce"], "No such option: --froce", "see 'stillhouse build --help'"),
+        (["remove", "support-int4", "one"], "Invalid value for", "see 'stillhouse remove --help'"),
+        (["edge", "nope"], "No such command 'nope'", "see 'stillhouse edge --help'"),
+        (["build", "nowhere.toml"], "no recipe at nowhere.toml", "examples/support/recipe.toml is one"),
+        (["versions", "--repository", "nowhere"], "nowhere is not a model repository", "stillhouse build"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_a_hint_and_exit_2(
+    arguments: list[str], words: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = stillhouse(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    error, advice = done.stderr.strip().splitlines()
+    assert error.startswith("error: ") and words in error
+    assert advice.startswith("hint: ") and hint in advice
+
+
 def test_no_command_prints_the_help_and_is_wrong_usage() -> None:
     assert stillhouse().returncode == 2
 

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.engine.directory import sha256_of
@@ -63,15 +63,19 @@ def stage_entry(
     stages.mkdir(parents=True, exist_ok=True)
     name = f"{stage}-{key[:20]}"
     with (stages / f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         folder = stages / name
-        result = None if ignore else _whole(folder)
-        reused = result is not None
-        if result is None:
-            result = _make(stages, folder, make)
-        os.utime(folder)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield Entry(folder, result, reused)
+        made = False
+        while True:
+            _wait_for(lock, stage)
+            result = None if ignore and not made else _whole(folder)
+            if result is None:
+                result, made = _make(stages, folder, make), True
+            os.utime(folder)
+            # A lock is changed by giving it up first: somebody may have pruned the entry in between.
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if folder.is_dir():
+                break
+        yield Entry(folder, result, reused=not made)
 
 
 def is_cached(root: Path, stage: str, key: str) -> bool:
@@ -106,6 +110,14 @@ def _make(stages: Path, folder: Path, make: Callable[[Path], dict[str, Any]]) ->
             shutil.rmtree(folder)
         beside.rename(folder)
     return result
+
+
+def _wait_for(lock: IO[str], stage: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("another build is making %s of the same inputs; waiting for it", stage)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Base checkpoints and adapters: found, hashed, and refused by name before a weight is loaded."""
+"""Base checkpoints: hashed, and refused by name before a weight is loaded (adapters: adapter.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from stillhouse.build.recipe import HUB_ID, AdapterRef
+from stillhouse.build.hub import folder_of
+from stillhouse.build.prequantized import as_if_whole, refuse_unless_taken
+from stillhouse.build.recipe import HUB_ID
 from stillhouse.build.tensors import TensorInfo, read_header
 from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError
@@ -19,9 +21,12 @@ from stillhouse.engine.errors import StillhouseError
 # What the model builder writes and the engine runs with tests; a new family is one row here and a test.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-_ROOT = "base_model.model."
-_LORA = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
+_READ = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json",
+)  # fmt: skip
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +44,21 @@ class Checkpoint:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
+    def quantized(self) -> bool:
+        """Whether it brings integers of its own, which int4 takes over."""
+        return "quantization_config" in self.config
+
+    @property
     def context_length(self) -> int:
         return int(self.config["max_position_embeddings"])
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One LoRA adapter's folder, with its adapter_config.json and the factor of its change."""
-
-    id: str
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    sha256: str
-    weight: float
-
-
-def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """The base at `source`, a folder or a hub id.
+def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The base at `source`, a folder or a hub id; its own modelling code is refused unless `trust_remote_code`.
 
     Raises StillhouseError where it is no checkpoint, of a family that is not supported, quantized, pickled or broken.
     """
-    folder = _folder(source, revision, "base")
+    folder = folder_of(source, revision, "base", code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise StillhouseError(
             f"base: {folder} is no checkpoint: it has no config.json",
@@ -68,65 +66,31 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["none"])[0]
-    if "auto_map" in config:
+    if "auto_map" in config and not trust_remote_code:
         raise StillhouseError(
-            f"base: {folder} brings its own modelling code (auto_map), which is never run",
-            hint=f"supported architectures: {', '.join(ARCHITECTURES)}",
+            f"base: {folder} brings its own modelling code (auto_map), which is not run",
+            hint="read it, then say trust_remote_code = true in the recipe",
         )
     if architecture not in ARCHITECTURES:
         raise StillhouseError(
             f"base: {folder} is a {architecture}, which is not supported",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise StillhouseError(
-            f"base: {folder} is quantized already ({method})",
-            hint="name the unquantized checkpoint; the build quantizes it itself",
-        )
     tensors = _all_tensors(folder)
+    if "quantization_config" in config:
+        refuse_unless_taken(folder, config["quantization_config"])
+        tensors = as_if_whole(tensors)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StillhouseError(
             f"base: {folder} has no tokenizer", hint="save it beside the weights: tokenizer.save_pretrained(folder)"
         )
-    for file in sorted(folder.glob("*.json")):
-        read_json(file)
+    for name in _READ:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    _hold_against_config(folder, config, tensors)
     named = str(config.get("_name_or_path") or "")
     own_name = source if HUB_ID.fullmatch(source) else named if HUB_ID.fullmatch(named) else folder.name
     return Checkpoint(own_name, folder, config, tensors, _folder_sha256(folder))
-
-
-def open_adapter(ref: AdapterRef, base: Checkpoint) -> Adapter:
-    """The adapter `ref` names, held against `base`.
-
-    Raises StillhouseError where it is missing, no LoRA, pickled, broken, or changes what `base` does not have.
-    """
-    folder = _folder(ref.path, None, "adapter")
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise StillhouseError(
-            f"adapter: {folder} is no adapter: it has no adapter_config.json",
-            hint="name the folder that peft's save_pretrained wrote",
-        )
-    config = read_json(config_file)
-    if config.get("peft_type") != "LORA":
-        raise StillhouseError(
-            f"adapter: {folder} is of type {config.get('peft_type')}; only LORA can be merged",
-            hint="train a LoRA (rsLoRA and DoRA are LORA too), or merge this one yourself and name the result as base",
-        )
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), None)
-        if pickled is not None:
-            raise _pickle("adapter", pickled)
-        raise StillhouseError(
-            f"adapter: {folder} has no adapter_model.safetensors", hint="save it again with save_pretrained"
-        )
-    tensors = read_header(weights)
-    _hold_against(folder, tensors, base)
-    digest = _sha256_over((file.name, sha256_of(file)) for file in _meaningful(folder))
-    own_name = ref.path if HUB_ID.fullmatch(ref.path) else folder.name
-    return Adapter(own_name, folder, config, tensors, digest, ref.weight)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -140,50 +104,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _folder(source: str, revision: str | None, role: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists():
-        raise StillhouseError(f"{role}: {source} is a file, not a folder", hint="name the folder that holds it")
-    if Path(source).is_absolute():
-        raise StillhouseError(
-            f"{role}: no such folder: {source}",
-            hint="paths in a recipe are relative to the recipe; a hub id looks like owner/name",
-        )
-    return _download(source, revision, role)
-
-
-def _download(source: str, revision: str | None, role: str) -> Path:
-    """The hub's snapshot of `source`, from the local hub cache where it is there (HF_TOKEN and HF_ENDPOINT hold)."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(hub.snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
-    except errors.GatedRepoError:
-        raise StillhouseError(
-            f"{role}: {source} is gated", hint="accept its terms on the hub, then set HF_TOKEN"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise StillhouseError(f"{role}: {source} has no revision {revision!r}", hint="see its commits") from None
-    except errors.RepositoryNotFoundError:
-        raise StillhouseError(
-            f"{role}: {source} is neither a folder nor on the hub",
-            hint="check the spelling; private ones need HF_TOKEN",
-        ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise StillhouseError(
-            f"{role}: {source} is not a folder, and the hub cannot be reached: {first_line}",
-            hint="name a local folder, or check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
-        ) from None
-
-
 def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint, from one file or from the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(_weight_map(index).values()))
         files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -191,9 +116,8 @@ def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
         if not file.is_file():
             raise StillhouseError(f"base: {file} is missing, but {index.name} names it", hint="download it again")
     if not files:
-        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])), None)
-        if pickled is not None:
-            raise _pickle("base", pickled)
+        if pickled := pickle_in("base", folder):
+            raise pickled
         raise StillhouseError(
             f"base: {folder} has no *.safetensors", hint="name the folder that holds the model's weights"
         )
@@ -203,67 +127,59 @@ def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _hold_against(folder: Path, tensors: dict[str, TensorInfo], base: Checkpoint) -> None:
-    """Every tensor of the adapter must belong to a module of the base, and fit it."""
-    shapes = {name.removesuffix(".weight"): info.shape for name, info in base.tensors.items()}
-    embedding = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens")), None)
-    if embedding is not None and base.config.get("tie_word_embeddings"):
-        shapes.setdefault("lm_head", embedding)
-    if not tensors:
-        raise StillhouseError(f"adapter: {folder} holds no tensor", hint="save the trained adapter again")
-    for name, info in tensors.items():
-        inner = name.removeprefix(_ROOT)
-        part = _LORA.search(inner)
-        module = inner[: part.start()] if part else inner.removesuffix(".weight").removesuffix(".bias")
-        if not name.startswith(_ROOT) or module not in shapes:
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise StillhouseError(f"{index} names no weights", hint="copy or download the file again")
+    return found
+
+
+def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """config.json must say what the weights are: a layer too many or too few would be dropped or made up silently."""
+    for key in _NEEDED:
+        if not isinstance(config.get(key), int):
             raise StillhouseError(
-                f"adapter: {folder} changes {module}, a module that this base does not have",
-                hint=f"the base has: {', '.join(_kinds(shapes))}; was it trained on another base than {base.id}?",
+                f"base: {folder}/config.json says no {key}", hint="copy or download the checkpoint again"
             )
-        if part and not _fits(part.group(1), info.shape, shapes[module]):
-            raise StillhouseError(
-                f"adapter: {folder} does not fit: {name} is {list(info.shape)}, "
-                f"the base's {module} is {list(shapes[module])} (out, in)",
-                hint=f"it was trained on a model of another size than {base.id}",
-            )
+    layers = {int(found.group(1)) for name in tensors if (found := _LAYER.search(name))}
+    if layers != set(range(config["num_hidden_layers"])):
+        raise StillhouseError(
+            f"base: {folder} has weights of {len(layers)} layers, its config.json says {config['num_hidden_layers']}",
+            hint="copy or download the checkpoint again",
+        )
+    embedding = next((info.shape for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    expected = (config["vocab_size"], config["hidden_size"])
+    if embedding != expected:
+        raise StillhouseError(
+            f"base: {folder} has {'an embedding ' + str(list(embedding)) if embedding else 'no embedding'}, "
+            f"its config.json says {list(expected)} (vocab_size, hidden_size)",
+            hint="copy or download the checkpoint again",
+        )
 
 
-def _fits(part: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    if len(weight) != 2:
-        return False
-    rows, columns = weight
-    expected = {
-        "lora_A": (len(shape) == 2 and shape[1] == columns),
-        "lora_B": (len(shape) == 2 and shape[0] == rows),
-        "lora_embedding_A": (len(shape) == 2 and shape[1] == rows),
-        "lora_embedding_B": (len(shape) == 2 and shape[0] == columns),
-        "lora_magnitude_vector": (shape[0] == rows),
-    }
-    return expected[part]
-
-
-def _kinds(modules: Iterable[str]) -> list[str]:
-    """The last words of the modules' names, each once: q_proj, k_proj, …"""
-    return sorted({module.rpartition(".")[2] for module in modules})
-
-
-def _pickle(role: str, file: Path) -> StillhouseError:
+def pickle_in(role: str, folder: Path) -> StillhouseError | None:
+    """The refusal of the first pickle in `folder`, or None where it has none."""
+    file = next(iter(sorted(file for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))), None)
+    if file is None:
+        return None
     return StillhouseError(
         f"{role}: {file} is a pickle, which can run code when it is read",
         hint="save it as safetensors: save_pretrained(folder, safe_serialization=True)",
     )
 
 
-def _meaningful(folder: Path) -> list[Path]:
-    patterns = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+def meaningful_files(folder: Path) -> list[Path]:
+    """The files of `folder` that say what the model is."""
+    patterns = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py")
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _folder_sha256(folder: Path) -> str:
-    return _sha256_over((file.name, sha256_of(file)) for file in _meaningful(folder))
+    return sha256_over((file.name, sha256_of(file)) for file in meaningful_files(folder))
 
 
-def _sha256_over(pairs: Iterable[tuple[str, str]]) -> str:
+def sha256_over(pairs: Iterable[tuple[str, str]]) -> str:
+    """The sha256 over names and hashes."""
     digest = hashlib.sha256()
     for name, sha256 in pairs:
         digest.update(f"{name}\0{sha256}\n".encode())

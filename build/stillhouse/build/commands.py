@@ -1,29 +1,30 @@
-"""build, versions and inspect for the command line; heavy rooms are imported when a command runs."""
+"""init and build for the command line; heavy rooms are imported when a command runs."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stillhouse.engine.errors import StillhouseError, VersionError
+from stillhouse.engine.errors import StillhouseError
 
-_Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 
 def build(
     recipe: Annotated[Path, typer.Argument(help="The recipe.toml.")],
-    repository: _Repository = Path("model_repository"),
+    repository: Repository = Path("model_repository"),
     force: Annotated[bool, typer.Option(help="Make a new version even where the same inputs have one.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every stage, whatever is cached.")] = False,
     keep_live: Annotated[
         bool, typer.Option("--keep-live", help="Leave the live version as it is; publish beside it.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, do nothing.")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge, export, quantize, prove and publish what a recipe names.
 
@@ -37,16 +38,20 @@ def build(
     if dry_run:
         _say_plan(planning.dry_run(planning.plan(asked, repository, force=force)), as_json)
         return
-    from stillhouse.build.report import build_json, build_table, reporter_for_terminal
+    from stillhouse.build.picture import draw_build
+    from stillhouse.build.progress import reporter_for_terminal
+    from stillhouse.build.report import build_json, build_table, print_table
 
     with reporter_for_terminal() as reporter:
         done = pipeline.build(
             asked, repository, force=force, no_cache=no_cache, make_live=not keep_live, reporter=reporter
         )
+    if done.log is not None:
+        draw_build(done, repository, asked.name)
     if as_json:
         print(json.dumps(build_json(done), indent=2))
     else:
-        _print(build_table(done.results))
+        print_table(build_table(done.results))
         for line in _aftermath(done):
             print(line)
     failed = [result for result in done.results if result.status == "failed"]
@@ -58,83 +63,17 @@ def build(
         )
 
 
-def versions(
-    repository: _Repository = Path("model_repository"),
-    verify: Annotated[bool, typer.Option("--verify", help="Re-hash every file.")] = False,
-    as_json: _Json = False,
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where recipe.toml is written.")] = Path(),
+    name: Annotated[str, typer.Option(help="What the models are called.")] = "support",
 ) -> None:
-    """List the versions of a model repository.
+    """Write a commented recipe.toml.
 
-    Example: stillhouse versions --verify
+    Example: stillhouse init my-model
     """
-    from stillhouse.build.report import versions_table
-    from stillhouse.engine.directory import model_directories, version_numbers
+    from stillhouse.build.starter import write_recipe
 
-    rows = [
-        _version_row(model / str(number), verify)
-        for model in model_directories(repository)
-        for number in version_numbers(model)
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    elif rows:
-        _print(versions_table(rows, verified=verify))
-    else:
-        print(f"{repository} holds no version")
-    broken = [row for row in rows if row["files"] not in ("whole", "not verified")]
-    if broken:
-        raise VersionError(
-            f"{len(broken)} of {len(rows)} versions are not whole: {broken[0]['files']}",
-            hint="build them again with 'stillhouse build'; the engine refuses to load them",
-        )
-
-
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="A version, e.g. model_repository/support-int4/1.")],
-    as_json: _Json = False,
-) -> None:
-    """Show what one version is and how it came to be.
-
-    Example: stillhouse inspect model_repository/support-int4/1
-    """
-    from stillhouse.build.report import manifest_table
-    from stillhouse.engine.directory import open_version
-
-    version = open_version(directory, verify=False)
-    if as_json:
-        print(version.manifest.to_json(), end="")
-    else:
-        _print(manifest_table(version.path, version.manifest))
-
-
-def _version_row(directory: Path, verify: bool) -> dict[str, Any]:
-    from stillhouse.engine.directory import open_version, verify_files
-    from stillhouse.engine.policy import live_versions
-
-    row: dict[str, Any] = {
-        "model": directory.parent.name,
-        "version": int(directory.name),
-        "precision": None,
-        "target": None,
-        "bytes": sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
-        "perplexity_ratio": None,
-        "created": None,
-        "live": False,
-        "files": "not verified",
-    }
-    try:
-        version = open_version(directory, verify=False)
-        manifest = version.manifest
-        row["precision"], row["target"] = manifest.precision, manifest.target
-        row["created"] = manifest.created.isoformat()
-        row["perplexity_ratio"] = manifest.quality.perplexity_ratio if manifest.quality else None
-        row["live"] = row["version"] in live_versions(directory.parent)
-        if verify:
-            verify_files(version)
-            row["files"] = "whole"
-    except VersionError as error:
-        row["files"] = str(error)
-    return row
+    print(write_recipe(directory, name))
 
 
 def _aftermath(done: Any) -> list[str]:
@@ -154,7 +93,7 @@ def _aftermath(done: Any) -> list[str]:
         elif result.status == "published":
             lines.append(f"{result.model}: version {result.version} is live at the next start or load")
     if done.log is not None:
-        lines.append(f"build log: {done.log}")
+        lines.append(f"log, figures and picture: {done.log}")
     return lines
 
 
@@ -170,12 +109,9 @@ def _say_plan(planned: dict[str, Any], as_json: bool) -> None:
         print(f"{version['model']}: {what}")
     if planned["stages"]:
         print(f"stages to run: {', '.join(planned['stages'])}; the rest is cached in {planned['cache']}")
-    print(f"memory: about {planned['memory_bytes'] / 1e9:.1f} GB; disk: about {planned['disk_bytes'] / 1e9:.1f} GB")
+    print(f"memory: about {planned['memory_bytes'] / 1e9:.1f} GB; this machine has {_memory_bytes() / 1e9:.1f} GB")
+    print(f"disk: about {planned['disk_bytes'] / 1e9:.1f} GB; free there: {planned['disk_free_bytes'] / 1e9:.1f} GB")
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # A pipe has no width: do not fold there.
-    Console(width=None if console.is_terminal else 200).print(table)
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,231 +5,235 @@ Runs in a worker process; the merging itself is peft's.
 
 from __future__ import annotations
 
-import logging
-import shutil
-import statistics
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from stillhouse.build import proof, vocabulary
+from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of
+from stillhouse.build.checkpoint import read_json
+from stillhouse.build.tensors import read_header
+from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
-
-log = logging.getLogger(__name__)
 
 # FP32 logits, adapter attached against merged. Rounding alone is about 2e-6 of the largest logit (measured), so a
 # model with large logits gets a little more room; a wrong merge is off by a thousand times that.
 MAX_LOGIT_DIFFERENCE = 1e-4
 ROUNDING = 5e-6
-PROBE_TOKENS = 64
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+PROBE_TOKENS = 64  # of each excerpt of the text
 
 
 def merge(
-    share: Share, *, base: str, adapters: list[dict[str, Any]], probe_text: str, destination: str
+    share: Share,
+    *,
+    base: str,
+    adapters: list[dict[str, Any]],
+    probe_texts: list[str],
+    destination: str,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Writes the merged FP32 checkpoint of `base` (a folder) to `destination` and returns the manifest's record.
 
-    `adapters` are {"path", "weight"} in the order of merging. `probe_text` is what attached and merged are compared
-    on. Raises StillhouseError for NaN, a fine-tune that changes nothing, or a merge that does not say the same.
+    `adapters` are {"path", "weight"} in the order of merging. `probe_texts` are what attached and merged, and base and
+    merged, are compared on. Raises StillhouseError for NaN, a fine-tune that changes nothing, or a merge that does not
+    say the same.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     folder = Path(destination)
     folder.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    ).eval()
+    model = _load(Path(base), trust_remote_code)
     share(0.2)
-    _refuse_not_finite(model, f"base: {base}")
-    tokenizer_folder = _write_tokenizer(Path(base), [Path(adapter["path"]) for adapter in adapters], folder)
-    tokens = _probe_tokens(tokenizer_folder, probe_text, int(model.config.vocab_size))
-    base_logits = merged_logits = _logits(model, tokens) if adapters else None
+    proof.refuse_not_finite(model, f"base: {base}")
+    paths = [Path(adapter["path"]) for adapter in adapters]
+    write_tokenizer(Path(base), paths, folder, trust_remote_code=trust_remote_code)
+    windows = _windows(folder, probe_texts, model.get_input_embeddings().weight.shape[0])
+    rows = model.get_input_embeddings().weight.shape[0]
+    before = merged = proof.logits_of(model, windows) if adapters else []
     difference = 0.0
     for index, adapter in enumerate(adapters):
-        model, merged_logits, own = _merge_one(model, Path(adapter["path"]), float(adapter["weight"]), tokens)
+        model, merged, own = _merge_one(model, Path(adapter["path"]), float(adapter["weight"]), windows, rows)
         difference = max(difference, own)
         share(0.2 + 0.5 * (index + 1) / len(adapters))
-    record = _changes(model, Path(base)) if adapters else {"modules_changed": []}
-    record["max_logit_difference"] = difference
+    vocabulary.refuse_tokens_without_rows(folder, paths, model.get_input_embeddings().weight.shape[0])
+    record: dict[str, Any] = {"modules_changed": [], "max_logit_difference": difference}
     if adapters:
-        record["kl_from_base"] = _kl(base_logits, merged_logits)
+        record |= proof.changes(model, Path(base))
+        record |= {"kl_from_base": proof.divergence(before, merged), "kl_tokens": sum(map(len, windows))}
     share(0.8)
-    model.config.dtype = torch.float32
-    model.save_pretrained(folder, max_shard_size="4GB")
+    _save(model, folder)
+    if trust_remote_code:
+        _drop_own_code(model, windows, Path(base), folder)
     share(1.0)
     return record
 
 
-def _merge_one(model: Any, path: Path, weight: float, tokens: Any) -> tuple[Any, Any, float]:
-    """The model with one adapter merged into it, its logits, and their largest difference to the adapter attached."""
+def _load(base: Path, trust_remote_code: bool) -> Any:
+    """The base in FP32; a weight that its files lack would be made up, and is refused."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise StillhouseError(f"base: {base} cannot be loaded: {_reason(error)}", hint="see the build log") from error
+    if report["missing_keys"]:
+        raise StillhouseError(
+            f"base: {base} lacks {min(report['missing_keys'])}", hint="copy or download the checkpoint again"
+        )
+    return model.eval()
+
+
+def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: int) -> tuple[Any, list[Any], float]:
+    """The model with one adapter merged into it, its logits, and their largest difference to the adapter attached.
+
+    `rows` is the base's vocabulary.
+    """
+    before = proof.fingerprints(model)
+    vocabulary.grow_vocabulary(model, path, weight, rows)
+    attached = _attach(model, path)
+    proof.refuse_not_finite(attached, f"adapter: {path}")
+    _scale(attached, weight, path)
+    with_adapter = proof.logits_of(attached, windows)
+    vocabulary.untie(attached.get_base_model())
+    try:
+        merged = attached.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise StillhouseError(
+            f"adapter: {path} cannot be merged: {_reason(error)}", hint="see the build log"
+        ) from error
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    vocabulary.tie_as_it_is(merged)
+    if before == proof.fingerprints(merged):
+        raise StillhouseError(
+            f"adapter: {path} changes nothing: its delta is zero" + ("" if weight else " (its weight is 0)"),
+            hint="a fine-tune that changes nothing is never published; was the adapter trained and saved?",
+        )
+    logits = proof.logits_of(merged, windows)
+    difference = proof.largest_difference(with_adapter, logits)
+    allowed = max(MAX_LOGIT_DIFFERENCE, ROUNDING * max(float(rows.abs().max()) for rows in with_adapter))
+    if not difference <= allowed:
+        raise StillhouseError(
+            f"adapter: {path}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
+            hint="an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log",
+        )
+    return merged, logits, difference
+
+
+def _attach(model: Any, path: Path) -> Any:
+    """The model with the adapter attached by peft, all of its weights in use."""
     from peft import PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
     from safetensors import SafetensorError
 
-    before = _fingerprints(model)
-    _grow_vocabulary(model, path)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = PeftConfig.from_pretrained(str(path))
             config.inference_mode = True
             attached = PeftModel.from_pretrained(model, str(path), config=config).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except (ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise StillhouseError(
-            f"adapter: {path} cannot be attached: {lines[0]}", hint="was it trained on this base?"
+            f"adapter: {path} cannot be attached: {_reason(error)}", hint="was it trained on this base?"
         ) from error
-    for warning in caught:
-        if "missing adapter keys" in str(warning.message):
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        raise StillhouseError(
+            f"adapter: {path} lacks weights that its adapter_config.json promises",
+            hint="save the trained adapter again with save_pretrained",
+        )
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in attached.named_modules()
+        if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)
+    }
+    for name in read_header(path / WEIGHTS):
+        place = place_of(name)
+        if place.module not in adapted and not is_vocabulary(place):
             raise StillhouseError(
-                f"adapter: {path} lacks weights that its adapter_config.json promises",
-                hint="save the trained adapter again with save_pretrained",
+                f"adapter: {path} has weights for {place.module}, which its adapter_config.json leaves out",
+                hint="the file and its config do not belong together; save the trained adapter again",
             )
-    _refuse_not_finite(attached, f"adapter: {path}")
+    return attached
+
+
+def _scale(attached: Any, weight: float, path: Path) -> None:
+    """Multiplies the adapter's change by `weight`, also where it saved a module whole."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    config = attached.peft_config["default"]
+    if weight != 1.0 and (config.bias != "none" or config.trainable_token_indices):
+        raise StillhouseError(
+            f"adapter: {path} trained biases or single tokens, which cannot be weighted by {weight:g}",
+            hint="leave its weight out",
+        )
     for module in attached.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)
-    with_adapter = _logits(attached, tokens)
-    merged = attached.merge_and_unload(safe_merge=True)
-    if hasattr(merged, "peft_config"):
-        del merged.peft_config
-    if before == _fingerprints(merged):
-        raise StillhouseError(
-            f"adapter: {path} changes nothing: its delta is zero" + ("" if weight else " (its weight is 0)"),
-            hint="a fine-tune that changes nothing is never published; was the adapter trained and saved?",
-        )
-    logits = _logits(merged, tokens)
-    difference = float((with_adapter - logits).abs().max())
-    allowed = max(MAX_LOGIT_DIFFERENCE, ROUNDING * float(with_adapter.abs().max()))
-    if not difference <= allowed:
-        raise StillhouseError(
-            f"adapter: {path}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
-            hint="an adapter on tied embeddings cannot be merged exactly; train it without lm_head or embed_tokens",
-        )
-    return merged, logits, difference
+        elif isinstance(module, ModulesToSaveWrapper) and weight != 1.0:
+            new, old = module.modules_to_save["default"].parameters(), module.original_module.parameters()
+            with torch.no_grad():
+                for changed, original in zip(new, old, strict=True):
+                    changed.copy_(torch.lerp(original, changed, weight))
 
 
-def _logits(model: Any, tokens: Any) -> Any:
-    """FP32 logits (1, S, V) of `tokens` (1, S)."""
-    import torch
-
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits.float()
-
-
-def _kl(reference: Any, other: Any) -> float:
-    """Mean KL(reference ‖ other) in nats a token; logits (1, S, V), only the vocabulary that both have."""
-    import torch
-
-    width = min(reference.shape[-1], other.shape[-1])
-    p = torch.log_softmax(reference[..., :width].double(), -1)
-    q = torch.log_softmax(other[..., :width].double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def _probe_tokens(folder: Path, text: str, vocabulary: int) -> Any:
-    """Up to PROBE_TOKENS tokens (1, S) of `text`; ids that the model does not know are left out."""
+def _windows(folder: Path, texts: list[str], vocabulary: int) -> list[Any]:
+    """Up to PROBE_TOKENS tokens (S,) of each text; ids that the base does not know are left out."""
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token < vocabulary]
-    return torch.tensor([ids[:PROBE_TOKENS]])
-
-
-def _refuse_not_finite(model: Any, what: str) -> None:
-    import torch
-
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        least, most = torch.aminmax(tensor)  # one pass, and NaN comes through
-        if not (bool(least.isfinite()) and bool(most.isfinite())):
-            kind = "NaN" if bool(least.isnan()) else "inf"
-            raise StillhouseError(f"{what} has {kind} in {name}", hint="its training diverged, or the file was damaged")
-
-
-def _fingerprints(model: Any) -> dict[str, int]:
-    """The sum of each parameter's bits; adding 0.0 makes -0.0 and 0.0 the same, as they are to the model."""
-    import torch
-
-    return {
-        name: int((parameter.detach() + 0.0).view(torch.int32).sum(dtype=torch.int64))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def _changes(model: Any, base: Path) -> dict[str, Any]:
-    """Which weights differ from the base's files, and by how much: norm of the delta over norm of the weight."""
-    from safetensors import safe_open
-
-    merged = model.state_dict()
-    relative: dict[str, float] = {}
-    for file in sorted(base.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name not in merged:
-                    continue
-                old, new = tensors.get_tensor(name).float(), merged[name]
-                rows = min(len(old), len(new))
-                norm = float(old.norm())
-                change = float((new[:rows] - old[:rows]).norm()) / norm if norm else 0.0
-                if change or len(old) != len(new):
-                    relative[name.removesuffix(".weight")] = change
-    return {
-        "modules_changed": sorted(relative),
-        "relative_change_max": max(relative.values(), default=0.0),
-        "relative_change_median": statistics.median(relative.values()) if relative else 0.0,
-    }
-
-
-def _grow_vocabulary(model: Any, adapter: Path) -> None:
-    """An adapter that brings new tokens carries whole embeddings; the model gets as many rows before it is attached."""
-    from stillhouse.build.tensors import read_header
-
-    rows = [
-        info.shape[0]
-        for name, info in read_header(adapter / "adapter_model.safetensors").items()
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and "lora_" not in name
+    windows = [
+        [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token < vocabulary]
+        for text in texts
     ]
-    if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows[0], mean_resizing=False)
+    return [torch.tensor(window[:PROBE_TOKENS]) for window in windows if window]
 
 
-def _write_tokenizer(base: Path, adapters: list[Path], destination: Path) -> Path:
-    """The last tokenizer that an adapter brings, or the base's, as tokenizer.json with its chat template beside."""
-    from transformers import AutoTokenizer
+def _save(model: Any, folder: Path) -> None:
+    import torch
 
-    source = next((path for path in reversed(adapters) if (path / "tokenizer.json").is_file()), base)
-    if (source / "tokenizer.json").is_file() and (source / "tokenizer_config.json").is_file():
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, destination / name)
-    else:
-        AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False).save_pretrained(
-            destination
+    model.config.dtype = torch.float32
+    # A shard is copied once more while it is written.
+    model.save_pretrained(folder, max_shard_size="1GB")
+    proof.check_saved(model, folder)
+
+
+def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path) -> None:
+    """Makes the merged checkpoint one that is loaded without the base's own code, and checks that it says the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_json(folder / "config.json")
+    config.pop("auto_map", None)
+    architecture = read_json(base / "config.json")["architectures"][0]
+    config |= {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for file in folder.glob("*.py"):
+        file.unlink()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    difference = proof.largest_difference(proof.logits_of(model, windows), proof.logits_of(plain, windows))
+    if not difference <= MAX_LOGIT_DIFFERENCE:
+        raise StillhouseError(
+            f"base: {base} computes something else than a plain {architecture} (a logit differs by {difference:.2g})",
+            hint="its own code cannot be exported",
         )
-    _lift_chat_template(destination, base)
-    return destination
 
 
-def _lift_chat_template(folder: Path, base: Path) -> None:
-    """Older checkpoints keep the template inside tokenizer_config.json; a version has it in a file of its own."""
-    from stillhouse.build.checkpoint import read_json
-
-    template = folder / "chat_template.jinja"
-    for source in (folder, base):
-        if template.is_file():
-            return
-        if (source / template.name).is_file():
-            shutil.copyfile(source / template.name, template)
-        elif (source / "tokenizer_config.json").is_file():
-            inside = read_json(source / "tokenizer_config.json").get("chat_template")
-            if isinstance(inside, str):
-                template.write_text(inside, "utf-8")
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong; torch's own first line only says where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -3,78 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from stillhouse.build import publish as publishing
+from stillhouse.build.answers import Replies, compare, judge_tasks
 from stillhouse.build.cache import Entry, cache_root, prune, stage_entry
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.plan import Plan, PlannedVersion, plan
+from stillhouse.build.progress import Reporter
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.record import manifest_of
-from stillhouse.build.texts import token_ids, token_windows
+from stillhouse.build.results import Build, BuildResult, StageTime, of_existing
+from stillhouse.build.texts import excerpts, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
-from stillhouse.engine.manifest import GateRecord, ModelRecord, Precision
-from stillhouse.engine.policy import live_versions
+from stillhouse.engine.manifest import ModelRecord, Precision
+
+log = logging.getLogger(__name__)
 
 _SCRATCH = "run-"
-
-Status = Literal["published", "unchanged", "failed"]
-
-
-class Reporter(Protocol):
-    """Who is told how far a build is; `report.py` has one for the terminal and one for logs."""
-
-    def stage(self, name: str, index: int, count: int) -> None: ...
-
-    def share(self, share: float) -> None: ...
-
-    def done(self, note: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BuildResult:
-    """What became of one precision. `figures` are those of the manifest where nothing had to be built."""
-
-    precision: Precision
-    model: str
-    status: Status
-    version: int | None
-    path: Path | None
-    bytes: int
-    perplexity: float
-    perplexity_ratio: float
-    top1_agreement: float
-    gate: GateRecord
-    reason: str | None = None
-    live: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class StageTime:
-    """One stage of a build: seconds by the clock and of processors, its process's most memory; nothing where reused."""
-
-    name: str
-    seconds: float
-    reused: bool
-    cpu_seconds: float = 0.0
-    peak_rss_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """The results by precision, the stages, and where the build's log lies (None where nothing was run)."""
-
-    results: list[BuildResult]
-    stages: list[StageTime]
-    log: Path | None
 
 
 def build(
@@ -107,17 +62,23 @@ class _Run:
         self.root = cache_root()
         self.created = datetime.now(timezone.utc).replace(microsecond=0)
         self.wanted = [version for version in plan_.versions if version.existing is None]
-        self.count = 3 + 3 * len(self.wanted)
+        self.count = 4 + 4 * len(self.wanted) + sum(version.calibration_key is not None for version in self.wanted)
         self.index = 0
         self.stages: list[StageTime] = []
         self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
 
     def build(self) -> Build:
-        results = {version.precision: _of_existing(version) for version in self.plan.versions if version.existing}
+        results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
         if not self.wanted:
             return Build([results[version.precision] for version in self.plan.versions], [], None)
-        self.log.mkdir(parents=True, exist_ok=True)
-        prune(self.root)
+        try:
+            self.log.mkdir(parents=True, exist_ok=True)
+            prune(self.root)
+        except OSError as failure:
+            raise StillhouseError(
+                f"cannot write into the cache {self.root}: {failure.strerror}",
+                hint="set XDG_CACHE_HOME to another folder",
+            ) from failure
         error: str | None = None
         try:
             with ExitStack() as stack:
@@ -141,17 +102,20 @@ class _Run:
         spool = stack.enter_context(held_temporary(scratch_root, _SCRATCH)) / "reference.f32"
         measured = {"network": network.model_dump(), "windows": windows, "spool": str(spool)}
         self._stage("reference", "reference", {"model": str(fp32.path / "model.onnx"), **measured})
+        said = self._answers("fp32", fp32, merged, network)
         results: dict[Precision, BuildResult] = {}
         for version in self.wanted:
             with ExitStack() as own:
-                made = self._make(own, version, merged, fp32)
+                made = self._make(own, version, merged, fp32, network)
                 model = made.path / "model.onnx"
                 answer = self._stage(f"verify {version.precision}", "fidelity", {"model": str(model), **measured})
-                figures = Figures(**answer)
-                results[version.precision] = self._publish(version, merged, made, network, figures)
+                replies = compare(said, self._answers(version.precision, made, merged, network), self.plan.tasks)
+                results[version.precision] = self._publish(version, merged, made, network, Figures(**answer), replies)
         return results
 
-    def _make(self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry) -> Entry:
+    def _make(
+        self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
+    ) -> Entry:
         if version.stage_key == self.plan.reference_key:
             self.index += 1
             return fp32
@@ -161,15 +125,38 @@ class _Run:
         else:
             arguments = {
                 "checkpoint": str(merged.path),
-                "precision": version.method.builder_precision,
+                "graph": str(fp32.path),
+                "network": network.model_dump(),
                 "target": self.plan.recipe.target,
-                "options": version.options,
+                **version.options,
             }
+            if version.calibration_key is not None:
+                calibration = self._calibration(stack, version, merged, fp32, network)
+                arguments["calibration"] = str(calibration.path / "calibration.json")
         call = {"stage": version.method.stage, "arguments": arguments}
         return self._entry(stack, f"make {version.precision}", version.precision, version.stage_key, call)
 
+    def _calibration(
+        self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
+    ) -> Entry:
+        arguments = {"model": str(fp32.path / "model.onnx"), "checkpoint": str(merged.path)}
+        arguments |= {"network": network.model_dump(), "text": self.plan.recipe.options(version.precision).calibration}
+        call = {"stage": "calibrate", "arguments": arguments}
+        return self._entry(stack, "calibrate", "calibrate", str(version.calibration_key), call)
+
+    def _answers(self, precision: str, made: Entry, merged: Entry, network: ModelRecord) -> dict[str, Any]:
+        tasks = [task.model_dump() for task in self.plan.tasks.tasks] if self.plan.tasks else []
+        arguments = {"model": str(made.path / "model.onnx"), "network": network.model_dump(), "tasks": tasks}
+        return self._stage(f"ask {precision}", "answers", arguments | {"tokenizer": str(merged.path)})
+
     def _publish(
-        self, version: PlannedVersion, merged: Entry, made: Entry, network: ModelRecord, figures: Figures
+        self,
+        version: PlannedVersion,
+        merged: Entry,
+        made: Entry,
+        network: ModelRecord,
+        figures: Figures,
+        replies: Replies,
     ) -> BuildResult:
         sources = {
             name: folder / name
@@ -190,7 +177,9 @@ class _Run:
             perplexity_ratio=figures.perplexity_ratio,
             top1_agreement=figures.top1_agreement,
             gate=version.gate,
-            reason=judge(figures, version.gate),
+            greedy_agreement=replies.greedy_agreement,
+            task_accuracy_share=replies.tasks.accuracy_share if replies.tasks else None,
+            reason=judge(figures, version.gate) or judge_tasks(replies.tasks, version.gate),
         )
         if measured.reason is not None:
             self.index += 1
@@ -214,6 +203,8 @@ class _Run:
                 network=network,
                 merge=merged.result,
                 figures=figures,
+                replies=replies,
+                quantization=made.result.get("quantization"),
             ),
             self.plan.repository / version.model,
             probe=probe,
@@ -230,10 +221,11 @@ class _Run:
         )
 
     def _merge_arguments(self) -> dict[str, Any]:
+        if self.plan.base.quantized:
+            return {"stage": "unpack", "arguments": {"base": str(self.plan.base.path)}}
         adapters = [{"path": str(adapter.path), "weight": adapter.weight} for adapter in self.plan.adapters]
-        # The opening of the text is enough to compare attached and merged on.
-        text = self.plan.text.content[:4000]
-        arguments = {"base": str(self.plan.base.path), "adapters": adapters, "probe_text": text}
+        arguments: dict[str, Any] = {"base": str(self.plan.base.path), "adapters": adapters}
+        arguments |= {"probe_texts": excerpts(self.plan.text), "trust_remote_code": self.plan.recipe.trust_remote_code}
         return {"stage": "merge", "arguments": arguments}
 
     def _entry(self, stack: ExitStack, title: str, name: str, key: str, call: dict[str, Any]) -> Entry:
@@ -294,29 +286,12 @@ class _Run:
             ],
             "error": error,
         }
-        (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        try:
+            (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        except OSError as failure:  # what went wrong before is worth more than that this did
+            log.warning("warning: the build's log could not be written: %s", failure)
 
 
 def _fp32_arguments(merged: Path) -> dict[str, Any]:
     arguments = {"checkpoint": str(merged), "precision": "fp32", "target": "cpu", "options": {}}
     return {"stage": "export", "arguments": arguments}
-
-
-def _of_existing(version: PlannedVersion) -> BuildResult:
-    existing = version.existing
-    if existing is None or existing.manifest.quality is None:
-        raise StillhouseError(f"{version.model} has no quality record", hint="build it again with --force")
-    manifest, quality = existing.manifest, existing.manifest.quality
-    return BuildResult(
-        version.precision,
-        version.model,
-        "unchanged",
-        manifest.version,
-        existing.path,
-        bytes=sum(file.bytes for file in manifest.files),
-        perplexity=quality.perplexity,
-        perplexity_ratio=quality.perplexity_ratio,
-        top1_agreement=quality.top1_agreement,
-        gate=version.gate,
-        live=live_versions(existing.path.parent),
-    )

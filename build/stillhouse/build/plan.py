@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stillhouse.build import publish as publishing
+from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.cache import cache_root, is_cached, key_of
-from stillhouse.build.checkpoint import Adapter, Checkpoint, open_adapter, open_checkpoint
-from stillhouse.build.quantize import METHODS, Method, builder_options, method_of
+from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
+from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
 from stillhouse.build.recipe import Recipe
+from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
-from stillhouse.engine.directory import VersionDirectory
+from stillhouse.engine.directory import VersionDirectory, sha256_of
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord, Precision
 
 # Raised when the same inputs would give other bytes or other figures than before.
-FORMAT = 3
+FORMAT = 5
+CALIBRATION_FORMAT = 1
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -28,8 +33,9 @@ class PlannedVersion:
     precision: Precision
     model: str
     method: Method
-    options: dict[str, str]
+    options: dict[str, Any]
     stage_key: str
+    calibration_key: str | None
     inputs_sha256: str
     gate: GateRecord
     existing: VersionDirectory | None
@@ -44,6 +50,7 @@ class Plan:
     base: Checkpoint
     adapters: list[Adapter]
     text: Text
+    tasks: Tasks | None
     tools: dict[str, str]
     merge_key: str
     reference_key: str
@@ -59,14 +66,20 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     methods = {
         precision: method_of(precision, recipe.options(precision), recipe.target) for precision in recipe.precisions
     }
-    base = open_checkpoint(recipe.base, recipe.revision)
+    tasks = read_tasks(recipe.evaluate.tasks) if recipe.evaluate.tasks is not None else None
+    base = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    if base.quantized and recipe.adapters:
+        raise StillhouseError(
+            f"base: {base.id} is quantized already; an adapter cannot be merged into 4-bit integers",
+            hint="name the unquantized base; the build quantizes the merge",
+        )
     adapters = [open_adapter(ref, base) for ref in recipe.adapters]
     text = evaluation_text(recipe.evaluate.text)
     if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
         token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
     tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
     makers = {name: tools[name] for name in _MAKERS}
-    merge_key = key_of(
+    weights_key = key_of(
         {
             "format": FORMAT,
             "base": base.sha256,
@@ -74,23 +87,35 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
             "makers": makers,
         }
     )
+    # The merge also says what it changed on the text; the weights, and all that is made of them, do not depend on it.
+    merge_key = key_of({"weights": weights_key, "text": text.sha256})
     versions: list[PlannedVersion] = []
     for precision, method in methods.items():
-        options = builder_options(method, recipe.options(precision))
-        stage_key = _stage_key(merge_key, recipe.target, method, options)
+        asked = recipe.options(precision)
+        options = stage_options(method, asked)
+        calibration_key = None
+        if calibrates(method, asked) and not (base.quantized and method.name == "auto"):
+            file = sha256_of(Path(asked.calibration)) if asked.calibration else None
+            calibration_key = key_of({"weights": weights_key, "file": file, "format": CALIBRATION_FORMAT})
+        stage_key = _stage_key(weights_key, recipe.target, method, options, calibration_key)
         gate = recipe.gate_of(precision)
         inputs = {
             "format": FORMAT,
             "name": recipe.name,
             "made": stage_key,
             "text": text.sha256,
+            "tasks": tasks.sha256 if tasks else None,
             "gate": gate.model_dump(),
         }
         model = recipe.model_name(precision)
         existing = None if force else publishing.find_same(repository / model, key_of(inputs))
-        versions.append(PlannedVersion(precision, model, method, options, stage_key, key_of(inputs), gate, existing))
-    reference_key = _stage_key(merge_key, "cpu", METHODS["fp32"][0], {})
-    return Plan(recipe, repository, base, adapters, text, tools, merge_key, reference_key, versions)
+        versions.append(
+            PlannedVersion(
+                precision, model, method, options, stage_key, calibration_key, key_of(inputs), gate, existing
+            )
+        )
+    reference_key = _stage_key(weights_key, "cpu", METHODS["fp32"][0], {}, None)
+    return Plan(recipe, repository, base, adapters, text, tasks, tools, merge_key, reference_key, versions)
 
 
 def dry_run(plan_: Plan) -> dict[str, Any]:
@@ -100,6 +125,7 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
     vocabulary = int(plan_.base.config["vocab_size"])
     wanted = [version for version in plan_.versions if version.existing is None]
     stages = [] if not wanted else [("merge", plan_.merge_key, 2.2), ("fp32", plan_.reference_key, 1.3)]
+    stages += [("calibrate", v.calibration_key, 1.3) for v in wanted if v.calibration_key is not None]
     stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
     runtime = 600_000_000  # torch, transformers and the interpreter
     todo = [(name, factor) for name, key, factor in stages if not is_cached(root, name, key)]
@@ -116,17 +142,26 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
         "stages": [name for name, _ in todo],
         "memory_bytes": max((int(runtime + factor * weights) for _, factor in todo), default=0),
         "disk_bytes": (2 * weights + spool + int(2.2 * weights * len(wanted) / 3)) if wanted else 0,
+        "disk_free_bytes": min(shutil.disk_usage(_existing(folder)).free for folder in (root, plan_.repository)),
         "cache": str(root),
     }
 
 
-def _stage_key(merge_key: str, target: str, method: Method, options: dict[str, str]) -> str:
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.is_dir())
+
+
+def _stage_key(
+    weights_key: str, target: str, method: Method, options: dict[str, Any], calibration_key: str | None
+) -> str:
     inputs = {
-        "merge": merge_key,
+        "weights": weights_key,
         # The converter works on the reference, whatever runs its result.
         "target": "cpu" if method.stage == "convert_fp16" else target,
+        "stage": method.stage,
         "method": method.name,
-        "precision": method.builder_precision,
         "options": options,
+        "calibration": calibration_key,
     }
     return key_of(inputs)

@@ -28,6 +28,7 @@ from stillhouse.engine.policy import CONFIG, live_versions, set_live_versions, w
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".new-"
+REMOVED = ".removed-"
 FILES = (
     MODEL, "model.onnx.data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "generation_config.json", "genai_config.json",
@@ -122,8 +123,9 @@ def missing_sources(sources: dict[str, Path]) -> list[str]:
 
 
 def clear_leftovers(model_directory: Path) -> None:
-    """Removes what builds that died left beside the versions."""
-    clear_unheld(model_directory, TEMPORARY)
+    """Removes what builds and removals that died left beside the versions."""
+    for prefix in (TEMPORARY, REMOVED):
+        clear_unheld(model_directory, prefix)
 
 
 def _whole_with(directory: Path, inputs_sha256: str) -> VersionDirectory | None:

@@ -1,13 +1,11 @@
 """Quantize: how each precision is made. A precision or a method is one row of METHODS.
 
-Figures on a LoRA-merged SmolLM2-135M, as a ratio of perplexity to FP32: the FP16 converter 1.0002 (the builder's own
-FP16 graph cannot decode on a CPU), INT8 in blocks of 32 1.005, INT4 k_quant_mixed 1.12 (the builder's default: 1.29).
+The builder's own FP16 graph cannot decode on a CPU, so FP16 is converted. What each row gives is in docs/quantize.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +14,34 @@ from stillhouse.build.worker import Share
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.manifest import Precision, Target
 
-# int8 × int8 kernels; level 0 decodes 6 to 16 times slower for 0.6 points of perplexity.
-_LEVEL = {"accuracy_level": "4"}
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to make a precision: `stage` is the worker's; `options` are the model builder's.
+    """One way to make a precision: `stage` is the worker's; `bits` are those of the linears, 0 where they stay floats.
 
-    `memory_factor` is the stage's peak over the FP32 weights' bytes (measured), for `build --dry-run`.
+    `calibrated` ones need text. `memory_factor` is the stage's peak over the FP32 weights' bytes (measured), for
+    `build --dry-run`.
     """
 
     name: str
     stage: str
-    builder_precision: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-    blocks: bool = False
+    bits: int = 0
+    calibrated: bool = False
     memory_factor: float = 1.5
-    targets: tuple[Target, ...] = ("cpu",)
+    targets: tuple[Target, ...] = ("cpu", "cuda")
 
 
 # The first row of a precision is what method = "auto" takes.
 METHODS: dict[Precision, tuple[Method, ...]] = {
-    "fp32": (Method("builder", "export", "fp32", memory_factor=1.3),),
-    "fp16": (Method("converter", "convert_fp16", memory_factor=2.2, targets=("cpu", "cuda")),),
-    "int8": (Method("rtn", "export", "int8", _LEVEL, blocks=True, memory_factor=2.8),),
+    "fp32": (Method("builder", "export", memory_factor=1.3, targets=("cpu",)),),
+    "fp16": (Method("converter", "convert_fp16", memory_factor=2.2),),
+    "int8": (Method("rtn", "quantize", 8),),
     "int4": (
-        Method("k_quant_mixed", "export", "int4", _LEVEL | {"algo_config": "k_quant_mixed"}, True, 4.2),
-        Method("k_quant_last", "export", "int4", _LEVEL | {"algo_config": "k_quant_last"}, True, 4.2),
-        Method("rtn_last", "export", "int4", _LEVEL | {"algo_config": "rtn_last"}, True, 4.2),
-        Method("rtn", "export", "int4", _LEVEL, True, 4.2),
+        Method("auto", "quantize", 4, calibrated=True, memory_factor=3.0),
+        Method("gptq", "quantize", 4, calibrated=True, memory_factor=3.0),
+        Method("k_quant", "quantize", 4),
+        Method("hqq", "quantize", 4),
+        Method("rtn", "quantize", 4),
     ),
 }
 
@@ -58,7 +54,7 @@ def method_of(precision: Precision, options: QuantizeOptions, target: Target) ->
     rows = METHODS[precision]
     found = [row for row in rows if options.method in ("auto", row.name)]
     if not found:
-        known = ", ".join(["auto", *(row.name for row in rows)])
+        known = ", ".join(dict.fromkeys(["auto", *(row.name for row in rows)]))
         raise UsageError(f"quantize.{precision}.method: unknown method {options.method!r}", hint=f"known: {known}")
     if target not in found[0].targets:
         able = [name for name, methods in METHODS.items() if target in methods[0].targets]
@@ -69,9 +65,27 @@ def method_of(precision: Precision, options: QuantizeOptions, target: Target) ->
     return found[0]
 
 
-def builder_options(method: Method, options: QuantizeOptions) -> dict[str, str]:
-    """The method's options for the model builder, with the recipe's block size where there are blocks."""
-    return dict(method.options) | ({"block_size": str(options.block_size)} if method.blocks else {})
+def stage_options(method: Method, options: QuantizeOptions) -> dict[str, Any]:
+    """What the recipe asks of the quantize stage; nothing for the stages that leave floats.
+
+    Raises UsageError for a word that the precision does not know.
+    """
+    if not method.bits:
+        asked = options.model_fields_set - {"method"}
+    else:
+        asked = (options.model_fields_set & {"keep_int8", "calibration", "symmetric"}) if method.bits == 8 else set()
+    if asked:
+        raise UsageError(f"quantize: {min(asked)} means nothing to {method.name}", hint="it is an option of int4")
+    if not method.bits:
+        return {}
+    kept = options.model_dump(exclude={"method", "calibration"}, exclude_none=True)
+    return {"bits": method.bits, "method": method.name, **kept}
+
+
+def calibrates(method: Method, options: QuantizeOptions) -> bool:
+    """Whether the stage needs calibration text: by its method, or to spend a byte budget by measured sensitivity."""
+    budget = options.max_bytes is not None or options.max_bytes_share is not None
+    return method.calibrated or (method.bits == 4 and budget)
 
 
 def convert_fp16(share: Share, *, source: str, destination: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.engine.errors import UsageError
 from stillhouse.engine.manifest import GateRecord, Precision, Target
 
 if sys.version_info >= (3, 11):
@@ -21,12 +22,13 @@ NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-# Above these ratios of perplexity a version is not worth its bytes (DESIGN §3).
+# Above these ratios of perplexity, or below TASK_ACCURACY of the original's, a version is not worth its bytes.
+TASK_ACCURACY = 0.9
 DEFAULT_GATES: dict[str, GateRecord] = {
     "fp32": GateRecord(perplexity_ratio=1.0001),
     "fp16": GateRecord(perplexity_ratio=1.005),
-    "int8": GateRecord(perplexity_ratio=1.02),
-    "int4": GateRecord(perplexity_ratio=1.15),
+    "int8": GateRecord(perplexity_ratio=1.01),
+    "int4": GateRecord(perplexity_ratio=1.06),
 }
 
 
@@ -38,20 +40,35 @@ class AdapterRef(_Table):
     """One adapter: a folder or a hub id, and the factor that its change is multiplied by."""
 
     path: str
+    revision: str | None = None
     weight: float = Field(default=1.0, allow_inf_nan=False)
 
 
 class QuantizeOptions(_Table):
-    """[quantize.<precision>]: `method` is a row of `quantize.METHODS`, or "auto" for the precision's own choice."""
+    """[quantize.<precision>]: `method` is a row of `quantize.METHODS`, or "auto" for the best that fits the bytes.
+
+    `keep_int8` names what int4 keeps at 8 bits: "lm_head", a kind ("down_proj") or one weight
+    ("layers.3.mlp.down_proj"). `calibration` is a text file; without one the model's own samples are taken.
+    `max_bytes`, or `max_bytes_share` of the FP16 version's bytes, bounds the version's directory.
+    """
 
     method: str = "auto"
     block_size: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool | None = None
+    keep_int8: list[str] = Field(default_factory=list)
+    calibration: str | None = None
+    max_bytes: int | None = Field(default=None, gt=0)
+    max_bytes_share: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
 
 
 class EvaluateOptions(_Table):
-    """[evaluate]: the held-out text that fidelity is measured on; None is the text that every Python carries."""
+    """[evaluate]: the held-out text that fidelity is measured on; None is the text that every Python carries.
+
+    `tasks` is a JSONL file of questions with known answers (tasks.py), whose accuracy is measured and gated too.
+    """
 
     text: str | None = None
+    tasks: str | None = None
 
 
 class Gate(_Table):
@@ -59,6 +76,7 @@ class Gate(_Table):
 
     perplexity_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    task_accuracy: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 class Recipe(_Table):
@@ -67,6 +85,7 @@ class Recipe(_Table):
     name: str
     base: str
     revision: str | None = None
+    trust_remote_code: bool = False
     adapters: list[AdapterRef] = Field(default_factory=list)
     precisions: list[Precision] = Field(default=["fp16", "int8", "int4"], min_length=1)
     target: Target = "cpu"
@@ -91,7 +110,9 @@ class Recipe(_Table):
     @field_validator("precisions")
     @classmethod
     def _each_once(cls, precisions: list[Precision]) -> list[Precision]:
-        return list(dict.fromkeys(precisions))
+        if twice := _named_twice(precisions):
+            raise ValueError(f"{twice!r} is named twice")
+        return precisions
 
     def model_name(self, precision: str) -> str:
         """The Triton model's name of one precision, e.g. "support-int4"."""
@@ -101,15 +122,16 @@ class Recipe(_Table):
         return self.quantize.get(precision, QuantizeOptions())
 
     def gate_of(self, precision: Precision) -> GateRecord:
-        """The precision's default gate with what the recipe says on top."""
+        """The precision's default gate with what the recipe says on top; tasks are gated where there are any."""
         asked = self.gate.get(precision, Gate()).model_dump(exclude_none=True)
-        return DEFAULT_GATES[precision].model_copy(update=asked)
+        tasks = {"task_accuracy": TASK_ACCURACY} if self.evaluate.tasks is not None else {}
+        return DEFAULT_GATES[precision].model_copy(update=tasks | asked)
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe at `path`; its relative paths are made absolute against the recipe's folder.
 
-    Raises UsageError that names the key and the known ones; StillhouseError when a file that it names is missing.
+    Raises UsageError that names the key and the known ones, or the file that is not there.
     """
     try:
         text = path.read_text("utf-8")
@@ -129,6 +151,10 @@ def load_recipe(path: Path) -> Recipe:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         raise _named(path, error) from None
+    if recipe.evaluate.tasks is None and any(gate.task_accuracy is not None for gate in recipe.gate.values()):
+        raise UsageError(
+            f"{path}: gate: task_accuracy, but there are no tasks", hint='name some: [evaluate] tasks = "….jsonl"'
+        )
     return _resolved(recipe, path.resolve().parent)
 
 
@@ -141,22 +167,49 @@ def resolve_source(source: str, folder: Path) -> str:
 
 
 def _resolved(recipe: Recipe, folder: Path) -> Recipe:
-    text = recipe.evaluate.text
-    if text is not None:
-        text = str((folder / Path(text).expanduser()).resolve())
-        if not Path(text).is_file():
-            raise StillhouseError(
-                f"evaluate.text: no such file: {text}", hint="paths in a recipe are relative to the recipe"
-            )
+    adapters = [
+        adapter.model_copy(update={"path": resolve_source(adapter.path, folder)}) for adapter in recipe.adapters
+    ]
+    if twice := _named_twice([adapter.path for adapter in adapters]):
+        raise UsageError(
+            f"adapters: {twice} is named twice", hint="name each once; { path = …, weight = 2.0 } doubles its change"
+        )
+    evaluate = recipe.evaluate
+    quantize = {
+        precision: options.model_copy(
+            update={"calibration": _resolved_file(f"quantize.{precision}.calibration", options.calibration, folder)}
+        )
+        if options.calibration is not None  # a word that is not said stays unsaid
+        else options
+        for precision, options in recipe.quantize.items()
+    }
     return recipe.model_copy(
         update={
+            "quantize": quantize,
             "base": resolve_source(recipe.base, folder),
-            "adapters": [
-                adapter.model_copy(update={"path": resolve_source(adapter.path, folder)}) for adapter in recipe.adapters
-            ],
-            "evaluate": EvaluateOptions(text=text),
+            "adapters": adapters,
+            "evaluate": evaluate.model_copy(
+                update={
+                    "text": _resolved_file("evaluate.text", evaluate.text, folder),
+                    "tasks": _resolved_file("evaluate.tasks", evaluate.tasks, folder),
+                }
+            ),
         }
     )
+
+
+def _resolved_file(key: str, name: str | None, folder: Path) -> str | None:
+    if name is None:
+        return None
+    file = (folder / Path(name).expanduser()).resolve()
+    if not file.is_file():
+        raise UsageError(f"{key}: no such file: {file}", hint="paths in a recipe are relative to the recipe")
+    return str(file)
+
+
+def _named_twice(names: Sequence[str]) -> str | None:
+    """The first name that is there a second time."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
 def _named(path: Path, error: ValidationError) -> UsageError:

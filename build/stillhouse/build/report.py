@@ -1,108 +1,36 @@
-"""What people see of a build: progress on stderr, tables and JSON on stdout."""
+"""What people see of a build and its versions: tables and JSON on stdout."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stillhouse.build.pipeline import Build, BuildResult
+from stillhouse.build.results import Build, BuildResult
 from stillhouse.engine.manifest import GateRecord, Manifest
-
-log = logging.getLogger(__name__)
-
-
-class BarReporter:
-    """A bar for the stage under way and a line for each that is done; for a terminal. A context manager."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-            console=console, transient=True,
-        )  # fmt: skip
-        self._task: TaskID | None = None
-        self._title = ""
-
-    def __enter__(self) -> BarReporter:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def stage(self, name: str, index: int, count: int) -> None:
-        self._title = f"[{index}/{count}] {name}"
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(self._title.replace("[", "\\["), total=1.0)
-
-    def share(self, share: float) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=share)
-
-    def done(self, note: str) -> None:
-        self._progress.console.print(f"{self._title}: {note}", markup=False, highlight=False)
-
-
-class LineReporter:
-    """A log line when a stage begins to take long and one when it is done; for logs and pipes."""
-
-    def __init__(self) -> None:
-        self._title = ""
-        self._said = 0.0
-
-    def __enter__(self) -> LineReporter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def stage(self, name: str, index: int, count: int) -> None:
-        self._title, self._said = f"[{index}/{count}] {name}", time.monotonic()
-
-    def share(self, share: float) -> None:
-        if time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            log.info("%s: %.0f%%", self._title, 100 * share)
-
-    def done(self, note: str) -> None:
-        log.info("%s: %s", self._title, note)
-
-
-def reporter_for_terminal() -> BarReporter | LineReporter:
-    """A bar where stderr is a terminal and nobody asked for quiet, else log lines."""
-    if sys.stderr.isatty() and not os.environ.get("STILLHOUSE_QUIET"):
-        return BarReporter()
-    return LineReporter()
 
 
 def build_table(results: list[BuildResult]) -> Table:
-    """The table at a build's end: precision, bytes, perplexity, ratio, top-1 agreement, gate."""
-    table = Table("model", "version", "bytes", "perplexity", "ratio", "top-1", "gate", "what happened")
-    for column in table.columns[1:6]:
+    """The table at a build's end: bytes, perplexity, ratio, agreements and tasks kept, gate."""
+    headings = ["model", "version", "bytes", "perplexity", "ratio", "top-1", "greedy"]
+    headings += ["tasks"] if any(result.task_accuracy_share is not None for result in results) else []
+    table = Table(*headings, "gate", "what happened")
+    for column in table.columns[1 : len(headings)]:
         column.justify = "right"
     for result in results:
+        tasks = [_percent(result.task_accuracy_share)] if "tasks" in headings else []
         table.add_row(
             result.model,
             str(result.version or "–"),
             f"{result.bytes:,}",
             f"{result.perplexity:.3f}",
             f"{result.perplexity_ratio:.4f}",
-            f"{100 * result.top1_agreement:.1f}%",
+            _percent(result.top1_agreement),
+            _percent(result.greedy_agreement),
+            *tasks,
             gate_words(result.gate) + (" failed" if result.status == "failed" else " held"),
             {"published": "published", "unchanged": "there already", "failed": "not published"}[result.status],
         )
@@ -113,6 +41,7 @@ def gate_words(gate: GateRecord) -> str:
     """A gate in a few characters, e.g. "≤ 1.15"."""
     words = [f"≤ {gate.perplexity_ratio:g}"] if gate.perplexity_ratio is not None else []
     words += [f"top-1 ≥ {gate.top1_agreement:g}"] if gate.top1_agreement is not None else []
+    words += [f"tasks ≥ {100 * gate.task_accuracy:g}%"] if gate.task_accuracy is not None else []
     return ", ".join(words) or "none"
 
 
@@ -178,15 +107,17 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
                 "merge",
                 f"{len(merge.modules_changed)} modules changed by at most {100 * merge.relative_change_max:.3g}% "
                 f"(median {100 * merge.relative_change_median:.3g}%), "
-                f"attached against merged {merge.max_logit_difference:.2g}",
+                f"attached against merged {merge.max_logit_difference:.2g}"
+                + (f", KL from base {merge.kl_from_base:.2g}" if merge.kl_from_base is not None else ""),
             )
         )
     if quality is not None:
+        tail = f" (99th percentile {quality.kl_p99:.2g})" if quality.kl_p99 is not None else ""
         rows.append(
             (
                 "quality",
                 f"perplexity {quality.perplexity:.3f}, ratio {quality.perplexity_ratio:.4f} "
-                f"(gate {gate_words(quality.gate)}), KL {quality.kl_mean:.2g}, "
+                f"(gate {gate_words(quality.gate)}), KL {quality.kl_mean:.2g}{tail}, "
                 f"top-1 {100 * quality.top1_agreement:.1f}% on {quality.tokens:,} tokens of {quality.text}",
             )
         )
@@ -198,8 +129,33 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
                     f"top-1 {100 * quality.decode_top1_agreement:.1f}% on {quality.decode_tokens} tokens",
                 )
             )
+        if quality.greedy_agreement is not None:
+            share = f"{_percent(quality.greedy_agreement)} of {quality.greedy_tokens} tokens"
+            rows.append(("greedy answers", f"{share} before the first that differs, {quality.greedy_prompts} prompts"))
+        if (tasks := quality.tasks) is not None:
+            kept = f"{_percent(tasks.accuracy_share)} of the original's {tasks.reference_accuracy:.3f}"
+            rows.append(("tasks", f"{tasks.accuracy:.3f} of {tasks.tasks} in {tasks.file} are right, {kept}"))
     rows += [("file", f"{f.path}  {f.bytes:,}  {f.sha256}") for f in manifest.files]
     rows.append(("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
     for name, words in rows:
         table.add_row(name, words)
     return table
+
+
+def diff_table(left: str, right: str, rows: list[dict[str, Any]]) -> Table:
+    """The table of `stillhouse diff`; what is the same on both sides is dimmed."""
+    table = Table("", left, right)
+    for row in rows:
+        cells = ["–" if row[side] is None else str(row[side]) for side in ("left", "right")]
+        table.add_row(row["key"], *cells, style="dim" if row["same"] else None)
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Prints `table` on stdout; a pipe has no width, and is not folded to one."""
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"

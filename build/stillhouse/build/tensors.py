@@ -34,6 +34,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
+        if head == b"version ":
+            raise StillhouseError(f"{file} is a Git LFS pointer, not the weights", hint="fetch them: git lfs pull")
         if len(head) < 8 or length > size - 8:
             raise _broken(file, f"its header needs {8 + length if len(head) == 8 else 8} bytes, the file has {size}")
         try:

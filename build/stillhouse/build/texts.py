@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.engine.errors import StillhouseError
 
 WINDOW_TOKENS = 512
 LEAST_TOKENS = 8_000
@@ -37,23 +37,35 @@ def evaluation_text(path: str | None) -> Text:
     return Text(label, content, hashlib.sha256(content.encode("utf-8")).hexdigest())
 
 
+def excerpts(text: Text, count: int = 8, characters: int = 1000) -> list[str]:
+    """Pieces of the text, spread evenly over it."""
+    last = max(0, len(text.content) - characters)
+    return [text.content[at : at + characters] for at in (round(index * last / (count - 1)) for index in range(count))]
+
+
 def token_ids(text: Text, tokenizer_file: Path) -> list[int]:
-    """The text's tokens, without special ones."""
+    """The text's tokens, without special ones. Raises StillhouseError where the file is no tokenizer."""
     from tokenizers import Tokenizer
 
-    ids: list[int] = Tokenizer.from_file(str(tokenizer_file)).encode(text.content, add_special_tokens=False).ids
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise StillhouseError(
+            f"{tokenizer_file} is no tokenizer: {error}", hint="copy or download the file again"
+        ) from None
+    ids: list[int] = tokenizer.encode(text.content, add_special_tokens=False).ids
     return ids
 
 
 def token_windows(ids: list[int], context_length: int) -> list[list[int]]:
     """Windows of equal length spread evenly over the text, at least LEAST_TOKENS predicted tokens together.
 
-    Raises UsageError where the text is too short for a figure that means something.
+    Raises StillhouseError where the text is too short for a figure that means something.
     """
     length = min(WINDOW_TOKENS, context_length)
     count = -(-LEAST_TOKENS // (length - 1))
     if len(ids) < LEAST_TOKENS + length:
-        raise UsageError(
+        raise StillhouseError(
             f"evaluate.text has {len(ids)} tokens; fidelity needs at least {LEAST_TOKENS + length}",
             hint="name a longer text, or leave [evaluate] text out",
         )

@@ -25,10 +25,14 @@ from stillhouse.engine.errors import StillhouseError
 # stage -> function(progress, **arguments) -> JSON-able result
 STAGES = {
     "merge": "stillhouse.build.merge:merge",
+    "unpack": "stillhouse.build.prequantized:unpack",
     "export": "stillhouse.build.export:export",
+    "calibrate": "stillhouse.build.calibrate:calibrate",
+    "quantize": "stillhouse.build.auto:quantize",
     "convert_fp16": "stillhouse.build.quantize:convert_fp16",
     "reference": "stillhouse.build.verify:reference",
     "fidelity": "stillhouse.build.verify:fidelity",
+    "answers": "stillhouse.build.answers:answers",
     "probe": "stillhouse.build.verify:probe",
 }
 
@@ -130,7 +134,8 @@ def main() -> int:
 
         traceback.print_exc()
         lines = str(error).strip().splitlines() or ["no message"]
-        _say(answers, {"error": f"{job['stage']} failed: {type(error).__name__}: {lines[0]}", "hint": None})
+        reason = f"{job['stage']} failed: {type(error).__name__}: {lines[0]}"
+        _say(answers, {"error": reason, "hint": _space_hint(error)})
     else:
         _say(answers, {"result": result})
         return 0
@@ -157,8 +162,10 @@ def _die_with_parent() -> None:
         sys.exit(1)
 
 
-def _space_hint(error: OSError) -> str | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _space_hint(error: Exception) -> str | None:
+    """What to do about a full disk; libraries in C++ and Rust say so in their text alone."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or any(words in str(error) for words in ("No space left", "File too large")):
         return "free some disk space; 'stillhouse build --dry-run' says what a build needs"
     return None
 

@@ -5,20 +5,26 @@ Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted. Re
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from stillhouse.cli.logs import add_log_options, set_up
 
+INTERRUPTED = 130
 # Name: where its function (or group of commands) lives, and the line that `stillhouse --help` says of it.
 COMMANDS = {
+    "init": ("stillhouse.build.commands:init", "Write a commented recipe.toml."),
     "build": ("stillhouse.build.commands:build", "Merge, export, quantize, prove and publish what a recipe names."),
-    "versions": ("stillhouse.build.commands:versions", "List the versions of a model repository."),
-    "inspect": ("stillhouse.build.commands:inspect", "Show what one version is and how it came to be."),
+    "versions": ("stillhouse.build.version_commands:versions", "List the versions of a model repository."),
+    "inspect": ("stillhouse.build.version_commands:inspect", "Show what one version is and how it came to be."),
+    "diff": ("stillhouse.build.version_commands:diff", "Show two versions side by side."),
+    "remove": ("stillhouse.build.version_commands:remove", "Remove a version that is not live."),
     "serve": ("stillhouse.serve.commands:serve", "Serve a model repository with Triton over gRPC and HTTP."),
     "generate": ("stillhouse.client.commands:generate", "Ask a server one question and print the answer."),
     "chat": ("stillhouse.client.commands:chat", "Talk with a served model."),
@@ -40,24 +46,32 @@ def run(arguments: Sequence[str]) -> int:
     set_up()
     called = arguments[0] if arguments else ""
     try:
-        command_line(called)(list(arguments), prog_name="stillhouse")
+        code = command_line(called)(list(arguments), prog_name="stillhouse", standalone_mode=False)
+        if code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        return code if isinstance(code, int) else 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; without this the interpreter complains once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
         return _say(f"{error.name} is not installed", f"pip install 'stillhouse[{_extra_of(called)}]'", 1)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = getattr(error, "hint", None) or ("free some disk space" if full else None)
+        return _say(str(error), hint, getattr(error, "exit_code", 1))
     except Exception as error:
+        if hasattr(error, "format_message"):
+            return _wrong_usage(error)
         # Every room's errors carry a hint; anything else is a fault of ours and shows its trace.
         if not hasattr(error, "hint"):
             raise
         return _say(str(error), error.hint, getattr(error, "exit_code", 1))
-    return 0
 
 
 def command_line(called: str) -> typer.Typer:
@@ -98,6 +112,15 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 def _extra_of(called: str) -> str:
     room = COMMANDS[called][0].split(".")[1]
     return EXTRAS.get(room, room)
+
+
+def _wrong_usage(error: Any) -> int:
+    """What typer says of a command line that it cannot read, in our form; of an empty one it has printed the help."""
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    if not message:
+        return 2
+    context = getattr(error, "ctx", None)
+    return _say(message, f"see '{context.command_path if context else 'stillhouse'} --help'", 2)
 
 
 def _say(message: str, hint: str | None, code: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stillhouse.engine.errors import TamperedError, VersionError
+from stillhouse.engine.errors import NotThereError, TamperedError, VersionError
 from stillhouse.engine.manifest import Manifest
 
 MANIFEST = "manifest.json"
@@ -30,9 +30,12 @@ class VersionDirectory:
 def open_version(path: Path, *, verify: bool = True) -> VersionDirectory:
     """Reads the manifest of the version at `path`; with `verify`, re-hashes every file.
 
-    Raises VersionError when there is no sound manifest, TamperedError when a file differs from it.
+    Raises NotThereError when there is nothing at `path`, VersionError when there is no sound manifest, TamperedError
+    when a file differs from it.
     """
     manifest_path = path / MANIFEST
+    if not path.exists():
+        raise NotThereError(f"no such version: {path}", hint="'stillhouse versions' lists what is there")
     if not manifest_path.is_file():
         raise VersionError(f"{path} is not a version directory: it has no {MANIFEST}", hint=_where_versions_are(path))
     try:
@@ -87,7 +90,7 @@ def version_numbers(model_directory: Path) -> list[int]:
 def model_directories(repository: Path) -> list[Path]:
     """The directories of a Triton repository that hold at least one version, by name."""
     if not repository.is_dir():
-        raise VersionError(
+        raise NotThereError(
             f"{repository} is not a model repository: no such directory",
             hint="name one with --repository, or make one with 'stillhouse build RECIPE.toml'",
         )

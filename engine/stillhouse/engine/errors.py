@@ -3,6 +3,7 @@
 StillhouseError                 anything a person can do something about: one line, and a hint
 ├── UsageError                  the request itself is wrong (a bad key, a bad value): exit code 2
 ├── VersionError                a version directory that is missing, foreign, or not whole
+│   ├── NotThereError           what was named does not exist: exit code 2, as for all that is named wrongly
 │   └── TamperedError           a file's sha256 differs from the manifest
 └── EngineError                 the engine cannot do what was asked
     ├── InvalidRequest          a parameter that is unknown, ill-typed or out of range
@@ -35,6 +36,12 @@ class UsageError(StillhouseError):
 
 class VersionError(StillhouseError):
     """A version directory that is missing, foreign, or not whole."""
+
+
+class NotThereError(VersionError):
+    """A repository or a version that was named, and does not exist."""
+
+    exit_code = 2
 
 
 class TamperedError(VersionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any, Literal
 
@@ -64,6 +65,18 @@ class GateRecord(_Record):
 
     perplexity_ratio: float | None = None
     top1_agreement: float | None = None
+    task_accuracy: float | None = None
+
+
+class TasksRecord(_Record):
+    """How the version answers the recipe's own tasks; `accuracy_share` is its accuracy over the reference's."""
+
+    file: str
+    sha256: str
+    tasks: int
+    accuracy: float
+    reference_accuracy: float
+    accuracy_share: float
 
 
 class QualityRecord(_Record):
@@ -71,6 +84,7 @@ class QualityRecord(_Record):
 
     `kl_mean` is KL(reference ‖ version) in nats a token; `top1_agreement` the share of positions (0…1) at which
     both name the same most likely token. `decode_*` are the same figures measured by one-token decode steps.
+    `greedy_agreement` is the mean share of a greedy answer's tokens before it first differs from the reference's.
     """
 
     reference: str
@@ -85,6 +99,10 @@ class QualityRecord(_Record):
     decode_tokens: int = 0
     decode_perplexity_ratio: float | None = None
     decode_top1_agreement: float | None = None
+    greedy_prompts: int = 0
+    greedy_tokens: int = 0
+    greedy_agreement: float | None = None
+    tasks: TasksRecord | None = None
     gate: GateRecord = GateRecord()
     passed: bool
 
@@ -93,7 +111,7 @@ class MergeRecord(_Record):
     """What the merge did to the base, and the proof that merged equals attached (FP32 logits).
 
     A relative change is the norm of a weight's delta over the norm of the weight; `kl_from_base` is
-    KL(base ‖ merged) in nats a token.
+    KL(base ‖ merged) in nats a token, over `kl_tokens` tokens of the evaluation text.
     """
 
     modules_changed: list[str] = Field(default_factory=list)
@@ -101,6 +119,47 @@ class MergeRecord(_Record):
     relative_change_median: float = 0.0
     max_logit_difference: float = 0.0
     kl_from_base: float | None = None
+    kl_tokens: int = 0
+
+
+class CalibrationRecord(_Record):
+    """The text that a version was calibrated on, and how much of it was held out to choose by; its tokens' sha256."""
+
+    text: str
+    sha256: str
+    tokens: int
+    held_out_tokens: int = 0
+
+
+class CandidateRecord(_Record):
+    """One method that the build tried: what it was priced at, and where it was measured, on held-out text."""
+
+    method: str
+    kl_estimated: float | None = None
+    output_error: float | None = None
+    output_error_to_nearest: float | None = None
+    bytes: int | None = None
+    tokens: int = 0
+    perplexity_ratio: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    chosen: bool = False
+
+
+class QuantizationRecord(_Record):
+    """How the weights were rounded; `int8_weights` are those that an int4 version keeps at 8 bits.
+
+    `bytes` are of model.onnx and its data, `budget_bytes` of the whole directory. `candidates` is the table that the
+    method was chosen from.
+    """
+
+    method: str
+    block_size: int
+    bytes: int
+    budget_bytes: int | None = None
+    int8_weights: list[str] = Field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    candidates: list[CandidateRecord] = Field(default_factory=list)
 
 
 class MemoryRecord(_Record):
@@ -129,6 +188,7 @@ class Manifest(_Record):
     network: ModelRecord
     quality: QualityRecord | None = None
     merge: MergeRecord | None = None
+    quantization: QuantizationRecord | None = None
     memory: MemoryRecord
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), populate_by_name=True)
@@ -136,3 +196,9 @@ class Manifest(_Record):
     def to_json(self) -> str:
         """The file's text: keys as in the schema, two spaces, a newline at the end."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def schema_json() -> str:
+    """The JSON Schema of manifest.json, as docs/manifest.schema.json has it (`stillhouse inspect --schema`)."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(by_alias=True)}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

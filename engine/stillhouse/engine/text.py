@@ -91,6 +91,11 @@ class Tokenizer:
         """Token ids of a conversation up to where the assistant's answer begins."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the version says how a conversation is written."""
+        return self._template is not None
+
     def template_mentions(self, text: str) -> bool:
         """Whether the chat template has `text` in its source."""
         return text in (self.template_source or "")

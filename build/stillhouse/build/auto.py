@@ -1,0 +1,224 @@
+"""The quantize stage: which weights keep 8 bits, by which method the rest is rounded, and the proof of the choice.
+
+method = "auto" prices every method on a few layers, makes the two best of the whole model, measures both through the
+graph on text that calibrated neither, and takes the better one. Runs in a worker process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.build.blocks import BlockWeight, bytes_of
+from stillhouse.build.budget import footprint, kept_at_8_bits, quantized_bytes, spare_bytes
+from stillhouse.build.calibrated import gptq_layers
+from stillhouse.build.gptq import gptq, hessian_of
+from stillhouse.build.nbits import EMBEDDING, HEAD, quantizable, write_quantized
+from stillhouse.build.prequantized import taken
+from stillhouse.build.quantize import convert_fp16
+from stillhouse.build.rounding import ROUNDINGS, rounded
+from stillhouse.build.sensitivity import divergence_by_weight, place
+from stillhouse.build.stream import LayerStream, layer_of
+from stillhouse.build.verify import fidelity, log_softmax
+from stillhouse.build.worker import Share
+
+CANDIDATES = (*ROUNDINGS, "gptq")
+FINALISTS = 2
+DEFAULT_SHARE = 0.425  # of FP16's bytes, where the recipe sets no bound
+_SAMPLED = 3  # layers on which every method is priced
+_ROWS = 64  # positions of the reference that are worked on at a time
+
+
+@dataclass(slots=True)
+class _Job:
+    """The model that is quantized: its float graph, and the bits of each weight."""
+
+    source: Path
+    stream: LayerStream
+    shapes: dict[str, tuple[int, int]]
+    bits: dict[str, int]
+    block_size: int
+    symmetric: bool
+    windows: list[list[int]] = field(default_factory=list)
+    held_out: list[list[int]] = field(default_factory=list)
+    taken: dict[str, BlockWeight] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> list[str]:
+        return [node for node in self.shapes if node not in (HEAD, EMBEDDING)]
+
+
+def quantize(
+    share: Share,
+    *,
+    checkpoint: str,
+    graph: str,
+    destination: str,
+    network: dict[str, Any],
+    bits: int,
+    method: str,
+    target: str = "cpu",
+    block_size: int = 32,
+    symmetric: bool = False,
+    keep_int8: list[str] | None = None,
+    max_bytes: int | None = None,
+    max_bytes_share: float | None = None,
+    calibration: str | None = None,
+) -> dict[str, Any]:
+    """Writes the FP32 graph in `graph` quantized to `destination`; returns the manifest's quantization record.
+
+    `calibration` is the file that `calibrate` wrote: GPTQ, a budget and "auto" need it.
+    """
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-quantize-") as scratch:
+        source = Path(graph)
+        if target == "cuda":  # its kernels read and write half precision
+            source = Path(scratch) / "half"
+            convert_fp16(lambda _: None, source=graph, destination=str(source))
+        shapes = quantizable(source / "model.onnx")
+        kept = kept_at_8_bits(shapes, keep_int8 or []) if bits == 4 else set(shapes)
+        widths = {node: 8 if node in kept else 4 for node in shapes}
+        job = _Job(source, LayerStream(Path(checkpoint)), shapes, widths, block_size, symmetric)
+        size = footprint(source, Path(checkpoint), shapes)
+        least = size.fixed_bytes + quantized_bytes(shapes, widths, block_size, symmetric)
+        if max_bytes is None and max_bytes_share is not None:
+            max_bytes = int(max_bytes_share * size.fp16_bytes)
+        elif max_bytes is None and method == "auto":
+            max_bytes = max(least, int(DEFAULT_SHARE * size.fp16_bytes))
+        spare = spare_bytes(max_bytes, least)
+        record: dict[str, Any] = {"block_size": block_size, "budget_bytes": max_bytes}
+        if calibration is not None:
+            text = json.loads(Path(calibration).read_text("utf-8"))
+            job.windows, job.held_out = text.pop("windows"), text.pop("held_out")
+            record["calibration"] = text
+        names = CANDIDATES if method == "auto" else (method,)
+        if method == "auto" and bits == 4:
+            job.taken = taken(Path(checkpoint), list(shapes))
+            names = ("taken",) if job.taken else names
+        rows: list[dict[str, Any]] = [{"method": name} for name in names]
+        chosen = _choose(share, job, rows, spare, network, Path(scratch))
+        destination_ = Path(destination)
+        destination_.mkdir(parents=True, exist_ok=True)
+        for file in sorted((Path(scratch) / chosen["method"]).iterdir()):
+            shutil.move(str(file), str(destination_ / file.name))
+    share(1.0)
+    record |= {"method": chosen["method"], "bytes": chosen["bytes"], "candidates": rows}
+    record["int8_weights"] = sorted(node for node, width in job.bits.items() if width == 8) if bits == 4 else []
+    return {"quantization": record}
+
+
+def _choose(
+    share: Share, job: _Job, rows: list[dict[str, Any]], spare: int, network: dict[str, Any], scratch: Path
+) -> dict[str, Any]:
+    """Places 8 bits, prices the methods of `rows`, makes the finalists, and marks and returns the best one's row."""
+    spool = scratch / "reference.f32"
+    finalists = rows
+    if job.held_out and (spare or len(rows) > 1):
+        methods = [str(row["method"]) for row in rows]
+        costs, hidden = _price(lambda done: share(0.25 * done), job, methods)
+        _spend(job, costs, spare)
+        for row in rows:
+            row["kl_estimated"] = _estimate(job, costs, row["method"])
+        finalists = sorted(rows, key=lambda row: float(row["kl_estimated"]))[:FINALISTS]
+        if len(finalists) > 1:
+            _write_reference(job.stream, hidden, spool)
+    for place_, row in enumerate(finalists):
+        start, width = 0.25 + 0.75 * place_ / len(finalists), 0.75 / len(finalists)
+        folder = scratch / row["method"]
+        row |= _make(lambda done, at=start, of=width: share(at + 0.7 * of * done), job, row["method"], folder)  # type: ignore[misc]
+        if len(finalists) > 1:
+            share(start + 0.7 * width)
+            figures = fidelity(
+                lambda _: None,
+                model=str(folder / "model.onnx"),
+                network=network,
+                windows=job.held_out,
+                spool=str(spool),
+            )
+            row |= {key: figures[key] for key in ("tokens", "perplexity_ratio", "kl_mean", "top1_agreement")}
+    best = min(finalists, key=lambda row: float(row.get("kl_mean", 0.0)))
+    best["chosen"] = True
+    return best
+
+
+def _price(share: Share, job: _Job, methods: list[str]) -> tuple[dict[str, dict[str, float]], Tensor]:
+    """The divergence that each linear costs, to nearest at 4 and 8 bits; on a few layers, by each of `methods` too."""
+    layers = job.stream.layers
+    sampled = {round((index + 0.5) * layers / _SAMPLED - 0.5) for index in range(_SAMPLED)}
+
+    def change(node: str, weight: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+        variants = {"4": _rounded(job, weight, "rtn", 4), "8": _rounded(job, weight, "rtn", 8)}
+        if layer_of(node) in sampled:
+            for method in methods:
+                if method == "gptq":
+                    hessian = hessian_of(inputs)
+                    variants[method] = gptq(weight, hessian, bits=4, block_size=job.block_size, symmetric=job.symmetric)
+                else:
+                    variants[method] = _rounded(job, weight, method, 4)
+        return {name: torch.from_numpy(variant.dequantized()).sub_(weight) for name, variant in variants.items()}
+
+    return divergence_by_weight(share, job.stream, torch.tensor(job.held_out), job.linears, change)
+
+
+def _spend(job: _Job, costs: dict[str, dict[str, float]], spare: int) -> None:
+    """Gives 8 bits to where they spare most, within `spare` bytes."""
+    four = [node for node in job.linears if job.bits[node] == 4]
+    block, symmetric = job.block_size, job.symmetric
+    extra = {
+        node: bytes_of(*job.shapes[node], 8, block, symmetric=True)
+        - bytes_of(*job.shapes[node], 4, block, symmetric=symmetric)
+        for node in four
+    }
+    for node in place({node: (costs[node]["4"], costs[node]["8"]) for node in four}, extra, spare):
+        job.bits[node] = 8
+
+
+def _estimate(job: _Job, costs: dict[str, dict[str, float]], method: str) -> float:
+    """The divergence, nats a token, of the whole model: to nearest, times how `method` compares where sampled."""
+    sampled = [own for own in costs.values() if method in own]
+    better = sum(own[method] for own in sampled) / sum(own["4"] for own in sampled)
+    return sum(own["4"] * better if job.bits[node] == 4 else own["8"] for node, own in costs.items())
+
+
+def _make(share: Share, job: _Job, method: str, folder: Path) -> dict[str, Any]:
+    """Writes the graph quantized by `method` into `folder`; what a table says of it."""
+    weights: dict[str, BlockWeight] = dict(job.taken)
+    said: dict[str, Any] = {}
+    if method == "gptq":
+        bits = {node: job.bits[node] for node in job.linears}
+        result = gptq_layers(
+            share, job.stream, torch.tensor(job.windows), bits, block_size=job.block_size, symmetric=job.symmetric
+        )
+        weights |= result.weights
+        said["output_error"] = float(np.mean([error for error, _ in result.errors.values()] or [0.0]))
+        said["output_error_to_nearest"] = float(np.mean([error for _, error in result.errors.values()] or [0.0]))
+    for node in job.shapes:
+        if node not in weights:
+            weights[node] = _rounded(
+                job, job.stream.weight(node), method if method in ROUNDINGS else "rtn", job.bits[node]
+            )
+    write_quantized(job.source, folder, weights)
+    said["bytes"] = sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    return said
+
+
+def _rounded(job: _Job, weight: Tensor, method: str, bits: int) -> BlockWeight:
+    symmetric = job.symmetric or bits == 8
+    return rounded(weight, method, bits=bits, block_size=job.block_size, symmetric=symmetric)
+
+
+def _write_reference(stream: LayerStream, hidden: Tensor, spool: Path) -> None:
+    """The original's log-probabilities of the held-out text, as verify reads them: (windows, W − 1, V) float32."""
+    head = stream.head().T
+    with torch.no_grad(), spool.open("wb") as stream_:
+        rows = stream.final_norm()(hidden)[:, :-1].reshape(-1, hidden.shape[-1])
+        for part in rows.split(_ROWS):
+            stream_.write(log_softmax((part @ head).numpy()).data)

@@ -1,0 +1,162 @@
+"""Bases that auto-gptq or gptqmodel quantized already: their integers are taken over as they are.
+
+A linear (N, K) lies as qweight (K/8, N) int32, eight inputs in a word; qzeros (G, N/8) int32, eight outputs in a word;
+scales (G, N) half. A stored zero point is one less than the zero, unless the format is gptq_v2.
+(https://github.com/AutoGPTQ/AutoGPTQ, qlinear_cuda_old.py; https://github.com/ModelCloud/GPTQModel, base.py)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.build.blocks import BlockWeight, stack
+from stillhouse.build.tensors import TensorInfo
+from stillhouse.build.worker import Share
+from stillhouse.engine.errors import StillhouseError
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+TAKEN = "integers.safetensors"
+_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+def refuse_unless_taken(folder: Path, quantization: dict[str, Any]) -> None:
+    """Raises StillhouseError, with the reason, for a quantized checkpoint whose integers cannot be taken over."""
+    method = str(quantization.get("quant_method", "unknown"))
+    reason = None
+    if method not in ("gptq", "gptqmodel"):
+        reason = f"is quantized by {method}"
+    elif quantization.get("bits") != 4:
+        reason = f"is quantized to {quantization.get('bits')} bits"
+    elif quantization.get("group_size") not in GROUP_SIZES:
+        reason = f"is quantized in groups of {quantization.get('group_size')}"
+    elif quantization.get("desc_act"):
+        reason = "is quantized with desc_act, which scatters a group's inputs over the row"
+    elif quantization.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        reason = f"is quantized in the format {quantization['checkpoint_format']}"
+    if reason is not None:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise StillhouseError(
+            f"base: {folder} {reason}; its integers cannot be taken over",
+            hint=f"name the unquantized checkpoint, or one by gptq at 4 bits in groups of {sizes} without desc_act",
+        )
+
+
+def as_if_whole(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors with a weight (N, K) in place of each quantized linear's parts."""
+    whole = {name: info for name, info in tensors.items() if not name.endswith(_PARTS)}
+    for name, info in tensors.items():
+        if name.endswith(".qweight"):
+            words, rows = info.shape
+            whole[f"{name.removesuffix('.qweight')}.weight"] = TensorInfo("F32", (rows, words * 8), info.file)
+    return whole
+
+
+def unpack(share: Share, *, base: str, destination: str) -> dict[str, Any]:
+    """Writes `base` as an FP32 checkpoint with its own integers beside it (TAKEN); returns an empty merge record.
+
+    Raises StillhouseError where a linear's groups are not neighbours, or a tensor has no place in the architecture.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stillhouse.build.tokenizer_files import write_tokenizer  # which reads checkpoints, as they do this file
+
+    folder, source = Path(destination), Path(base)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    settings = config.quantization_config
+    del config.quantization_config
+    tensors = _tensors(source)
+    state: dict[str, torch.Tensor] = {}
+    integers: dict[str, torch.Tensor] = {}
+    modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    for index, module in enumerate(modules):
+        parts = {part: tensors.pop(module + part) for part in _PARTS if module + part in tensors}
+        weight = block_weight(module, parts, settings)
+        state[f"{module}.weight"] = torch.from_numpy(weight.dequantized())
+        for part in ("integers", "scales", "zeros"):
+            integers[f"{module}.{part}"] = torch.from_numpy(np.ascontiguousarray(getattr(weight, part)))
+        share(0.6 * (index + 1) / len(modules))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    known = set(model.state_dict())
+    for name, tensor in tensors.items():
+        if name in known:
+            state[name] = tensor.float()
+        elif tensor.count_nonzero():  # auto-gptq writes biases of zeros where the architecture has none
+            raise StillhouseError(f"base: {base}: {name} has no place in a {config.architectures[0]}")
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    if lacking := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise StillhouseError(f"base: {base} lacks {lacking[0]}", hint="copy or download the checkpoint again")
+    model.config.dtype = torch.float32
+    model.save_pretrained(folder, max_shard_size="1GB")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    # The width is data, so that the file says all that a reader needs.
+    integers["block_size"] = torch.tensor([int(settings["group_size"])])
+    save_file(integers, str(folder / TAKEN))
+    write_tokenizer(source, [], folder)
+    share(1.0)
+    return {"modules_changed": []}
+
+
+def block_weight(module: str, parts: dict[str, Any], settings: dict[str, Any]) -> BlockWeight:
+    """One linear's parts as a BlockWeight with the same integers. Raises StillhouseError where groups are scattered."""
+    group = int(settings["group_size"])
+    integers = _words(parts[".qweight"].numpy()).transpose(1, 0, 2).reshape(parts[".qweight"].shape[1], -1)
+    stored = _words(parts[".qzeros"].numpy()).reshape(len(parts[".qzeros"]), -1)
+    if ".g_idx" in parts and not np.array_equal(parts[".g_idx"].numpy(), np.arange(integers.shape[1]) // group):
+        raise StillhouseError(
+            f"base: {module} has its inputs' groups scattered (g_idx); they cannot be taken over",
+            hint="quantize it without desc_act, or name the unquantized checkpoint",
+        )
+    offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
+    zeros = ((stored + offset) & 15).T[: len(integers)]
+    scales = parts[".scales"].numpy().astype(np.float16).T
+    return BlockWeight(integers, np.ascontiguousarray(scales), np.ascontiguousarray(zeros), 4, group)
+
+
+def taken(checkpoint: Path, nodes: list[str]) -> dict[str, BlockWeight]:
+    """The integers that a base brought, by the graph's node; empty where it brought none."""
+    from safetensors.numpy import load_file
+
+    from stillhouse.build.stream import modules_of
+
+    if not (checkpoint / TAKEN).is_file():
+        return {}
+    tensors = load_file(str(checkpoint / TAKEN))
+    block_size = int(tensors.pop("block_size")[0])
+    found = {}
+    for node in nodes:
+        modules = modules_of(node)
+        if all(f"{module}.integers" in tensors for module in modules):
+            parts = [[tensors[f"{module}.{part}"] for part in ("integers", "scales", "zeros")] for module in modules]
+            found[node] = stack([BlockWeight(*own, 4, block_size) for own in parts])
+    return found
+
+
+def _words(packed: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The eight 4-bit integers of each word, lowest first: (…, 8)."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    unpacked: NDArray[np.uint8] = ((packed.view(np.uint32)[..., None] >> shifts) & 15).astype(np.uint8)
+    return unpacked
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(str(file)).items()}

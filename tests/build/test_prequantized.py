@@ -1,0 +1,123 @@
+"""A base that came in 4 bits keeps its integers to the bit; what cannot be taken over is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stillhouse.build import pipeline
+from stillhouse.build.blocks import BlockWeight
+from stillhouse.build.nbits import read_quantized
+from stillhouse.build.plan import plan
+from stillhouse.build.recipe import load_recipe
+from stillhouse.build.rounding import rounded
+from stillhouse.engine.errors import StillhouseError
+
+NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+def words(values: np.ndarray[Any, Any]) -> torch.Tensor:
+    """(…, M) 4-bit integers as (…, M/8) int32, the first in the lowest bits."""
+    eights = values.reshape(*values.shape[:-1], -1, 8).astype(np.uint32)
+    packed = (eights << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    return torch.from_numpy(packed.view(np.int32).copy())
+
+
+def write_gptq(
+    base: Path, folder: Path, *, group: int = 32, v2: bool = False, **settings: Any
+) -> dict[str, BlockWeight]:
+    """`base` in auto-gptq's layout, and what each of its linears was rounded to."""
+    shutil.copytree(base, folder)
+    tensors = load_file(str(base / "model.safetensors"))
+    chosen = {}
+    for name in [f"model.layers.{index}.{own}" for index in range(2) for own in NAMES]:
+        weight = rounded(tensors.pop(f"{name}.weight"), "rtn", bits=4, block_size=group)
+        assert weight.zeros is not None
+        chosen[name] = weight
+        stored = weight.zeros if v2 else (weight.zeros - 1) & 15
+        tensors |= {
+            f"{name}.qweight": words(weight.integers).T.contiguous(),
+            f"{name}.qzeros": words(stored.T),
+            f"{name}.scales": torch.from_numpy(weight.scales.T.copy()),
+            f"{name}.g_idx": torch.arange(weight.integers.shape[1], dtype=torch.int32) // group,
+            f"{name}.bias": torch.zeros(len(weight.integers)),
+        }
+    save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+    } | settings  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return chosen
+
+
+@pytest.mark.usefixtures("kept_cache")
+@pytest.mark.parametrize(("group", "v2"), [(32, False), (128, True)])
+def test_a_gptq_base_keeps_its_integers_to_the_bit(
+    group: int, v2: bool, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    chosen = write_gptq(tiny_base, tmp_path / "gptq", group=group, v2=v2)
+    recipe = write_recipe(base=tmp_path / "gptq", precisions='"int4"', more="[gate.int4]\nperplexity_ratio = 2.0\n")
+    result = pipeline.build(load_recipe(recipe), tmp_path / "out")
+    version = result.results[0]
+    assert version.status == "published", version.reason
+    assert version.path is not None
+    written = read_quantized(version.path)
+    for index in range(2):
+        stem, nodes = f"model.layers.{index}", f"/model/layers.{index}"
+        attention = [chosen[f"{stem}.{name}"].dequantized() for name in NAMES[:3]]
+        assert np.array_equal(written[f"{nodes}/attn/qkv_proj/MatMul"].dequantized(), np.concatenate(attention))
+        for name in NAMES[3:]:
+            node = f"{nodes}/{name.replace('self_attn', 'attn').replace('.', '/')}/MatMul"
+            assert np.array_equal(written[node].dequantized(), chosen[f"{stem}.{name}"].dequantized()), name
+    manifest = json.loads((version.path / "manifest.json").read_text())
+    assert manifest["quantization"]["method"] == "taken"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words_"),
+    [
+        ({"desc_act": True}, "desc_act"),
+        ({"quant_method": "awq"}, "quantized by awq"),
+        ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes"),
+        ({"bits": 8}, "quantized to 8 bits"),
+        ({"group_size": -1}, "in groups of -1"),
+        ({"checkpoint_format": "marlin"}, "in the format marlin"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_refused_by_name(
+    settings: dict[str, Any], words_: str, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq", **settings)
+    with pytest.raises(StillhouseError, match=words_):
+        plan(load_recipe(write_recipe(base=tmp_path / "gptq")), tmp_path / "out")
+
+
+def test_scattered_groups_are_refused_though_the_config_is_silent(tiny_base: Path, tmp_path: Path) -> None:
+    from stillhouse.build.prequantized import unpack
+
+    write_gptq(tiny_base, tmp_path / "gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(str(file))
+    tensors["model.layers.0.mlp.up_proj.g_idx"] = tensors["model.layers.0.mlp.up_proj.g_idx"].flip(0)
+    save_file(tensors, str(file), {"format": "pt"})
+    with pytest.raises(StillhouseError, match=r"layers\.0\.mlp\.up_proj has its inputs' groups scattered"):
+        unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+
+
+def test_an_adapter_is_not_merged_into_integers(
+    tiny_base: Path, tiny_adapter: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq")
+    with pytest.raises(StillhouseError, match="cannot be merged into 4-bit integers"):
+        plan(load_recipe(write_recipe(tiny_adapter, base=tmp_path / "gptq")), tmp_path / "out")
