@@ -88,7 +88,8 @@ def read_quantized(folder: Path) -> dict[str, BlockWeight]:
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
 
     def array(name: str) -> NDArray[Any]:
-        return numpy_helper.to_array(tensors[casts.get(name, name)])
+        kept: NDArray[Any] = numpy_helper.to_array(tensors[casts.get(name, name)])
+        return kept
 
     found: dict[str, BlockWeight] = {}
     for node in model.graph.node:
@@ -199,7 +200,7 @@ def _packed(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return values
     if values.shape[1] % 2:
         values = np.pad(values, ((0, 0), (0, 1)))
-    packed: NDArray[np.uint8] = values[:, ::2] | (values[:, 1::2] << 4)
+    packed: NDArray[np.uint8] = (values[:, ::2] | (values[:, 1::2] << 4)).astype(np.uint8)
     return packed
 
 
@@ -207,4 +208,5 @@ def _unpacked(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """The inverse of `_packed`, with the odd one's empty neighbour."""
     if bits == 8:
         return values
-    return np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)
+    unpacked: NDArray[np.uint8] = np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)
+    return unpacked

@@ -139,7 +139,7 @@ class _Run:
     def _calibration(
         self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
     ) -> Entry:
-        arguments = {"model": str(fp32.path / "model.onnx"), "checkpoint": str(merged.path)}
+        arguments: dict[str, Any] = {"model": str(fp32.path / "model.onnx"), "checkpoint": str(merged.path)}
         arguments |= {"network": network.model_dump(), "text": self.plan.recipe.options(version.precision).calibration}
         call = {"stage": "calibrate", "arguments": arguments}
         return self._entry(stack, "calibrate", "calibrate", str(version.calibration_key), call)

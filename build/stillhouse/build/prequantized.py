@@ -138,9 +138,13 @@ def taken(checkpoint: Path, nodes: list[str]) -> dict[str, BlockWeight]:
     for node in nodes:
         modules = modules_of(node)
         if all(f"{module}.integers" in tensors for module in modules):
-            parts = [[tensors[f"{module}.{part}"] for part in ("integers", "scales", "zeros")] for module in modules]
-            found[node] = stack([BlockWeight(*own, 4, block_size) for own in parts])
+            found[node] = stack([_block_weight(tensors, module, block_size) for module in modules])
     return found
+
+
+def _block_weight(tensors: dict[str, NDArray[Any]], module: str, block_size: int) -> BlockWeight:
+    integers, scales, zeros = (tensors[f"{module}.{part}"] for part in ("integers", "scales", "zeros"))
+    return BlockWeight(integers, scales, zeros, 4, block_size)
 
 
 def _words(packed: NDArray[np.int32]) -> NDArray[np.uint8]:
