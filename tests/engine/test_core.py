@@ -368,6 +368,21 @@ def test_a_reader_that_fails_loses_its_own_answer_and_nobody_elses() -> None:
     assert engine.stats().running == 0
 
 
+def test_a_reader_that_failed_once_hears_that_its_answer_has_ended() -> None:
+    engine, heard = make_engine(), []
+
+    def faulty(token: Token) -> None:
+        heard.append(token)
+        if len(heard) == 2:
+            raise RuntimeError("half a character too many")
+
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0), faulty)
+    run_until_idle(engine)
+    assert [token.finish_reason for token in heard] == [None, None, "error"]
+    assert "half a character too many" in str(heard[-1].error)
+    assert engine.stats().requests_finished == {"error": 1}
+
+
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
     engine, ended = make_engine(), threading.Event()
     engine.start()

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stillhouse.engine.directory import open_version
 from stillhouse.engine.errors import InvalidRequest, TamperedError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import EngineOptions
+from stillhouse.engine.runner import OrtRunner
 from stillhouse.engine.sampling import SamplingParams, parse_params
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -48,6 +50,33 @@ def alone(model: LanguageModel, prompts: list[list[int]]) -> list[tuple[int, ...
     """Each answer, with nothing else running, its prompt prefilled in one piece."""
     assert max(map(len, prompts)) <= model.engine.limits.prefill_chunk_tokens
     return [model.generate(prompt, GREEDY).token_ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("in_company", [True, False])
+def test_a_lone_row_with_and_without_company_is_swapped_and_moved_whole(directory: Path, in_company: bool) -> None:
+    version = open_version(directory, verify=False)
+    runner = OrtRunner(version.model_path, network=version.manifest.network, slots=2, max_len=64)
+    several_differ = runner._lone_row_differs
+    runner._lone_row_differs = in_company
+    prompt = [5, 6, 7, 8, 9]
+    runner.prefill(0, prompt, 0)
+    runner.prefill(1, prompt, 0)
+    pair = runner.decode([10, 10], [5, 5]).copy()
+    assert np.array_equal(pair[0], pair[1])
+    runner.swap_in(1, runner.swap_out(0, 5))
+    runner.release(0)
+    runner.copy(1, 0, 5)
+    alone = runner.decode([10], [5])[0]
+    assert np.array_equal(alone, pair[0]) or (several_differ and not in_company)
+
+
+def test_one_slot_is_enough_for_a_row_in_company(directory: Path) -> None:
+    version = open_version(directory, verify=False)
+    runner = OrtRunner(version.model_path, network=version.manifest.network, slots=1, max_len=64)
+    runner._lone_row_differs = True
+    runner.prefill(0, [5, 6, 7], 0)
+    assert np.isfinite(runner.decode([8], [3])).all()
+    assert runner.decode([9], [4]).shape == (1, version.manifest.network.vocab_size)
 
 
 def test_batched_answers_are_those_given_alone(

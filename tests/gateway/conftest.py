@@ -18,7 +18,7 @@ from stillhouse.gateway.gateway import Access
 from stillhouse.gateway.server import GatewayServer
 
 MODEL, THINKER = "support-int4", "thinker-int4"
-# Without reuse of prompts, after which answers may differ in their last bits.
+# Without reuse of prompts: each test pays for its own prefill.
 OPTIONS = EngineOptions(max_num_seqs=8, max_model_len=512, prefix_slots=0)
 
 

@@ -16,19 +16,18 @@ GREEDY: Any = {"model": "support-int4", "temperature": 0, "max_tokens": 6}
 
 
 def test_several_prompts_get_their_own_answers_in_order(client: openai.OpenAI, engine: LanguageModel) -> None:
-    # One token each: those after it depend, in their last bits, on how many decode together.
-    answer = client.completions.create(**{**GREEDY, "max_tokens": 1}, prompt=PROMPTS, n=2)
-    params = SamplingParams(temperature=0.0, max_tokens=1)
+    answer = client.completions.create(**GREEDY, prompt=PROMPTS, n=2)
+    params = SamplingParams(temperature=0.0, max_tokens=GREEDY["max_tokens"])
     own = [engine.generate(engine.prompt_ids(text=prompt), params).text for prompt in PROMPTS]
     assert [choice.index for choice in answer.choices] == list(range(6))
     assert [choice.text for choice in answer.choices] == [text for text in own for _ in range(2)]
 
 
 def test_token_ids_are_answered_like_their_text(client: openai.OpenAI, engine: LanguageModel) -> None:
-    ids, short = [engine.tokenizer.encode(prompt) for prompt in PROMPTS], {**GREEDY, "max_tokens": 1}
-    as_text = client.completions.create(**short, prompt=PROMPTS)
-    as_lists = client.completions.create(**short, prompt=ids)
-    as_list = client.completions.create(**short, prompt=ids[0])
+    ids = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+    as_text = client.completions.create(**GREEDY, prompt=PROMPTS)
+    as_lists = client.completions.create(**GREEDY, prompt=ids)
+    as_list = client.completions.create(**GREEDY, prompt=ids[0])
     assert [choice.text for choice in as_lists.choices] == [choice.text for choice in as_text.choices]
     assert as_list.choices[0].text == as_text.choices[0].text
 

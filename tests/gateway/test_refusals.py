@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_unknown_paths_and_methods_have_their_status(http: httpx.Client) -> None
     assert error_of(wrong)
     assert wrong.status_code == 405
     assert wrong.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "field", [{"prompt": [{}] * 50_000}, {"stop": [0] * 50_000}, {f"x{n}": 1 for n in range(50_000)}]
+)
+def test_a_body_of_many_faults_costs_no_more_than_its_first(http: httpx.Client, field: dict[str, Any]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = http.post("/v1/completions", json={"model": SOUND["model"], "prompt": "x", **field})
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]["message"]) < 2000
+    # A fault each would take a kilobyte each: 150 MB here.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 
 @pytest.mark.parametrize("chunked", [True, False])

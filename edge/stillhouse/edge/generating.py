@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.model import LanguageModel
+from stillhouse.engine.model import LanguageModel, Submitted
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
 from stillhouse.gateway.generator import Figure, ServedModel, describe
@@ -41,7 +41,13 @@ class EngineGenerator:
         engine = self._models[model.name]
         # A grammar may take a moment to compile; nothing else of submit() does.
         if params.structured_outputs is not None:
-            submitted = await self._loop.run_in_executor(None, engine.submit, prompt_ids, params, mailbox.put)
+            submitting = self._loop.run_in_executor(None, engine.submit, prompt_ids, params, mailbox.put)
+            try:
+                submitted = await asyncio.shield(submitting)
+            except asyncio.CancelledError:
+                # Who asked has gone; the thread submits all the same.
+                submitting.add_done_callback(_cancel_what_it_submitted)
+                raise
         else:
             submitted = engine.submit(prompt_ids, params, mailbox.put)
         ended = False
@@ -78,6 +84,11 @@ class EngineGenerator:
     async def close(self) -> None:
         for model in self._models.values():
             await self._loop.run_in_executor(None, model.close)
+
+
+def _cancel_what_it_submitted(submitting: asyncio.Future[Submitted]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 class _Mailbox:

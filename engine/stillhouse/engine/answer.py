@@ -94,7 +94,8 @@ class TextSink:
             if token.logprob is not None:
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + token.logprob
             text, stopped = self._stop.push(self._detokenizer.push(token.token_id))
-        if token.finish_reason and not stopped:
+        # After an error what is held back may be what failed: it stays where it is.
+        if token.finish_reason and not stopped and token.error is None:
             tail, stopped = self._stop.push(self._detokenizer.flush())
             text += tail if stopped else tail + self._stop.flush()
         self._sink(

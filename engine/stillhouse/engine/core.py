@@ -240,7 +240,12 @@ class Engine:
                 reason,
                 prompt_logprobs=request.prompt_logprobs if asked else None,
             )
-            if _tell(request, token) and not reason:
+            try:
+                stopped = request.sink(token)
+            except Exception as error:
+                self._fail_reader(request, error, gone=reason is not None)
+                continue
+            if stopped and not reason:
                 self._leave(request, "stop")
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
@@ -259,7 +264,14 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, error: StillhouseError | None = None) -> None:
         """Ends a request without a token."""
         self._leave(request, reason)
-        _tell(request, Token(None, finish_reason=reason, error=error))
+        _tell_the_end(request, reason, error)
+
+    def _fail_reader(self, request: Request, error: Exception, *, gone: bool) -> None:
+        """What reads an answer has raised `error`: that answer ends, nobody else's."""
+        log.error("%s: its reader failed", request.id, exc_info=error)
+        if not gone:
+            self._leave(request, "error")
+        _tell_the_end(request, "error", EngineError(f"the answer cannot be handed over: {error}"))
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         request.timing.finished_s = time.perf_counter()
@@ -275,10 +287,9 @@ class Engine:
             self._end(request, reason, error)
 
 
-def _tell(request: Request, token: Token) -> bool:
-    """Hands `token` over; whether its reader wants no more. A reader that fails harms nobody else."""
+def _tell_the_end(request: Request, reason: FinishReason, error: StillhouseError | None) -> None:
+    """The last that the reader of `request` hears; one that fails at it harms nobody else."""
     try:
-        return bool(request.sink(token))
+        request.sink(Token(None, finish_reason=reason, error=error))
     except Exception:  # the boundary to whoever reads the answer
-        log.exception("%s: its reader failed, it gets no more", request.id)
-        return True
+        log.exception("%s could not be told of its end", request.id)

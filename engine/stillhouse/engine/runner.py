@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from stillhouse.engine.errors import EngineError
 from stillhouse.engine.kv_cache import SlotCache
 from stillhouse.engine.manifest import LOGITS_FROM, ModelRecord
 from stillhouse.engine.session import open_session
+
+log = logging.getLogger(__name__)
 
 Logits = NDArray[np.float32]
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -33,8 +36,6 @@ class OrtRunner:
     apart). There a lone row decodes beside a second one that nobody reads, so that company changes no answer. In the
     cache's memory that spare row's slot lies before slot 0.
     """
-
-    _SPARE, _FIRST = 0, 1  # where they lie in the cache: the spare row, and slot 0
 
     def __init__(
         self,
@@ -58,10 +59,12 @@ class OrtRunner:
         self._skips_logits = LOGITS_FROM in {node.name for node in self._session.get_overridable_initializers()}
         self._vocab_size = network.vocab_size
         self._logits_dtype = next(_DTYPES[node.type] for node in self._session.get_outputs() if node.name == "logits")
+        # Where slot 0 lies in the cache: behind the spare row, which a GPU has none of.
+        self._first = 1 if provider == "cpu" else 0
         allocate = DeviceSlotCache.allocate if provider == "cuda" else SlotCache
         self.cache: SlotCache | DeviceSlotCache = allocate(
             layers=network.layers,
-            slots=slots + self._FIRST,
+            slots=slots + self._first,
             kv_heads=network.kv_heads,
             max_len=max_len,
             head_dim=network.head_dim,
@@ -74,8 +77,10 @@ class OrtRunner:
         ]
         # A binding is kept by its first slot and rows: rebinding 4 × layers tensors costs more than the rest of a step.
         self._decode_bindings: dict[tuple[int, int], ort.IOBinding] = {}
-        self._decode_logits = np.empty((slots + self._FIRST, self._vocab_size), self._logits_dtype)
-        self._lone_row_differs = provider == "cpu" and self._try_a_lone_row()
+        self._decode_logits = np.empty((slots + self._first, self._vocab_size), self._logits_dtype)
+        self._lone_row_differs = provider == "cpu" and any(map(self._differs_alone, (1, self._vocab_size // 2)))
+        if self._lone_row_differs:
+            log.info("%s: this CPU computes a lone row by another kernel: it gets company", model_path.name)
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int, *, last_only: bool = False) -> Logits:
         """Runs `tokens` at positions past … of `slot`; logits (len(tokens), vocab_size), float32.
@@ -89,7 +94,7 @@ class OrtRunner:
         skip = np.asarray([count - 1 if last_only else 0], np.int64)
         computed = 1 if last_only and self._skips_logits else count
         logits = np.empty((1, computed, self._vocab_size), self._logits_dtype)
-        binding = self._bind_cache(slot + self._FIRST, rows=1)
+        binding = self._bind_cache(slot + self._first, rows=1)
         _bind_input(binding, "input_ids", ids)
         _bind_input(binding, "attention_mask", mask)
         if self._takes_positions:
@@ -107,8 +112,8 @@ class OrtRunner:
         Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
         """
         if len(tokens) == 1 and self._lone_row_differs:
-            return self._decode(self._SPARE, [0, *tokens], [0, *lengths])[1:]
-        return self._decode(self._FIRST, tokens, lengths)
+            return self._decode(0, [0, *tokens], [0, *lengths])[1:]
+        return self._decode(self._first, tokens, lengths)
 
     def _decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """`decode` over the cache's slots first … first + rows − 1."""
@@ -128,29 +133,29 @@ class OrtRunner:
         self._session.run_with_iobinding(binding)
         return self._decode_logits[:rows].astype(np.float32, copy=False)
 
-    def _try_a_lone_row(self) -> bool:
+    def _differs_alone(self, token: int) -> bool:
         """Whether this CPU's kernels compute a lone row otherwise than one of two: tried, since no table knows."""
-        alone = self._decode(self._SPARE, [0], [1]).copy()
-        differs = not np.array_equal(alone, self._decode(self._SPARE, [0, 0], [1, 1])[:1])
-        self.cache.release(self._SPARE)
-        self.cache.release(self._FIRST)
+        alone = self._decode(0, [token], [1]).copy()
+        differs = not np.array_equal(alone, self._decode(0, [token, token], [1, 1])[:1])
+        self.cache.release(0)
+        self.cache.release(1)
         return differs
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` of slot `source` into slot `target`."""
-        self.cache.copy(source + self._FIRST, target + self._FIRST, tokens)
+        self.cache.copy(source + self._first, target + self._first, tokens)
 
     def swap_out(self, slot: int, tokens: int) -> Any:
         """Takes the first `tokens` of `slot` out of the cache's memory; what comes back is for `swap_in`."""
-        return self.cache.swap_out(slot + self._FIRST, tokens)
+        return self.cache.swap_out(slot + self._first, tokens)
 
     def swap_in(self, slot: int, swapped: Any) -> None:
         """Brings what was swapped out back into `slot`."""
-        self.cache.swap_in(slot + self._FIRST, swapped)
+        self.cache.swap_in(slot + self._first, swapped)
 
     def release(self, slot: int) -> None:
         """Forgets what `slot` holds and gives its memory back."""
-        self.cache.release(slot + self._FIRST)
+        self.cache.release(slot + self._first)
 
     def _bind_cache(self, slot: int, *, rows: int) -> ort.IOBinding:
         """A binding whose past and present are the same memory: the cache's slots slot … slot + rows − 1."""

@@ -48,7 +48,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    for kind in (ApiError, StillhouseError, Exception):
+    for kind in (ApiError, StillhouseError):  # what else is thrown, the doorway answers
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.include_router(models.router(gateway))
@@ -60,16 +60,16 @@ def create_app(gateway: Gateway) -> FastAPI:
 def _add_answering(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        meter, body = Meter(gateway.metrics), await read_body(request, ChatBody)
-        job = await chat_job(gateway.ready_generator(), gateway.model(body.model), meter, body)
+        body = await read_body(request, ChatBody)
+        job = await chat_job(gateway.ready_generator(), gateway.model(body.model), Meter(gateway.metrics), body)
         if body.stream:
             return await _streamed(request, chat_events(job, body))
         return await _whole(request, chat_completion(job, body))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        meter, body = Meter(gateway.metrics), await read_body(request, CompletionBody)
-        job = await completion_job(gateway.ready_generator(), gateway.model(body.model), meter, body)
+        body = await read_body(request, CompletionBody)
+        job = await completion_job(gateway.ready_generator(), gateway.model(body.model), Meter(gateway.metrics), body)
         if body.stream:
             return await _streamed(request, completion_events(job, body))
         return await _whole(request, completion(job, body))

@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 # Each is looked for after every token.
 MAX_STOPS = 256
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+# Without fail_fast a list of a million wrong entries is a million faults, a kilobyte each.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Texts = Annotated[list[NonEmpty], Field(fail_fast=True)]
+Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+MAX_BIASES = 4096
 
 
 class _Strict(BaseModel):
@@ -47,7 +51,7 @@ class StructuredOutputs(_Strict):
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: Literal[True] | None = None
     regex: NonEmpty | None = None
-    choice: list[NonEmpty] | None = None
+    choice: Texts | None = None
     grammar: NonEmpty | None = None
 
 
@@ -62,7 +66,7 @@ class GenerationBody(_Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64 - 128)
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)] | None = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -82,7 +86,7 @@ class GenerationBody(_Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: NonEmpty | None = None
-    guided_choice: list[NonEmpty] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: NonEmpty | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0)
 
@@ -95,21 +99,17 @@ class GenerationBody(_Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    @property
-    def streamed(self) -> bool:
-        return bool(self.stream)
-
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -118,7 +118,9 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1)
@@ -130,7 +132,7 @@ class TokenizeBody(_Strict):
 
     model: NonEmpty | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -121,8 +121,10 @@ def _answers(job: Job, body: CompletionBody) -> list[_Answer]:
     vocabulary = Vocabulary(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     answers = []
     for prompt, ids in zip(given_prompts(body), job.prompts, strict=True):
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
-        answers += [_Answer(vocabulary, body, ids, text if body.echo else None) for _ in range(job.n)]
+        text = None
+        if body.echo:
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
+        answers += [_Answer(vocabulary, body, ids, text) for _ in range(job.n)]
     return answers
 
 

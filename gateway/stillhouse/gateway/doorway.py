@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stillhouse.gateway.errors import ApiError, unavailable
+from stillhouse.gateway.errors import ApiError, api_error, unavailable
 from stillhouse.gateway.gateway import Gateway
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ class Doorway:
                 await error_response(refusal)(scope, receive, send_and_note)
             else:
                 await self._app(scope, receive, send_and_note)
+        except Exception as error:  # the boundary: whatever a handler throws is an answer too, and is counted
+            log.exception("%s %s failed", scope["method"], path)
+            if status != 499:
+                raise  # the answer has begun: only its end can say that it failed
+            await error_response(api_error(error))(scope, receive, send_and_note)
         finally:
             gateway.in_flight -= 1
             gateway.metrics.in_flight.dec()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -40,8 +42,8 @@ def router(gateway: Gateway) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody)
         model = gateway.model(body.model) if body.model else gateway.only_model()
-        ids = checked_ids(model, body.tokens, "tokens")
-        return JSONResponse({"prompt": model.tokenizer.decode(ids, skip_special_tokens=False)})
+        decode = partial(_text_of, model, body.tokens)
+        return JSONResponse({"prompt": await asyncio.get_running_loop().run_in_executor(None, decode)})
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> Response:
@@ -50,6 +52,10 @@ def router(gateway: Gateway) -> APIRouter:
         return JSONResponse({**tokenizer.special_texts, "chat_template": tokenizer.template_source})
 
     return routes
+
+
+def _text_of(model: ServedModel, tokens: list[int]) -> str:
+    return model.tokenizer.decode(checked_ids(model, tokens, "tokens"), skip_special_tokens=False)
 
 
 async def _tokenized(model: ServedModel, body: TokenizeBody) -> list[int]:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
-from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded, TimedOut
+from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded, RequestRejected, TimedOut
 from stillhouse.client import Unavailable as ServerUnavailable
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import StillhouseError
@@ -31,8 +31,8 @@ _IDLE_PROBE_S = 10.0
 _DOWN_PROBE_S = 0.5
 _LOOK_S = 0.2
 _END_MARK_S = 1.0
-# For a model that neither answers nor is refused; longer than any prefill between two tokens of a whole model.
-_HUNG_S = 120.0
+# For a model that neither answers nor is refused: longer than a prefill of the longest prompts on a slow CPU takes.
+_HUNG_S = 900.0
 
 
 class TritonGenerator:
@@ -128,7 +128,7 @@ class TritonGenerator:
             except ClientError as error:
                 successor = None if begun else await self._successor(asked, error)
                 if successor is None:
-                    if not isinstance(error, Overloaded):
+                    if not isinstance(error, (Overloaded, RequestRejected)):
                         self.suspect(model.name)
                     mailbox.put_nowait(engine_error(error, asked.name))
                     return
