@@ -142,7 +142,7 @@ def _whole_with(directory: Path, inputs_sha256: str) -> VersionDirectory | None:
 def _move_policy(model_directory: Path, version: int, before: list[int]) -> list[int]:
     """The new version takes the place of the one that was live; where several were live, it joins them."""
     live = sorted({*before, version}) if len(before) > 1 else [version]
-    set_live_versions(model_directory, live)
+    set_live_versions(model_directory, live, previous=before[-1] if before else None)
     return live
 
 

@@ -26,6 +26,8 @@ COMMANDS = {
     "diff": ("stillhouse.build.version_commands:diff", "Show two versions side by side."),
     "remove": ("stillhouse.build.version_commands:remove", "Remove a version that is not live."),
     "serve": ("stillhouse.serve.commands:serve", "Serve a model repository with Triton over gRPC and HTTP."),
+    "promote": ("stillhouse.serve.commands:promote", "Make a version of a model the one that answers."),
+    "rollback": ("stillhouse.serve.commands:rollback", "Make the version live again that was live before."),
     "generate": ("stillhouse.client.commands:generate", "Ask a server one question and print the answer."),
     "chat": ("stillhouse.client.commands:chat", "Talk with a served model."),
     "edge": ("stillhouse.edge.commands:app", "Run a version on this device, without a server."),

@@ -1,4 +1,8 @@
-"""Which versions of a model are live: `version_policy` in config.pbtxt, read and written here and nowhere else."""
+"""Which versions of a model are live: `version_policy` in config.pbtxt, read and written here and nowhere else.
+
+A comment beside it remembers which one was live before, for a rollback; a file of its own would not be written in the
+same moment, and Triton loads a model anew when a file that it does not know has changed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ CONFIG = "config.pbtxt"
 _BEGIN = re.compile(r"\bversion_policy\s*:?\s*\{")
 _SPECIFIC = re.compile(r"\bspecific\s*:?\s*\{([^}]*)\}")
 _LATEST = re.compile(r"\blatest\s*:?\s*\{([^}]*)\}")
+_PREVIOUS = re.compile(r"^# live before: (\d+)\n", re.MULTILINE)
 
 
 def live_versions(model_directory: Path) -> list[int]:
@@ -40,12 +45,24 @@ def live_versions(model_directory: Path) -> list[int]:
     return named
 
 
-def set_live_versions(model_directory: Path, versions: list[int]) -> None:
-    """Writes the policy `specific` with `versions` into config.pbtxt, atomically; the other lines stay."""
+def set_live_versions(model_directory: Path, versions: list[int], *, previous: int | None = None) -> None:
+    """Writes the policy `specific` with `versions` into config.pbtxt, atomically; the other lines stay.
+
+    `previous` is remembered as the version that was live before; None leaves what is remembered.
+    """
     config = model_directory / CONFIG
-    line = f"version_policy: {{ specific: {{ versions: [{', '.join(map(str, sorted(versions)))}] }} }}\n"
+    lines = f"version_policy: {{ specific: {{ versions: [{', '.join(map(str, sorted(versions)))}] }} }}\n"
     _, rest = _split_policy(config.read_text("utf-8"))
-    write_atomically(config, rest.rstrip("\n") + "\n" + line)
+    if previous is not None:
+        rest, lines = _PREVIOUS.sub("", rest), f"# live before: {previous}\n{lines}"
+    write_atomically(config, rest.rstrip("\n") + "\n" + lines)
+
+
+def previous_version(model_directory: Path) -> int | None:
+    """The version that was live before the present one; None where nothing is remembered."""
+    config = model_directory / CONFIG
+    found = _PREVIOUS.search(config.read_text("utf-8") if config.is_file() else "")
+    return int(found.group(1)) if found else None
 
 
 def _split_policy(text: str) -> tuple[str, str]:

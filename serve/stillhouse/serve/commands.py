@@ -1,4 +1,4 @@
-"""`stillhouse serve`; mounted by the command line, which is why nothing heavy is imported here."""
+"""`stillhouse serve`, `promote`, `rollback`; mounted by the command line: nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import typer
 
 if TYPE_CHECKING:
     from stillhouse.serve.launcher import Server
+    from stillhouse.serve.promotion import Promoted
+
+_REPOSITORY = Annotated[Path, typer.Option(help="The model repository.")]
+_NAME = Annotated[str, typer.Argument(help="The model's name, for example support-int4.")]
+_SERVER = Annotated[str, typer.Option("--url", help="The gRPC address of the server that serves it.")]
+_DEFAULT_SERVER = "grpc://127.0.0.1:8001"
 
 
 def serve(
-    repository: Annotated[Path, typer.Option(help="The model repository.")] = Path("model_repository"),
+    repository: _REPOSITORY = Path("model_repository"),
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0: any free one.")] = 8001,
@@ -86,6 +92,44 @@ def serve(
     )
     typer.echo(f"starting Triton on {repository} ...", err=True)
     run(options, _announce)
+
+
+def promote(
+    name: _NAME,
+    version: Annotated[int, typer.Argument(min=1, help="The version that is to answer.")],
+    keep_previous: Annotated[bool, typer.Option("--keep-previous", help="Keep the version before loaded.")] = False,
+    repository: _REPOSITORY = Path("model_repository"),
+    url: _SERVER = _DEFAULT_SERVER,
+) -> None:
+    """Make a version the one that answers: loaded and asked beside the old one, which ends its streams and goes.
+
+    A version that is not whole or does not answer is not promoted, and the old one never stops serving. What is live
+    is kept in config.pbtxt; without a running server, that is all that changes.
+
+    Example: stillhouse promote support-int4 2
+    """
+    from stillhouse.serve.promotion import promote as run
+
+    _tell(run(repository, name, version, url, keep_previous=keep_previous), url)
+
+
+def rollback(name: _NAME, repository: _REPOSITORY = Path("model_repository"), url: _SERVER = _DEFAULT_SERVER) -> None:
+    """Make the version live again that was live before; another rollback takes it back.
+
+    Example: stillhouse rollback support-int4
+    """
+    from stillhouse.serve.promotion import rollback as run
+
+    _tell(run(repository, name, url), url)
+
+
+def _tell(promoted: Promoted, url: str) -> None:
+    line = f"{promoted.model}/{promoted.version} is live"
+    if promoted.previous is not None:
+        line += f", before it was {promoted.previous}" + (", which stays loaded" if len(promoted.live) > 1 else "")
+    typer.echo(line)
+    if not promoted.served:
+        typer.echo(f"nobody serves {promoted.model} at {url}: it holds from the next start on", err=True)
 
 
 def _announce(server: Server) -> None:

@@ -4,7 +4,8 @@ StillhouseError
 └── ServeError              the server cannot be started as asked
     ├── PortInUse           somebody else listens there
     ├── TritonNotFound      no tritonserver, or a part of it is missing
-    └── ServerFailed        the server ended, or a model did not load
+    ├── ServerFailed        the server ended, or a model did not load
+    └── PromotionFailed     a version did not come up; what was live before is live
 """
 
 from __future__ import annotations
@@ -26,3 +27,7 @@ class TritonNotFound(ServeError):
 
 class ServerFailed(ServeError):
     """The server ended by itself, or a model did not load."""
+
+
+class PromotionFailed(ServeError):
+    """A version did not come up; what was live before is live."""

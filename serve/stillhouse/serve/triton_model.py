@@ -21,6 +21,7 @@ import triton_python_backend_utils as pb_utils
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
+from stillhouse.engine.sampling import SamplingParams
 from stillhouse.serve.answering import Answering, Outbox, one_line, send_error
 from stillhouse.serve.metrics import Metrics
 from stillhouse.serve.protocol import LOAD_ERROR_MARK, OPTIONS_VARIABLE
@@ -34,13 +35,14 @@ log = logging.getLogger(__name__)
 
 _DOOR_THREADS = 2
 _CLOSE_TIMEOUT_S = 5.0
+_WARM_TIMEOUT_S = 60.0
 
 
 class ServedVersion:
     """One version of a model, for the life of its process."""
 
     def __init__(self, args: dict[str, str]) -> None:
-        """Opens the version: hashes its files, loads it, starts its engine. `args` are those of initialize().
+        """Opens the version: hashes its files, loads it, has it answer once. `args` are those of initialize().
 
         Raises TritonModelException, after a line in the log for the launcher.
         """
@@ -49,6 +51,7 @@ class ServedVersion:
         name, version = args["model_name"], args["model_version"]
         try:
             self._model = _load(Path(args["model_repository"]), version)
+            _warm(self._model)
         except StillhouseError as error:
             _report_load_error(name, version, error)
             raise pb_utils.TritonModelException(one_line(error)) from error
@@ -96,6 +99,16 @@ def _load(model_directory: Path, version: str) -> LanguageModel:
     overrides = json.loads(os.environ.get(OPTIONS_VARIABLE) or "{}")
     options = read_options(model_directory, overrides)
     return LanguageModel.load(model_directory / version, options)
+
+
+def _warm(model: LanguageModel) -> None:
+    """A prompt and two tokens: what cannot answer must not count as loaded, for the version before makes way for it."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    try:
+        model.generate(model.prompt_ids(text="Hello, world"), params, timeout_s=_WARM_TIMEOUT_S)
+    except StillhouseError:
+        model.close(_CLOSE_TIMEOUT_S)
+        raise
 
 
 def _tensor_reader(request: Any) -> TensorReader:

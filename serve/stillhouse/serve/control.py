@@ -1,0 +1,70 @@
+"""A running Triton over gRPC: what is live, load, unload, and a question that only an answer passes."""
+
+from __future__ import annotations
+
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from stillhouse.client import Client, ConnectionFailed
+from stillhouse.client.address import parse_url
+from stillhouse.engine.errors import UsageError
+from stillhouse.serve.errors import ServeError
+
+_ANSWER_TIMEOUT_S = 60.0
+
+
+class TritonControl:
+    """The server at a gRPC URL; nothing is sent before the first call.
+
+    Over gRPC, since an HTTP worker of Triton's is held for as long as a load takes.
+    """
+
+    def __init__(self, url: str) -> None:
+        address = parse_url(url)
+        if not address.is_grpc:
+            raise UsageError(f"models are loaded over gRPC, got {url}", hint="give its gRPC port: --url HOST:8001")
+        self._url = address.base_url
+        self._client = Client(url, timeout_s=_ANSWER_TIMEOUT_S)
+        self._triton = triton.InferenceServerClient(address.authority, ssl=address.tls)
+
+    def live_versions(self, model: str) -> list[int]:
+        """The versions of `model` that are loaded there; none where nobody listens, or the model is not served.
+
+        Raises ServeError where the server knows no such model: its repository is another.
+        """
+        try:
+            entries = [entry for entry in self._client.models() if entry.name == model]
+        except ConnectionFailed:
+            return []
+        if not entries:
+            raise ServeError(
+                f"the server at {self._url} knows no model {model}: it serves another repository",
+                hint="name the server with --url, or the repository with --repository",
+            )
+        return sorted(int(entry.version) for entry in entries if entry.state == "READY")
+
+    def load(self, model: str) -> None:
+        """Has the model be what its config.pbtxt says; returns when that is so. Raises ServeError."""
+        try:
+            self._triton.load_model(model)
+        except InferenceServerException as error:
+            raise ServeError(_one_line(error)) from error
+
+    def unload(self, model: str) -> None:
+        """Takes the model off the server. Raises ServeError."""
+        try:
+            self._triton.unload_model(model)
+        except InferenceServerException as error:
+            raise ServeError(_one_line(error)) from error
+
+    def ask(self, model: str, version: int) -> None:
+        """One greedy token. Raises ClientError, with what the server said, if none comes."""
+        self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0)
+
+    def close(self) -> None:
+        self._triton.close()
+        self._client.close()
+
+
+def _one_line(error: InferenceServerException) -> str:
+    return " ".join((error.message() or str(error)).split())

@@ -1,0 +1,140 @@
+"""Versions go live and back, with or without a server that runs.
+
+Triton routes requests without a version to the highest live one, and keeps what runs on a version to its end when the
+version leaves. So the new version is loaded beside the old one (both in the policy), where its process hashes its files
+and answers a question of its own before it counts as loaded; then it is asked through the server; then the policy names
+it alone, or with the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.client import ClientError
+from stillhouse.engine.directory import model_directories, open_version, version_numbers
+from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
+from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
+from stillhouse.serve.control import TritonControl
+from stillhouse.serve.errors import PromotionFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """What is live now, what was before, and what the server at the URL has to do with it."""
+
+    model: str
+    version: int
+    previous: int | None
+    live: list[int]
+    served: bool  # False: no server serves the model there, only the policy was set
+
+
+def promote(repository: Path, name: str, version: int, url: str, *, keep_previous: bool = False) -> Promoted:
+    """Makes `version` the one that answers; the one before ends its streams and goes, or stays warm.
+
+    `url` is the server's gRPC address; where nobody serves the model there, only the policy is set. Raises UsageError
+    for what cannot be asked for, VersionError for a version that is not whole, PromotionFailed where it does not come
+    up: then nothing has changed, and what was live before has served all the time.
+    """
+    directory = _directory_of(repository, name)
+    with _locked(directory), contextlib.closing(TritonControl(url)) as server:
+        return _move(directory, version, server, keep_previous=keep_previous)
+
+
+def rollback(repository: Path, name: str, url: str) -> Promoted:
+    """Makes the version live again that was live before; see `promote`."""
+    directory = _directory_of(repository, name)
+    with _locked(directory), contextlib.closing(TritonControl(url)) as server:
+        previous = previous_version(directory)
+        if previous is None:
+            raise UsageError(f"{name}: there is nothing to roll back to", hint="no version was live before this one")
+        if previous not in version_numbers(directory):
+            raise UsageError(
+                f"{name}: there is nothing to roll back to: version {previous} was removed",
+                hint=f"promote another: {_numbers(version_numbers(directory))}",
+            )
+        return _move(directory, previous, server)
+
+
+def _move(directory: Path, version: int, server: TritonControl, *, keep_previous: bool = False) -> Promoted:
+    name, policy = directory.name, _policy_of(directory)
+    served = server.live_versions(name)
+    before = served or policy
+    current = before[-1] if before else None
+    live = [current, version] if keep_previous and current is not None else [version]
+    _check(name, version, there=version_numbers(directory), live=live, before=before, settled=before == policy)
+    open_version(directory / str(version), verify=True)
+    if served:
+        with _put_back_on_failure(directory, before, server, f"{name}/{version}"):
+            set_live_versions(directory, sorted({*before, version}))
+            server.load(name)
+            server.ask(name, version)
+    set_live_versions(directory, live, previous=current if current != version else None)
+    if served:
+        server.load(name)
+    return Promoted(name, version, current, live, bool(served))
+
+
+def _check(name: str, version: int, *, there: list[int], live: list[int], before: list[int], settled: bool) -> None:
+    """Raises UsageError for a version that is not there, is live, or cannot be the default beside the one before."""
+    if version not in there:
+        raise UsageError(f"{name} has no version {version}", hint=f"it has: {_numbers(there)}")
+    if settled and before and version == before[-1] and (len(live) > 1 or before == live):
+        raise UsageError(f"{name}/{version} is live already", hint=f"versions there: {_numbers(there)}")
+    if live != sorted(live):
+        raise UsageError(
+            f"{name}/{live[0]} cannot be kept beside {version}: requests without a version go to the highest live one",
+            hint="leave out --keep-previous",
+        )
+
+
+@contextlib.contextmanager
+def _put_back_on_failure(directory: Path, before: list[int], server: TritonControl, what: str) -> Iterator[None]:
+    """Whatever goes wrong within, Ctrl-C too: what was live before is what the policy and the server have again."""
+    try:
+        yield
+    except BaseException as error:
+        set_live_versions(directory, before)
+        with contextlib.suppress(StillhouseError, ClientError):
+            server.load(directory.name)
+        if not isinstance(error, (StillhouseError, ClientError)):
+            raise
+        hint = f"{directory.name}/{_numbers(before)} has served all the time; the server's log says more"
+        raise PromotionFailed(f"{what} was not promoted: {error}", hint=hint) from error
+
+
+def _directory_of(repository: Path, name: str) -> Path:
+    directories = {directory.name: directory for directory in model_directories(repository)}
+    if name not in directories:
+        raise UsageError(
+            f"{repository} has no model {name!r}",
+            hint=f"it has: {', '.join(directories)}" if directories else "name another with --repository",
+        )
+    return directories[name]
+
+
+def _policy_of(directory: Path) -> list[int]:
+    # A policy that names a version that is gone is what a promotion mends.
+    with contextlib.suppress(VersionError):
+        return live_versions(directory)
+    return []
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One promotion of a model at a time; a build that publishes holds the same lock."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _numbers(versions: list[int]) -> str:
+    return ", ".join(map(str, versions)) or "none"

@@ -1,0 +1,79 @@
+"""What promote and rollback refuse, and what they write where no server runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stillhouse.engine.errors import UsageError, VersionError
+from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
+from stillhouse.serve import promotion
+from stillhouse.serve.promotion import promote, rollback
+
+NOBODY = "grpc://127.0.0.1:9"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of three versions, 1 live; that they are whole is not what is tested here."""
+    for number in (1, 2, 3):
+        (tmp_path / "tiny-int4" / str(number)).mkdir(parents=True)
+    (tmp_path / "tiny-int4" / "config.pbtxt").write_text('backend: "stillhouse"\n')
+    set_live_versions(tmp_path / "tiny-int4", [1])
+    monkeypatch.setattr(promotion, "open_version", lambda *_, **__: None)
+    return tmp_path
+
+
+def test_rollback_goes_to_the_version_before_and_back(repository: Path) -> None:
+    model = repository / "tiny-int4"
+    for version in (3, 2):
+        assert not promote(repository, "tiny-int4", version, NOBODY).served
+    assert (live_versions(model), previous_version(model)) == ([2], 3)
+    assert rollback(repository, "tiny-int4", NOBODY).version == 3
+    assert rollback(repository, "tiny-int4", NOBODY).version == 2
+    assert (model / "config.pbtxt").read_text().count("# live before") == 1
+
+
+def test_the_version_that_was_kept_goes_when_the_live_one_is_promoted_again(repository: Path) -> None:
+    assert promote(repository, "tiny-int4", 2, NOBODY, keep_previous=True).live == [1, 2]
+    assert promote(repository, "tiny-int4", 2, NOBODY).live == [2]
+    assert previous_version(repository / "tiny-int4") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        ("tiny-int8", 1, "has no model 'tiny-int8'"),
+        ("tiny-int4", 9, "tiny-int4 has no version 9"),
+        ("tiny-int4", 1, "tiny-int4/1 is live already"),
+    ],
+)
+def test_what_cannot_be_promoted_is_said_by_name(repository: Path, name: str, version: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        promote(repository, name, version, NOBODY)
+    assert live_versions(repository / "tiny-int4") == [1]
+
+
+def test_there_must_be_something_to_roll_back_to(repository: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to roll back to"):
+        rollback(repository, "tiny-int4", NOBODY)
+    promote(repository, "tiny-int4", 2, NOBODY)
+    shutil.rmtree(repository / "tiny-int4" / "1")
+    with pytest.raises(UsageError, match="version 1 was removed"):
+        rollback(repository, "tiny-int4", NOBODY)
+
+
+def test_a_version_that_is_not_whole_is_refused_without_a_server_too(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    with pytest.raises(VersionError, match=r"it has no manifest\.json"):
+        promote(repository, "tiny-int4", 2, NOBODY)
+    assert live_versions(repository / "tiny-int4") == [1]
+
+
+def test_models_are_loaded_over_grpc_alone(repository: Path) -> None:
+    with pytest.raises(UsageError, match="over gRPC"):
+        promote(repository, "tiny-int4", 2, "http://127.0.0.1:8000")
