@@ -10,12 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from stillhouse.serve.launcher import Server, running_server
 from stillhouse.serve.leftovers import shm_prefix
@@ -40,6 +44,8 @@ class Command:
     home: Path
     http_url: str
     grpc_url: str
+    metrics_url: str
+    gateway_url: str | None
 
     @property
     def run_directory(self) -> Path:
@@ -93,7 +99,7 @@ def serving(repository: Path, home: Path, *options: str) -> Iterator[Command]:
             if word.startswith("ready"):
                 break
         assert "http" in said, process.stderr.read() if process.stderr else ""
-        yield Command(process, home, said["http"], said["grpc"])
+        yield Command(process, home, said["http"], said["grpc"], said["metrics"], said.get("page"))
     finally:
         process.kill()
         process.communicate()
@@ -179,6 +185,64 @@ def test_a_server_that_ends_by_itself_is_an_error_with_its_log(support_repositor
         assert processes_below(command.home) == []
 
 
+def test_a_models_process_that_is_killed_is_repaired(
+    support_repository: Path, tmp_path: Path, open_stream: Any, wait_until: Callable[..., float]
+) -> None:
+    """First with nothing under way, where it is loaded again; then under a stream, which must not wait for ever."""
+    short = {**LONG, "sampling_parameters": '{"max_tokens": 1}'}
+    endless = {**LONG, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+
+    def kill_model(server: int) -> None:
+        (model,) = (child for child in psutil.Process(server).children() if child.status() != psutil.STATUS_ZOMBIE)
+        model.kill()
+
+    def answers() -> bool:
+        with contextlib.suppress(InferenceServerException), open_stream(command, "support-int4", short) as opened:
+            opened.next(timeout_s=20)
+            return True
+        return False
+
+    with serving(support_repository, tmp_path / "home", "--openai-port", str(free_port())) as command:
+        server = int((command.run_directory / "server.pid").read_text())
+        kill_model(server)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 503)
+        wait_until(answers)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200)
+        assert int((command.run_directory / "server.pid").read_text()) == server
+
+        with open_stream(command, "support-int4", endless, enable_empty_final_response=True) as opened:
+            opened.next()
+            wait_until(lambda: running_requests(command) == 1)
+            kill_model(server)
+            with pytest.raises(InferenceServerException):
+                list(opened.until_final())
+        wait_until(answers)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200)
+        command.process.terminate()
+        assert command.process.wait(30) == 0
+        assert processes_below(command.home) == []
+
+
+def running_requests(command: Command) -> float:
+    with urllib.request.urlopen(command.metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("stillhouse_num_requests_running{"))
+
+
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_a_tampered_version_is_refused_by_name_at_the_start(support_repository: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(support_repository / "support-int4", repository / "support-int4")
@@ -217,9 +281,6 @@ def test_engine_options_of_the_command_reach_the_engine(support_repository: Path
 
 
 def ask_too_long(server: Server) -> tuple[int, Any]:
-    import urllib.error
-    import urllib.request
-
     body = json.dumps({"text_input": "word " * 80}).encode()
     request = urllib.request.Request(f"{server.http_url}/v2/models/support-int4/generate", body)
     with pytest.raises(urllib.error.HTTPError) as refused:

@@ -127,6 +127,11 @@ class Engine:
     def healthy(self) -> bool:
         return self._failure is None and not self._closing
 
+    @property
+    def failed(self) -> bool:
+        """Whether the loop has ended by a fault: it will never answer again."""
+        return self._failure is not None
+
     def start(self) -> None:
         """Starts the thread that steps while there is work, and sleeps while there is none."""
         self._thread = threading.Thread(target=self._loop, name="stillhouse-engine", daemon=True)

@@ -98,6 +98,10 @@ class LanguageModel:
     def healthy(self) -> bool:
         return self.engine.healthy
 
+    @property
+    def failed(self) -> bool:
+        return self.engine.failed
+
     def prompt_ids(
         self,
         *,

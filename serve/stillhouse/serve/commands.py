@@ -71,8 +71,8 @@ def serve(
     """
     from stillhouse.gateway.gateway import KEY_VARIABLE, Access, read_keys
     from stillhouse.serve.launcher import ServeOptions
-    from stillhouse.serve.launcher import serve as run
     from stillhouse.serve.ports import Ports
+    from stillhouse.serve.serving import serve as run
 
     options = ServeOptions(
         repository=repository,

@@ -43,9 +43,11 @@ class TritonGenerator:
         self._models = {model.name: model for model in models}
         self._pulses = {model.name: _Pulse() for model in models}
         self._watching: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def open(self) -> TritonGenerator:
         """Reads what is live, and begins to watch. Raises VersionError for a version that cannot be read."""
+        self._loop = asyncio.get_running_loop()
         for model in self._models.values():
             await model.follow(self._client)
         self._watching = [asyncio.create_task(self._watch(name)) for name in self._models]
@@ -97,6 +99,11 @@ class TritonGenerator:
         """Has the model asked at once whether it still answers; called by whoever saw its process end."""
         if name in self._pulses:
             self._pulses[name].suspected = True
+
+    def fail(self, name: str, reason: str) -> None:
+        """Ends the model's streams with an error and refuses new ones until it answers again; from any thread."""
+        if name in self._pulses and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._pulses[name].end, name, reason)
 
     async def _pump(
         self,

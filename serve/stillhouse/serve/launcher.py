@@ -7,21 +7,18 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from stillhouse.gateway.address import reachable
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
-from stillhouse.serve.openai import plug_triton, start_gateway
 from stillhouse.serve.ports import Ports, settle_ports
 from stillhouse.serve.repository import ServedModel, checked_engine_options, served_models
 from stillhouse.serve.startup import wait_until_ready
@@ -184,52 +181,6 @@ def running_server(
         yield server
     finally:
         server.stop()
-
-
-def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
-    """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
-
-    Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
-    if the server ended by itself.
-    """
-    asked, servers = threading.Event(), list[Server]()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if asked.is_set() and servers:
-            servers[0].hurry()
-        asked.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
-    gateway = start_gateway(options.host, options.openai_port, options.access)
-    try:
-        try:
-            server = start_server(options, stop=asked)
-        except ServeError:
-            if asked.is_set():
-                return 0
-            raise
-        servers.append(server)
-        if gateway is not None:
-            plug_triton(gateway, server, options.repository, options.engine)
-            server.openai_url = gateway.url
-        announce(server)
-        while not asked.wait(0.2):
-            if (status := server.exit_status()) is not None:
-                raise ServeError(
-                    f"the Triton server ended by itself with status {status}",
-                    hint=f"its log: {server.log_file}",
-                )
-        log.info("ending: running requests have %g s to finish", options.grace_s)
-        if gateway is not None:
-            gateway.drain(options.grace_s)
-        server.stop()
-        return 0
-    finally:
-        if gateway is not None:
-            gateway.drain(0.0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _command(

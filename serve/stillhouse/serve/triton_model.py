@@ -57,7 +57,7 @@ class ServedVersion:
             raise pb_utils.TritonModelException(one_line(error)) from error
         self._door = ThreadPoolExecutor(_DOOR_THREADS, thread_name_prefix="stillhouse-door")
         self._outbox = Outbox()
-        self._watcher = Watcher()
+        self._watcher = Watcher(lambda: self._model.failed)
         self._metrics = Metrics(pb_utils, name, version, self._model.stats)
 
     def execute(self, requests: list[Any]) -> None:

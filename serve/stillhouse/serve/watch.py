@@ -1,13 +1,18 @@
-"""What only asking tells: clients that have gone away, and a server that has died."""
+"""What only asking tells: clients that have gone away, an engine that has failed, a server that has died."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
+log = logging.getLogger(__name__)
+
 _EVERY_S = 0.025
+_LAST_WORDS_S = 1.0
 
 
 class Watched(Protocol):
@@ -21,9 +26,15 @@ class Watched(Protocol):
 
 
 class Watcher:
-    """Cancels requests whose client has gone, within 50 ms, whether they wait, prefill or decode."""
+    """Cancels requests whose client has gone, within 50 ms, whether they wait, prefill or decode.
 
-    def __init__(self) -> None:
+    Once `failed` says so, it ends the process: an engine that has failed never answers again, and a process that has
+    died is what the launcher repairs.
+    """
+
+    def __init__(self, failed: Callable[[], bool], end_process: Callable[[], object] = lambda: os._exit(1)) -> None:
+        self._failed = failed
+        self._end_process = end_process
         self._watched: dict[int, Watched] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="stillhouse-watch", daemon=True)
@@ -42,6 +53,12 @@ class Watcher:
     def _loop(self) -> None:
         while not self._closing.wait(_EVERY_S):
             self._look_after(list(self._watched.values()))
+            if self._failed():
+                # Time for the errors to be sent that the engine has handed out.
+                self._closing.wait(_LAST_WORDS_S)
+                log.critical("the engine has failed: this process ends, to be started again")
+                self._end_process()
+                return
 
     def _look_after(self, requests: list[Watched]) -> None:
         # A function of its own: its frame ends, and with it the last hold on requests that are done.

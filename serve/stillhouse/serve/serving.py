@@ -1,0 +1,74 @@
+"""`stillhouse serve`: Triton and the gateway until a signal; a model's process that dies is repaired."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from stillhouse.serve.errors import ServeError
+from stillhouse.serve.launcher import ServeOptions, Server, start_server
+from stillhouse.serve.openai import plug_triton, start_gateway
+from stillhouse.serve.supervisor import Processes, repair
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.2
+
+
+def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
+    """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
+
+    Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
+    if the server ended by itself, or a model whose process has died does not come back.
+    """
+    asked, servers = threading.Event(), list[Server]()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if asked.is_set() and servers:
+            servers[0].hurry()
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
+    gateway = start_gateway(options.host, options.openai_port, options.access)
+    try:
+        server, tell_died = start_server(options, stop=asked), _nobody
+        servers[:] = [server]
+        if gateway is not None:
+            tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
+            server.openai_url = gateway.url
+        announce(server)
+        processes = Processes(server)
+        while not asked.wait(_LOOK_S):
+            if (status := server.exit_status()) is not None:
+                raise ServeError(
+                    f"the Triton server ended by itself with status {status}",
+                    hint=f"its log: {server.log_file}",
+                )
+            if dead := processes.dead_models():
+                for model in dead:
+                    tell_died(model, "its process has died")
+                server = repair(server, options, dead, stop=asked)
+                servers[:], processes = [server], Processes(server)
+        log.info("ending: running requests have %g s to finish", options.grace_s)
+        if gateway is not None:
+            gateway.drain(options.grace_s)
+        server.stop()
+        return 0
+    except ServeError:
+        # Told to stop while a server was being started.
+        if asked.is_set():
+            return 0
+        raise
+    finally:
+        if gateway is not None:
+            gateway.drain(0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nobody(model: str, reason: str) -> None:
+    """Takes the news where no gateway is."""

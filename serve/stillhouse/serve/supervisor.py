@@ -1,0 +1,108 @@
+"""Looks after the models' processes: Triton neither restarts one that has died, nor ends its streams, nor says so."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from stillhouse.client import ClientError
+from stillhouse.engine.policy import live_versions
+from stillhouse.serve.control import TritonControl
+from stillhouse.serve.errors import ServeError
+from stillhouse.serve.launcher import ServeOptions, Server, start_server
+
+log = logging.getLogger(__name__)
+
+_UNDER_WAY = re.compile(r"^stillhouse_num_requests_(?:running|waiting)\{(.*)\} (\S+)$", re.MULTILINE)
+_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Processes:
+    """The processes of a server's models; looked at several times a second."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = psutil.Process(server.pid)
+        self._models: dict[int, str] = {}  # by process
+        self._ended: set[int] = set()
+
+    def dead_models(self) -> list[str]:
+        """The models of which a process has died.
+
+        Such a one stays a zombie, since Triton does not ask after it; one that it has ended itself is one for an
+        instant at most, so it is the second look that counts.
+        """
+        ended = set()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in self._server.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.status() == psutil.STATUS_ZOMBIE:
+                        ended.add(process.pid)
+                    elif process.pid not in self._models and (model := _model_of(process.cmdline())):
+                        self._models[process.pid] = model
+        dead = {self._models[process] for process in ended & self._ended if process in self._models}
+        self._ended = ended
+        return sorted(dead)
+
+
+def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event) -> Server:
+    """Has `models`, whose processes have died, served again; returns the server that does, this one or a new one.
+
+    Where nothing was under way the models are unloaded and loaded. Otherwise the server is started anew, for Triton
+    would leave the clients of those streams without an end. Raises ServeError where they do not come up.
+    """
+    begun_s = time.monotonic()
+    names = ", ".join(models)
+    if _requests_under_way(server, models) == 0:
+        log.warning("the process of %s has died: it is loaded again", names)
+        try:
+            _reload(server, options.repository, models)
+        except (ServeError, ClientError) as error:
+            log.warning("%s could not be loaded again: %s", names, error)
+        else:
+            log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
+            return server
+    log.warning("the process of %s has died with requests under way: the server is started again", names)
+    server.stop(at_once=True)
+    if server.log_file.is_file():  # it says what happened
+        server.log_file.replace(f"{server.log_file}.1")
+    started = start_server(replace(options, ports=server.ports, log_file=server.log_file), stop=stop)
+    started.openai_url = server.openai_url
+    log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
+    return started
+
+
+def _reload(server: Server, repository: Path, models: Sequence[str]) -> None:
+    with contextlib.closing(TritonControl(server.grpc_url)) as triton:
+        for model in models:
+            triton.unload(model)
+            triton.load(model)
+            for version in live_versions(repository / model):
+                triton.ask(model, version)
+
+
+def _requests_under_way(server: Server, models: Sequence[str]) -> float:
+    """What the processes told of their requests before they died, at most a quarter of a second before."""
+    try:
+        with _LOCAL.open(server.metrics_url, timeout=2.0) as response:
+            page = response.read().decode()
+    except (OSError, http.client.HTTPException):
+        return 1.0
+    told = _UNDER_WAY.findall(page)
+    return sum(float(value) for labels, value in told if any(f'model_name="{model}"' in labels for model in models))
+
+
+def _model_of(command: Sequence[str]) -> str | None:
+    """The model that a process of Triton's Python backend serves: its first argument is MODEL/VERSION/model.py."""
+    if len(command) < 2 or not command[0].endswith("triton_python_backend_stub"):
+        return None
+    return Path(command[1]).parent.parent.name
