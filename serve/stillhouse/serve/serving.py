@@ -35,8 +35,11 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
     gateway = start_gateway(options.host, options.openai_port, options.access)
     try:
-        server, tell_died = start_server(options, stop=asked), _nobody
+        server = start_server(options, stop=asked)
+        server = start_server(options, stop=asked)
         servers[:] = [server]
+        tell_died: Callable[[str, str], None] = _nobody
+        tell_died: Callable[[str, str], None] = _nobody
         if gateway is not None:
             tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
             server.openai_url = gateway.url
