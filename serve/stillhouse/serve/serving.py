@@ -36,9 +36,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     gateway = start_gateway(options.host, options.openai_port, options.access)
     try:
         server = start_server(options, stop=asked)
-        server = start_server(options, stop=asked)
         servers[:] = [server]
-        tell_died: Callable[[str, str], None] = _nobody
         tell_died: Callable[[str, str], None] = _nobody
         if gateway is not None:
             tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
