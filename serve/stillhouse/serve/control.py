@@ -67,4 +67,5 @@ class TritonControl:
 
 
 def _one_line(error: InferenceServerException) -> str:
-    return " ".join((error.message() or str(error)).split())
+    """Without the place in Python's code, which Triton adds."""
+    return " ".join((error.message() or str(error)).partition("\nAt:")[0].split())

@@ -41,8 +41,8 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         if gateway is not None:
             tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
             server.openai_url = gateway.url
-        announce(server)
         processes = Processes(server)
+        announce(server)
         while not asked.wait(_LOOK_S):
             if (status := server.exit_status()) is not None:
                 raise ServeError(

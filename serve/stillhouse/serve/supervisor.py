@@ -34,6 +34,7 @@ class Processes:
         self._server = psutil.Process(server.pid)
         self._models: dict[int, str] = {}  # by process
         self._ended: set[int] = set()
+        self.dead_models()
 
     def dead_models(self) -> list[str]:
         """The models of which a process has died.
