@@ -49,7 +49,9 @@ class Metrics:
 
     def __init__(self, pb_utils: Any, model: str, version: str, stats: Callable[[], Stats]) -> None:
         self._pb_utils = pb_utils
-        self._labels = {"model_name": model, "model_version": version}
+        # Two processes of one version may run for a while, the old one ending its streams. With the same labels they
+        # would share what Triton keeps, and the server dies when one of them takes its own off the page.
+        self._labels = {"model_name": model, "model_version": version, "process": str(os.getpid())}
         self._stats = stats
         self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
         self._closing = threading.Event()
