@@ -100,13 +100,13 @@ def test_a_broken_version_is_not_promoted_and_the_old_one_never_stops(
     server: Server, model: Path, open_stream: Any, version: int, kind: type[Exception], words: str
 ) -> None:
     before = (model / "config.pbtxt").read_text("utf-8")
-    asked = {"text_input": "Hello", "stream": True, "sampling_parameters": '{"max_tokens": 200, "ignore_eos": true}'}
+    asked = {"text_input": "Hello", "stream": True, "sampling_parameters": '{"max_tokens": 120, "ignore_eos": true}'}
     with open_stream(server, NAME, asked, enable_empty_final_response=True) as opened:
         opened.next()
         with pytest.raises(kind, match=words):
             promote(model.parent, NAME, version, server.grpc_url)
         assert answering(server, open_stream) == "1"
-        assert len(list(opened.until_final())) == 200
+        assert len(list(opened.until_final())) == 119
     assert (model / "config.pbtxt").read_text("utf-8") == before
     assert loaded(server) == ["1"]
 
