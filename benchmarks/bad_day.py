@@ -98,6 +98,7 @@ def gone(server: Server, options: argparse.Namespace, ways: list[str]) -> dict[s
         figures: dict[str, Any] = {"idle_ttft_ms": round(1000 * median(idle), 1)}
         for way in ways:
             figures[way] = milliseconds([slot_free_s(server, model, take[way]) for _ in range(options.tries)])
+            print(way, figures[way], file=sys.stderr, flush=True)
     return figures
 
 
