@@ -159,6 +159,7 @@ def test_a_new_version_takes_over_and_the_old_one_comes_back_without_a_failure(
     assert {name for _, name in seen} == {"support-int4-v1", "support-int4-v2"}
 
 
+@pytest.mark.slow
 def test_a_model_whose_process_is_killed_ends_its_streams_by_name(support_repository: Path, tmp_path: Path) -> None:
     log_file = tmp_path / "triton.log"
     with (

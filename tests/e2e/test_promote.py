@@ -64,6 +64,7 @@ def answering(server: Server, open_stream: Any) -> str:
         return str(opened.next().get_response().model_version)
 
 
+@pytest.mark.slow
 def test_nothing_fails_while_versions_go_live_and_back_under_load(
     server: Server, model: Path, moves: ModuleType, wait_until: Callable[..., float]
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_promoted_version_answers_and_the_one_before_stays_if_asked(
     wait_until(lambda: loaded(server) == ["1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "kind", "words"),
     [(3, TamperedError, r"3/model\.onnx has 8 bytes"), (4, PromotionFailed, "support-int4/4 was not promoted: ")],
