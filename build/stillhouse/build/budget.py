@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,10 +11,12 @@ from pathlib import Path
 from stillhouse.build.blocks import bytes_of
 from stillhouse.build.nbits import EMBEDDING, HEAD
 from stillhouse.build.publish import FILES
+from stillhouse.build.tensors import TensorInfo
 from stillhouse.engine.errors import StillhouseError
 
 Shapes = Mapping[str, tuple[int, int]]
 _NODE_BYTES = 1_200  # of a quantized node in model.onnx: its names, attributes and tensors' places
+_LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_)?(attn|mlp)\.(\w+)\.weight")
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 
 
@@ -59,6 +62,17 @@ def spare_bytes(budget: int | None, least: int) -> int:
     return budget - least
 
 
+def hold_budget(budget: int | None, made: Path, checkpoint: Path) -> None:
+    """Raises StillhouseError where the version's files, as they were written, exceed the budget."""
+    places = [made / name if (made / name).is_file() else checkpoint / name for name in FILES]
+    size = sum(place.stat().st_size for place in places if place.is_file())
+    if budget is not None and size > budget:
+        raise StillhouseError(
+            f"quantize: {budget / 1e6:.3f} MB are allowed, but the version's files take {size / 1e6:.3f} MB",
+            hint="raise max_bytes or max_bytes_share, or keep fewer weights at 8 bits",
+        )
+
+
 def kept_at_8_bits(nodes: Collection[str], asked: Collection[str]) -> set[str]:
     """The nodes that keep_int8 names, beside the head and the embedding, which always stay at 8 bits.
 
@@ -80,3 +94,14 @@ def kept_at_8_bits(nodes: Collection[str], asked: Collection[str]) -> set[str]:
             raise StillhouseError(f"keep_int8: no weight is named {name!r}", hint=f"this model has: {kinds}")
         kept |= found
     return kept
+
+
+def refuse_unknown(asked: Collection[str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises StillhouseError for a name in keep_int8 that none of a checkpoint's linears will have in the graph."""
+    found = [match.groups() for name in tensors if (match := _LINEAR.fullmatch(name))]
+    nodes = {
+        f"/model/layers.{layer}/{block}/{own}/MatMul"
+        for layer, block, kind in found
+        for own in (kind, _FUSED.get(kind, kind))
+    }
+    kept_at_8_bits({*nodes, HEAD, EMBEDDING}, asked)

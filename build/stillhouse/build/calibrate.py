@@ -41,7 +41,7 @@ def calibrate(
         windows = own_samples(share, Path(model), Path(checkpoint), shape, sequences=SEQUENCES, length=length, seed=0)
     else:
         label = Path(text).name
-        windows = _windows_of(text, Path(checkpoint) / "tokenizer.json", length)
+        windows = windows_of(text, Path(checkpoint) / "tokenizer.json", length)
     content = {
         "text": label,
         "sha256": hashlib.sha256(np.asarray(windows, "<i8").tobytes()).hexdigest(),
@@ -58,7 +58,7 @@ def calibrate(
     return {}
 
 
-def _windows_of(file: str, tokenizer: Path, length: int) -> list[list[int]]:
+def windows_of(file: str, tokenizer: Path, length: int) -> list[list[int]]:
     """SEQUENCES windows of the file's tokens, spread evenly over it; they do not overlap."""
     try:
         content = Path(file).read_text("utf-8")

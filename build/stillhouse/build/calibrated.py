@@ -49,7 +49,9 @@ class Calibrated:
         if hessian is not None and bits == 4:
             chosen = gptq(weight, hessian, bits=bits, block_size=self.block_size, symmetric=symmetric)
             errors = [output_error(weight, torch.from_numpy(each.dequantized()), hessian) for each in (chosen, nearest)]
-            if not errors[0] < errors[1]:
+            if not errors[1] > 0:
+                chosen = nearest  # zeros, or weights that lie on the grid: there is nothing to do better
+            elif not errors[0] < errors[1]:
                 raise StillhouseError(
                     f"GPTQ did nothing for {node}: its output error is {errors[0]:.3g}, to nearest {errors[1]:.3g}",
                     hint='is the calibration text long enough? method = "k_quant" needs none',

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stillhouse.engine.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.build.results import BuildResult
 
 Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
@@ -42,10 +45,17 @@ def build(
     from stillhouse.build.progress import reporter_for_terminal
     from stillhouse.build.report import build_json, build_table, print_table
 
-    with reporter_for_terminal() as reporter:
-        done = pipeline.build(
-            asked, repository, force=force, no_cache=no_cache, make_live=not keep_live, reporter=reporter
-        )
+    finished: list[BuildResult] = []
+    try:
+        with reporter_for_terminal() as reporter:
+            done = pipeline.build(
+                asked, repository, force=force, no_cache=no_cache, make_live=not keep_live, reporter=reporter,
+                on_result=finished.append,
+            )  # fmt: skip
+    except StillhouseError:
+        if finished and not as_json:  # what was done before the error stays done
+            print_table(build_table(finished))
+        raise
     if done.log is not None:
         draw_build(done, repository, asked.name)
     if as_json:

@@ -10,7 +10,7 @@ _PARTS = ("base", "adapters", "recipe", "tools", "network", "merge", "memory", "
 _ALWAYS = (
     "model", "version", "precision", "target", "created", "weights", "memory.weights_bytes", "quality.perplexity",
     "quality.perplexity_ratio", "quality.kl_mean", "quality.top1_agreement", "quality.greedy_agreement",
-    "quality.tasks.accuracy_share",
+    "quality.tasks.accuracy_share", "quantization.method", "quantization.int8_weights", "quantization.budget_bytes",
 )  # fmt: skip
 
 
@@ -36,6 +36,10 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     facts["weights"] = ", ".join(file.sha256[:12] + "…" for file in weights)
     for part in _PARTS:
         facts |= _flat(part, record[part])
+    if (rounding := record["quantization"]) is not None:
+        facts |= _flat("quantization", {key: rounding[key] for key in ("method", "block_size", "budget_bytes")})
+        facts["quantization.int8_weights"] = len(rounding["int8_weights"])
+        facts |= _flat("quantization.calibration", rounding["calibration"])
     return facts
 
 

@@ -88,9 +88,13 @@ def search_scale(columns: Tensor, importance: Tensor, *, bits: int, symmetric: b
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """Mean over the calibration's positions of the squared change of the output, over that of the output itself."""
+    """Mean over the calibration's positions of the squared change of the output, over that of the output itself.
+
+    0 where the output is always 0.
+    """
     change = rounded - weight
-    return float(((change @ hessian) * change).sum() / ((weight @ hessian) * weight).sum())
+    whole = float(((weight @ hessian) * weight).sum())
+    return float(((change @ hessian) * change).sum()) / whole if whole > 0 else 0.0
 
 
 def _block_order(diagonal: Tensor, block_size: int) -> list[Tensor]:

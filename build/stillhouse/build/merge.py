@@ -180,6 +180,10 @@ def _scale(attached: Any, weight: float, path: Path) -> None:
             f"adapter: {path} trained biases or single tokens, which cannot be weighted by {weight:g}",
             hint="leave its weight out",
         )
+    if weight != 1.0 and config.use_dora:  # its magnitudes belong to the whole change
+        raise StillhouseError(
+            f"adapter: {path} is a DoRA, whose change cannot be weighted by {weight:g}", hint="leave its weight out"
+        )
     for module in attached.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)

@@ -110,6 +110,18 @@ def read_quantized(folder: Path) -> dict[str, BlockWeight]:
     return found
 
 
+def quantized_as(graph_file: Path) -> dict[str, tuple[int, int]]:
+    """The bits and the block size of each quantized node of a graph, read without its weights."""
+    import onnx
+
+    found: dict[str, tuple[int, int]] = {}
+    for node in onnx.load(str(graph_file), load_external_data=False).graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            found[node.name] = (attributes["bits"], attributes["block_size"])
+    return found
+
+
 def _replace(model: ModelProto, weights: Mapping[str, BlockWeight]) -> None:
     """Puts MatMulNBits and, for the embedding, GatherBlockQuantized where MatMul and Gather were."""
     import onnx

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from stillhouse.build.plan import Plan, PlannedVersion, plan
 from stillhouse.build.progress import Reporter
 from stillhouse.build.recipe import Recipe
 from stillhouse.build.record import manifest_of
-from stillhouse.build.results import Build, BuildResult, StageTime, of_existing
+from stillhouse.build.results import Build, BuildResult, StageTime, of_existing, write_log
 from stillhouse.build.texts import excerpts, token_ids, token_windows
 from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import ModelRecord, Precision
-
-log = logging.getLogger(__name__)
 
 _SCRATCH = "run-"
 
@@ -40,37 +37,50 @@ def build(
     no_cache: bool = False,
     make_live: bool = True,
     reporter: Reporter | None = None,
+    on_result: Callable[[BuildResult], None] = lambda _: None,
 ) -> Build:
     """Builds the recipe's precisions into `repository`; those that are there already with the same inputs stay.
 
     A version that does not hold its gate is not published; its result has the status "failed" and its figures.
     `make_live` moves `version_policy` to a new version; the first version of a model is live in any case.
+    `on_result` hears of each version as soon as it is done: a later one's error takes nothing from it.
     """
-    run = _Run(plan(recipe, repository, force=force), force, no_cache, make_live, reporter)
+    run = _Run(plan(recipe, repository, force=force), force, no_cache, make_live, reporter, on_result)
     return run.build()
 
 
 class _Run:
     """One build under way: the stages' entries that it holds, its log, its scratch folder."""
 
-    def __init__(self, plan_: Plan, force: bool, no_cache: bool, make_live: bool, reporter: Reporter | None) -> None:
+    def __init__(
+        self,
+        plan_: Plan,
+        force: bool,
+        no_cache: bool,
+        make_live: bool,
+        reporter: Reporter | None,
+        on_result: Callable[[BuildResult], None],
+    ) -> None:
         self.plan = plan_
         self.force = force
         self.no_cache = no_cache
         self.make_live = make_live
         self.reporter = reporter
+        self.on_result = on_result
         self.root = cache_root()
         self.created = datetime.now(timezone.utc).replace(microsecond=0)
         self.wanted = [version for version in plan_.versions if version.existing is None]
         self.count = 4 + 4 * len(self.wanted) + sum(version.calibration_key is not None for version in self.wanted)
         self.index = 0
         self.stages: list[StageTime] = []
+        self.results: dict[Precision, BuildResult] = {}
+        self.scratch: Path | None = None
         self.log = self.root / "builds" / f"{self.created:%Y%m%dT%H%M%SZ}-{plan_.recipe.name}-{os.getpid()}"
 
     def build(self) -> Build:
-        results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
+        self.results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
         if not self.wanted:
-            return Build([results[version.precision] for version in self.plan.versions], [], None)
+            return Build(self._done(), [], None)
         try:
             self.log.mkdir(parents=True, exist_ok=True)
             prune(self.root)
@@ -82,36 +92,40 @@ class _Run:
         error: str | None = None
         try:
             with ExitStack() as stack:
-                results |= self._build_wanted(stack)
+                self._build_wanted(stack)
         except BaseException as failure:
             error = str(failure) or type(failure).__name__
             raise
         finally:
-            done = [results[v.precision] for v in self.plan.versions if v.precision in results]
-            self._write_log(done, error)
-        return Build([results[version.precision] for version in self.plan.versions], self.stages, self.log)
+            write_log(self.log, self.plan, self.created, Build(self._done(), self.stages, self.log), error)
+        return Build(self._done(), self.stages, self.log)
 
-    def _build_wanted(self, stack: ExitStack) -> dict[Precision, BuildResult]:
+    def _done(self) -> list[BuildResult]:
+        """What there is so far, in the recipe's order."""
+        return [self.results[v.precision] for v in self.plan.versions if v.precision in self.results]
+
+    def _build_wanted(self, stack: ExitStack) -> None:
+        scratch_root = self.root / "scratch"
+        scratch_root.mkdir(parents=True, exist_ok=True)
+        clear_unheld(scratch_root, _SCRATCH)
+        self.scratch = stack.enter_context(held_temporary(scratch_root, _SCRATCH))
         merged = self._entry(stack, "merge", "merge", self.plan.merge_key, self._merge_arguments())
         network = read_network(merged.path)
         windows = token_windows(token_ids(self.plan.text, merged.path / "tokenizer.json"), network.context_length)
         fp32 = self._entry(stack, "export fp32", "fp32", self.plan.reference_key, _fp32_arguments(merged.path))
-        scratch_root = self.root / "scratch"
-        scratch_root.mkdir(parents=True, exist_ok=True)
-        clear_unheld(scratch_root, _SCRATCH)
-        spool = stack.enter_context(held_temporary(scratch_root, _SCRATCH)) / "reference.f32"
+        spool = self.scratch / "reference.f32"
         measured = {"network": network.model_dump(), "windows": windows, "spool": str(spool)}
         self._stage("reference", "reference", {"model": str(fp32.path / "model.onnx"), **measured})
         said = self._answers("fp32", fp32, merged, network)
-        results: dict[Precision, BuildResult] = {}
         for version in self.wanted:
             with ExitStack() as own:
                 made = self._make(own, version, merged, fp32, network)
                 model = made.path / "model.onnx"
                 answer = self._stage(f"verify {version.precision}", "fidelity", {"model": str(model), **measured})
                 replies = compare(said, self._answers(version.precision, made, merged, network), self.plan.tasks)
-                results[version.precision] = self._publish(version, merged, made, network, Figures(**answer), replies)
-        return results
+                result = self._publish(version, merged, made, network, Figures(**answer), replies)
+                self.results[version.precision] = result
+                self.on_result(result)
 
     def _make(
         self, stack: ExitStack, version: PlannedVersion, merged: Entry, fp32: Entry, network: ModelRecord
@@ -190,7 +204,7 @@ class _Run:
 
         def probe(directory: Path) -> None:
             arguments = {"directory": str(directory)}
-            runs.append(run_stage("probe", arguments, log=self._log_of(title), share=self._share))
+            runs.append(self._run("probe", arguments, title))
 
         published = publishing.publish(
             sources,
@@ -235,7 +249,7 @@ class _Run:
 
         def make(folder: Path) -> dict[str, Any]:
             arguments = call["arguments"] | {"destination": str(folder)}
-            runs.append(run_stage(call["stage"], arguments, log=self._log_of(title), share=self._share))
+            runs.append(self._run(call["stage"], arguments, title))
             return runs[0].result
 
         entry = stack.enter_context(stage_entry(self.root, name, key, make, ignore=self.no_cache))
@@ -245,12 +259,14 @@ class _Run:
     def _stage(self, title: str, stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Runs a stage whose result is not kept."""
         began = self._begin(title)
-        run = run_stage(stage, arguments, log=self._log_of(title), share=self._share)
+        run = self._run(stage, arguments, title)
         self._end(title, began, [run])
         return run.result
 
-    def _log_of(self, title: str) -> Path:
-        return self.log / f"{title.replace(' ', '-')}.log"
+    def _run(self, stage: str, arguments: dict[str, Any], title: str) -> StageRun:
+        """Runs a stage with its log and its temporary files among this build's own."""
+        log_file = self.log / f"{title.replace(' ', '-')}.log"
+        return run_stage(stage, arguments, log=log_file, share=self._share, temporary=self.scratch)
 
     def _begin(self, title: str) -> float:
         self.index += 1
@@ -272,24 +288,6 @@ class _Run:
         if self.reporter is not None:
             note = f"{seconds:.1f} s, {time_.peak_rss_bytes / 1e9:.1f} GB" if runs else "reused"
             self.reporter.done(note)
-
-    def _write_log(self, results: list[BuildResult], error: str | None) -> None:
-        record = {
-            "created": self.created.isoformat(),
-            "recipe": self.plan.recipe.model_dump(),
-            "repository": str(self.plan.repository),
-            "tools": self.plan.tools,
-            "stages": [asdict(stage) for stage in self.stages],
-            "results": [
-                asdict(result) | {"path": str(result.path) if result.path else None, "gate": result.gate.model_dump()}
-                for result in results
-            ],
-            "error": error,
-        }
-        try:
-            (self.log / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        except OSError as failure:  # what went wrong before is worth more than that this did
-            log.warning("warning: the build's log could not be written: %s", failure)
 
 
 def _fp32_arguments(merged: Path) -> dict[str, Any]:

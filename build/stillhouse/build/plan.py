@@ -10,19 +10,21 @@ from typing import Any
 
 from stillhouse.build import publish as publishing
 from stillhouse.build.adapter import Adapter, open_adapter
+from stillhouse.build.budget import refuse_unknown
 from stillhouse.build.cache import cache_root, is_cached, key_of
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
-from stillhouse.build.recipe import Recipe
+from stillhouse.build.recipe import QuantizeOptions, Recipe
 from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.engine.directory import VersionDirectory, sha256_of
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.manifest import GateRecord, Precision
 
 # Raised when the same inputs would give other bytes or other figures than before.
 FORMAT = 5
 CALIBRATION_FORMAT = 1
+UNPACK_FORMAT = 2
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -79,20 +81,20 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
         token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
     tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
     makers = {name: tools[name] for name in _MAKERS}
-    weights_key = key_of(
-        {
-            "format": FORMAT,
-            "base": base.sha256,
-            "adapters": [[adapter.sha256, adapter.weight] for adapter in adapters],
-            "makers": makers,
-        }
-    )
+    weights = {
+        "format": FORMAT,
+        "base": base.sha256,
+        "adapters": [[adapter.sha256, adapter.weight] for adapter in adapters],
+        "makers": makers,
+    }
+    weights_key = key_of(weights | ({"unpacked": UNPACK_FORMAT} if base.quantized else {}))
     # The merge also says what it changed on the text; the weights, and all that is made of them, do not depend on it.
     merge_key = key_of({"weights": weights_key, "text": text.sha256})
     versions: list[PlannedVersion] = []
     for precision, method in methods.items():
         asked = recipe.options(precision)
         options = stage_options(method, asked)
+        _refuse_misfits(precision, method, asked, base, text)
         calibration_key = None
         if calibrates(method, asked) and not (base.quantized and method.name == "auto"):
             file = sha256_of(Path(asked.calibration)) if asked.calibration else None
@@ -118,14 +120,39 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     return Plan(recipe, repository, base, adapters, text, tasks, tools, merge_key, reference_key, versions)
 
 
+def _refuse_misfits(precision: Precision, method: Method, asked: QuantizeOptions, base: Checkpoint, text: Text) -> None:
+    """Raises for options of the quantize stage that do not fit the base or the texts: before hours, not after."""
+    if not method.bits:
+        return
+    width = int(base.config["hidden_size"])
+    if width % asked.block_size:
+        able = ", ".join(str(size) for size in (16, 32, 64, 128, 256) if width % size == 0)
+        raise UsageError(
+            f"quantize.{precision}.block_size: an embedding of width {width} has no whole blocks of {asked.block_size}",
+            hint=f"block sizes that fit: {able}" if able else "take precisions that leave floats",
+        )
+    refuse_unknown(asked.keep_int8, base.tensors)
+    if asked.calibration is None:
+        return
+    from stillhouse.build.calibrate import LENGTH, windows_of  # which loads ONNX Runtime
+
+    if (base.path / "tokenizer.json").is_file():
+        windows_of(asked.calibration, base.path / "tokenizer.json", min(LENGTH, base.context_length))
+    if evaluation_text(asked.calibration).sha256 == text.sha256:
+        raise UsageError(
+            f"quantize.{precision}.calibration: {asked.calibration} is the text that the gate is held on",
+            hint="name another text, or none: the model's own samples are good",
+        )
+
+
 def dry_run(plan_: Plan) -> dict[str, Any]:
     """What `build` would do with this plan: stages, memory and disk in bytes (estimates from measured factors)."""
     root = cache_root()
     weights = 4 * plan_.base.parameters
     vocabulary = int(plan_.base.config["vocab_size"])
     wanted = [version for version in plan_.versions if version.existing is None]
-    stages = [] if not wanted else [("merge", plan_.merge_key, 2.2), ("fp32", plan_.reference_key, 1.3)]
-    stages += [("calibrate", v.calibration_key, 1.3) for v in wanted if v.calibration_key is not None]
+    stages = [] if not wanted else [("merge", plan_.merge_key, 2.7), ("fp32", plan_.reference_key, 1.3)]
+    stages += [("calibrate", v.calibration_key, 1.5) for v in wanted if v.calibration_key is not None]
     stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
     runtime = 600_000_000  # torch, transformers and the interpreter
     todo = [(name, factor) for name, key, factor in stages if not is_cached(root, name, key)]

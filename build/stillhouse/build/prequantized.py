@@ -37,8 +37,12 @@ def refuse_unless_taken(folder: Path, quantization: dict[str, Any]) -> None:
         reason = f"is quantized in groups of {quantization.get('group_size')}"
     elif quantization.get("desc_act"):
         reason = "is quantized with desc_act, which scatters a group's inputs over the row"
-    elif quantization.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        reason = f"is quantized in the format {quantization['checkpoint_format']}"
+    elif format_of(quantization) not in ("gptq", "gptq_v2"):
+        reason = f"is quantized in the format {format_of(quantization)}"
+    elif quantization.get("dynamic"):
+        reason = "is quantized module by module in different ways (dynamic)"
+    elif quantization.get("pack_dtype", "int32") != "int32":
+        reason = f"has its integers packed into {quantization['pack_dtype']}"
     if reason is not None:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise StillhouseError(
@@ -47,11 +51,27 @@ def refuse_unless_taken(folder: Path, quantization: dict[str, Any]) -> None:
         )
 
 
+def format_of(quantization: dict[str, Any]) -> str:
+    """The layout's name; gptqmodel writes it under one key, under the other, or (auto-gptq) under none."""
+    return str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
+
+
 def as_if_whole(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors with a weight (N, K) in place of each quantized linear's parts."""
+    """The tensors with a weight (N, K) in place of each quantized linear's parts.
+
+    Raises StillhouseError where a part is missing, or integers do not lie in words of 32 bits.
+    """
     whole = {name: info for name, info in tensors.items() if not name.endswith(_PARTS)}
     for name, info in tensors.items():
         if name.endswith(".qweight"):
+            for part in (".qzeros", ".scales"):
+                if (lacking := name.removesuffix(".qweight") + part) not in tensors:
+                    raise StillhouseError(f"base: {lacking} is missing", hint="copy or download the checkpoint again")
+            if info.dtype != "I32" or len(info.shape) != 2:
+                raise StillhouseError(
+                    f"base: {name} is {info.dtype} {list(info.shape)}, not (inputs / 8, outputs) in I32",
+                    hint="name the unquantized checkpoint",
+                )
             words, rows = info.shape
             whole[f"{name.removesuffix('.qweight')}.weight"] = TensorInfo("F32", (rows, words * 8), info.file)
     return whole
@@ -118,14 +138,17 @@ def block_weight(module: str, parts: dict[str, Any], settings: dict[str, Any]) -
             f"base: {module} has its inputs' groups scattered (g_idx); they cannot be taken over",
             hint="quantize it without desc_act, or name the unquantized checkpoint",
         )
-    offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
+    offset = 0 if format_of(settings) == "gptq_v2" else 1
     zeros = ((stored + offset) & 15).T[: len(integers)]
     scales = parts[".scales"].numpy().astype(np.float16).T
     return BlockWeight(integers, np.ascontiguousarray(scales), np.ascontiguousarray(zeros), 4, group)
 
 
 def taken(checkpoint: Path, nodes: list[str]) -> dict[str, BlockWeight]:
-    """The integers that a base brought, by the graph's node; empty where it brought none."""
+    """The integers that a base brought, by the graph's node; empty where it brought none.
+
+    Raises StillhouseError where it brought some of a fused node's modules only.
+    """
     from safetensors.numpy import load_file
 
     from stillhouse.build.stream import modules_of
@@ -137,7 +160,14 @@ def taken(checkpoint: Path, nodes: list[str]) -> dict[str, BlockWeight]:
     found = {}
     for node in nodes:
         modules = modules_of(node)
-        if all(f"{module}.integers" in tensors for module in modules):
+        there = [module for module in modules if f"{module}.integers" in tensors]
+        if there and len(there) < len(modules):
+            lacking = next(module for module in modules if module not in there)
+            raise StillhouseError(
+                f"base: {there[0]} is quantized, {lacking} is not, but {node} holds both",
+                hint="quantize all of them or none, or name the unquantized checkpoint",
+            )
+        if there:
             found[node] = stack([_block_weight(tensors, module, block_size) for module in modules])
     return found
 

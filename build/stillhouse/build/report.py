@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stillhouse.build.results import Build, BuildResult
+from stillhouse.build.results import Build, BuildResult, result_json
 from stillhouse.engine.manifest import GateRecord, Manifest
 
 
@@ -48,10 +48,7 @@ def gate_words(gate: GateRecord) -> str:
 def build_json(build: Build) -> dict[str, Any]:
     """A build for machines: its results, stages and log."""
     return {
-        "results": [
-            asdict(result) | {"path": str(result.path) if result.path else None, "gate": result.gate.model_dump()}
-            for result in build.results
-        ],
+        "results": [result_json(result) for result in build.results],
         "stages": [asdict(stage) for stage in build.stages],
         "log": str(build.log) if build.log else None,
     }
@@ -111,6 +108,12 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
                 + (f", KL from base {merge.kl_from_base:.2g}" if merge.kl_from_base is not None else ""),
             )
         )
+    if (rounding := manifest.quantization) is not None:
+        words_ = f"{rounding.method}, blocks of {rounding.block_size}, {rounding.bytes:,} bytes"
+        words_ += f", {len(rounding.int8_weights)} weights kept at 8 bits" if rounding.int8_weights else ""
+        words_ += f", {rounding.budget_bytes:,} bytes allowed" if rounding.budget_bytes is not None else ""
+        words_ += f", calibrated on {rounding.calibration.text}" if rounding.calibration is not None else ""
+        rows.append(("rounding", words_))
     if quality is not None:
         tail = f" (99th percentile {quality.kl_p99:.2g})" if quality.kl_p99 is not None else ""
         rows.append(

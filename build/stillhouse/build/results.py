@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from stillhouse.build.plan import PlannedVersion
+from stillhouse.build.plan import Plan, PlannedVersion
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord, Precision
 from stillhouse.engine.policy import live_versions
+
+log = logging.getLogger(__name__)
 
 Status = Literal["published", "unchanged", "failed"]
 
@@ -75,3 +80,25 @@ def of_existing(version: PlannedVersion) -> BuildResult:
         task_accuracy_share=quality.tasks.accuracy_share if quality.tasks else None,
         live=live_versions(existing.path.parent),
     )
+
+
+def result_json(result: BuildResult) -> dict[str, Any]:
+    """A result for machines."""
+    return asdict(result) | {"path": str(result.path) if result.path else None, "gate": result.gate.model_dump()}
+
+
+def write_log(folder: Path, plan: Plan, created: datetime, build: Build, error: str | None) -> None:
+    """Writes build.json into the build's log: what was asked for, what was done, and the error that ended it."""
+    record = {
+        "created": created.isoformat(),
+        "recipe": plan.recipe.model_dump(),
+        "repository": str(plan.repository),
+        "tools": plan.tools,
+        "stages": [asdict(stage) for stage in build.stages],
+        "results": [result_json(result) for result in build.results],
+        "error": error,
+    }
+    try:
+        (folder / "build.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    except OSError as failure:  # what went wrong before is worth more than that this did
+        log.warning("warning: the build's log could not be written: %s", failure)

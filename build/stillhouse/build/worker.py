@@ -49,8 +49,10 @@ class StageRun:
     cpu_seconds: float
 
 
-def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share) -> StageRun:
-    """Runs `stage` in a child process; what the child prints goes to `log`.
+def run_stage(
+    stage: str, arguments: dict[str, Any], *, log: Path, share: Share, temporary: Path | None = None
+) -> StageRun:
+    """Runs `stage` in a child process; what the child prints goes to `log`, its temporary files into `temporary`.
 
     Raises StillhouseError, the child's own where it gave one. The child dies with its parent.
     """
@@ -61,7 +63,7 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
-            env=_environment(),
+            env=_environment(temporary),
             start_new_session=True,
         )
         try:
@@ -90,11 +92,12 @@ def run_stage(stage: str, arguments: dict[str, Any], *, log: Path, share: Share)
     raise StillhouseError(f"{stage}: the process ended with code {child.returncode}", hint=f"see {log}")
 
 
-def _environment() -> dict[str, str]:
+def _environment(temporary: Path | None) -> dict[str, str]:
     own = {"STILLHOUSE_WORKER_PARENT": str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
     # Threads that spin at a barrier cost minutes where the cores are shared.
     own |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     # ONNX Runtime would report its use and keep a device id in the cache folder; a build tells nobody.
+    own |= {"TMPDIR": str(temporary)} if temporary is not None else {}
     return os.environ | own | {"ORT_DISABLE_TELEMETRY": "1"}
 
 
