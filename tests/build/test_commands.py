@@ -33,7 +33,9 @@ def test_versions_lists_what_is_there_and_verify_says_what_is_whole(repository: 
 def test_inspect_says_how_a_version_came_to_be(repository: Path, cli: Cli) -> None:
     directory = repository / "tiny-int8" / "1"
     assert json.loads(cli("inspect", directory, "--json").stdout)["model"] == "tiny-int8"
-    assert "modules changed" in cli("inspect", directory).stdout
+    said = cli("inspect", directory).stdout
+    assert "modules changed" in said
+    assert "rtn, blocks of 32" in said
     done = cli("inspect", repository / "tiny-int8")
     assert done.returncode == 1
     assert "is not a version directory" in done.stderr
@@ -64,6 +66,7 @@ def test_diff_shows_two_versions_side_by_side(repository: Path, cli: Cli) -> Non
     assert rows["quality.perplexity_ratio"]["left"] != rows["quality.perplexity_ratio"]["right"]
     assert rows["version"]["same"] is True
     assert "file model.onnx.data" in rows
+    assert (rows["quantization.method"]["left"], rows["quantization.method"]["right"]) == (None, "rtn")
     assert not any(key.startswith("base.") for key in rows)  # the same on both sides
     assert "quality.perplexity_ratio" in cli("diff", left, right).stdout
     same = json.loads(cli("diff", left, left, "--json").stdout)

@@ -12,12 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stillhouse.build import pipeline
+from stillhouse.build.cache import cache_root
 from stillhouse.build.recipe import load_recipe
+from stillhouse.build.results import BuildResult
+from stillhouse.build.worker import StageRun, _environment
 from stillhouse.engine.directory import open_version, version_numbers
+from stillhouse.engine.errors import StillhouseError
 
 BUILD = [sys.executable, "-m", "stillhouse.cli.main", "build"]
 
@@ -122,6 +127,38 @@ def test_a_precision_that_is_added_does_not_merge_or_export_again(
         "reference": False,
         "make fp16": True,
     }
+
+
+@pytest.mark.usefixtures("built")
+def test_an_error_takes_nothing_from_the_versions_before_it_and_every_stage_works_in_the_builds_own_folder(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stage = pipeline.run_stage
+    folders = set()
+
+    def run(stage: str, arguments: dict[str, Any], **words: Any) -> StageRun:
+        folders.add(words["temporary"])
+        if stage == "fidelity" and "int8" in arguments["model"]:
+            raise StillhouseError("the lights went out")
+        return run_stage(stage, arguments, **words)
+
+    monkeypatch.setattr(pipeline, "run_stage", run)
+    heard: list[BuildResult] = []
+    with pytest.raises(StillhouseError, match="the lights went out"):
+        pipeline.build(load_recipe(tiny_recipe), tmp_path / "repository", on_result=heard.append)
+    assert [(result.model, result.status) for result in heard] == [("tiny-fp16", "published")]
+    log = max((cache_root() / "builds").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    record = json.loads((log / "build.json").read_text())
+    assert [result["model"] for result in record["results"]] == ["tiny-fp16"]
+    assert record["error"] == "the lights went out"
+    (folder,) = folders
+    assert folder.parent == cache_root() / "scratch"
+    assert not folder.exists()
+
+
+def test_a_stage_puts_its_temporary_files_where_it_is_told(tmp_path: Path) -> None:
+    assert _environment(tmp_path)["TMPDIR"] == str(tmp_path)
+    assert _environment(None).get("TMPDIR") == os.environ.get("TMPDIR")
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stillhouse.build import pipeline
+from stillhouse.build.auto import refuse_to_widen
 from stillhouse.build.blocks import BlockWeight
-from stillhouse.build.nbits import read_quantized
+from stillhouse.build.nbits import HEAD, read_quantized
 from stillhouse.build.plan import plan
+from stillhouse.build.prequantized import TAKEN, block_weight, taken, unpack
 from stillhouse.build.recipe import load_recipe
 from stillhouse.build.rounding import rounded
 from stillhouse.engine.errors import StillhouseError
@@ -81,7 +83,9 @@ def test_a_gptq_base_keeps_its_integers_to_the_bit(
             node = f"{nodes}/{name.replace('self_attn', 'attn').replace('.', '/')}/MatMul"
             assert np.array_equal(written[node].dequantized(), chosen[f"{stem}.{name}"].dequantized()), name
     manifest = json.loads((version.path / "manifest.json").read_text())
-    assert manifest["quantization"]["method"] == "taken"
+    record = manifest["quantization"]
+    assert (record["method"], record["block_size"], record["int8_weights"]) == ("taken", group, [HEAD])
+    assert sum(file["bytes"] for file in manifest["files"]) <= record["budget_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,9 @@ def test_a_gptq_base_keeps_its_integers_to_the_bit(
         ({"bits": 8}, "quantized to 8 bits"),
         ({"group_size": -1}, "in groups of -1"),
         ({"checkpoint_format": "marlin"}, "in the format marlin"),
+        ({"checkpoint_format": None, "format": "marlin"}, "in the format marlin"),
+        ({"dynamic": {"-:.*down_proj.*": {}}}, "in different ways"),
+        ({"pack_dtype": "int16"}, "packed into int16"),
     ],
 )
 def test_what_cannot_be_taken_over_is_refused_by_name(
@@ -104,8 +111,6 @@ def test_what_cannot_be_taken_over_is_refused_by_name(
 
 
 def test_scattered_groups_are_refused_though_the_config_is_silent(tiny_base: Path, tmp_path: Path) -> None:
-    from stillhouse.build.prequantized import unpack
-
     write_gptq(tiny_base, tmp_path / "gptq")
     file = tmp_path / "gptq" / "model.safetensors"
     tensors = load_file(str(file))
@@ -113,6 +118,50 @@ def test_scattered_groups_are_refused_though_the_config_is_silent(tiny_base: Pat
     save_file(tensors, str(file), {"format": "pt"})
     with pytest.raises(StillhouseError, match=r"layers\.0\.mlp\.up_proj has its inputs' groups scattered"):
         unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("part", ["qzeros", "scales"])
+def test_a_missing_part_is_named(part: str, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(str(file))
+    del tensors[f"model.layers.1.mlp.up_proj.{part}"]
+    save_file(tensors, str(file), {"format": "pt"})
+    with pytest.raises(StillhouseError, match=rf"layers\.1\.mlp\.up_proj\.{part} is missing"):
+        plan(load_recipe(write_recipe(base=tmp_path / "gptq")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_the_second_format_keeps_its_zero_points_under_either_key(key: str) -> None:
+    weight = rounded(torch.randn(8, 64), "rtn", bits=4, block_size=32)
+    assert weight.zeros is not None
+    parts = {
+        ".qweight": words(weight.integers).T.contiguous(),
+        ".qzeros": words(weight.zeros.T),
+        ".scales": torch.from_numpy(weight.scales.T.copy()),
+    }
+    read = block_weight("a", parts, {"group_size": 32, "checkpoint_format": None} | {key: "gptq_v2"})
+    assert np.array_equal(read.dequantized(), weight.dequantized())
+
+
+def test_a_fused_projection_is_taken_whole_or_refused_and_nothing_taken_is_widened(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq")
+    unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+    node = "/model/layers.0/attn/qkv_proj/MatMul"
+    own = taken(tmp_path / "whole", [node, HEAD])
+    assert own.keys() == {node}
+    with pytest.raises(
+        StillhouseError, match=r"'qkv_proj' names /model/layers\.0/attn/qkv_proj/MatMul, which the base"
+    ):
+        refuse_to_widen(own, {node: own[node].integers.shape, HEAD: (1024, 128)}, ["qkv_proj"])
+    integers = load_file(str(tmp_path / "whole" / TAKEN))
+    left = {name: tensor for name, tensor in integers.items() if "layers.0.self_attn.v_proj" not in name}
+    assert len(left) == len(integers) - 3
+    save_file(left, str(tmp_path / "whole" / TAKEN))
+    with pytest.raises(StillhouseError, match=r"q_proj is quantized, .*v_proj is not"):
+        taken(tmp_path / "whole", [node])
 
 
 def test_an_adapter_is_not_merged_into_integers(

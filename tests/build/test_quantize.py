@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.build import calibrated
+from stillhouse.build import auto, calibrated, pipeline
 from stillhouse.build.auto import quantize
 from stillhouse.build.blocks import BlockWeight, bytes_of
-from stillhouse.build.budget import footprint, kept_at_8_bits
+from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits
 from stillhouse.build.calibrate import calibrate, own_samples, sampled
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of, output_error
 from stillhouse.build.nbits import EMBEDDING, HEAD, quantizable, read_quantized, write_quantized
-from stillhouse.build.quantize import stage_options
+from stillhouse.build.plan import plan
+from stillhouse.build.publish import FILES
+from stillhouse.build.quantize import METHODS, stage_options
 from stillhouse.build.recipe import QuantizeOptions, load_recipe
 from stillhouse.build.rounding import ROUNDINGS, rounded
 from stillhouse.build.sensitivity import divergence_by_weight, place
@@ -130,6 +133,24 @@ def test_gptq_beats_rounding_to_nearest_in_every_layer(tiny_base: Path, calibrat
     assert result.weights.keys() == result.errors.keys() == bits.keys()
     for node, (ours, nearest) in result.errors.items():
         assert ours < 0.9 * nearest, node
+
+
+def test_gptq_leaves_weights_alone_that_need_no_rounding(tiny_base: Path, calibration: Path, tmp_path: Path) -> None:
+    """Zeros, and weights that lie on the grid: to nearest has no error there, and GPTQ cannot do better."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tensors = load_file(str(folder / "model.safetensors"))
+    down, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "gate"))
+    tensors[down].zero_()
+    tensors[gate] = ((torch.arange(tensors[gate].numel()) % 16 - 7) / 32).reshape(tensors[gate].shape)
+    save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
+    bits = {f"/model/layers.0/mlp/{name}_proj/MatMul": 4 for name in ("down", "gate")}
+    windows = torch.tensor(json.loads(calibration.read_text())["windows"][:2])
+    result = gptq_layers(nothing, LayerStream(folder), windows, bits, block_size=32)
+    for node, name in zip(bits, (down, gate), strict=True):
+        assert np.abs(result.weights[node].dequantized() - tensors[name].numpy()).max() < 1e-6
+        assert all(np.isfinite(result.errors[node]))
 
 
 LINEARS = ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
@@ -270,6 +291,32 @@ def test_auto_records_its_table_and_takes_the_best_that_fits(make: Quantize, tin
         make(tmp_path / "tight", max_bytes=200_000)
 
 
+def test_a_candidate_that_fails_is_noted_and_the_others_go_on(
+    make: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise StillhouseError("GPTQ did nothing")
+
+    monkeypatch.setattr(auto, "gptq_layers", fails)
+    record = make(tmp_path / "late", method="auto", symmetric=True)
+    assert {row["method"]: row.get("note") for row in record["candidates"]} == {"rtn": None, "gptq": "GPTQ did nothing"}
+    assert record["method"] == "rtn"
+    monkeypatch.setattr(auto, "_by_method", fails)
+    with pytest.raises(StillhouseError, match="no method could round this model: rtn: GPTQ did nothing; gptq: GPTQ"):
+        make(tmp_path / "all", method="auto", symmetric=True)
+    with pytest.raises(StillhouseError, match=r"^GPTQ did nothing"):
+        make(tmp_path / "alone", method="gptq")
+
+
+def test_a_version_that_was_written_larger_than_allowed_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx.data").write_bytes(b"\0" * 1000)
+    beside = sum((tiny_base / name).stat().st_size for name in FILES if (tiny_base / name).is_file())
+    hold_budget(beside + 1000, tmp_path, tiny_base)
+    hold_budget(None, tmp_path, tiny_base)
+    with pytest.raises(StillhouseError, match="the version's files take"):
+        hold_budget(beside + 999, tmp_path, tiny_base)
+
+
 def test_the_same_inputs_give_the_same_bytes(make: Quantize, tmp_path: Path) -> None:
     records = [make(tmp_path / name) for name in ("first", "second")]
     assert records[0] == records[1]
@@ -330,16 +377,43 @@ def test_calibration_text_may_be_a_file_and_must_be_long_enough(tiny_base: Path,
 
 
 def test_words_that_mean_nothing_to_a_precision_are_refused(write_recipe: Callable[..., Path]) -> None:
-    from stillhouse.build.quantize import METHODS
-
-    with pytest.raises(UsageError, match="keep_int8 means nothing"):
+    with pytest.raises(UsageError, match="keep_int8 means nothing") as refused:
         stage_options(METHODS["int8"][0], QuantizeOptions(keep_int8=["down_proj"]))
-    with pytest.raises(UsageError, match="block_size means nothing"):
+    assert refused.value.hint == "it is an option of int4"
+    with pytest.raises(UsageError, match="block_size means nothing") as refused:
         stage_options(METHODS["fp16"][0], QuantizeOptions(block_size=64))
+    assert refused.value.hint == "it is an option of int8 and int4"
+    rows = {row.name: row for row in METHODS["int4"]}
+    for name in ("k_quant", "hqq"):
+        with pytest.raises(UsageError, match=f"{name} fits a zero point"):
+            stage_options(rows[name], QuantizeOptions(method=name, symmetric=True))
+    assert stage_options(rows["gptq"], QuantizeOptions(symmetric=True))["symmetric"] is True
     recipe = load_recipe(write_recipe(more='[quantize.int4]\nmethod = "gptq"\nmax_bytes_share = 0.4\n'))
     assert recipe.options("int4").max_bytes_share == 0.4
     with pytest.raises(StillhouseError, match=r"quantize\.int4\.calibration: no such file"):
         load_recipe(write_recipe(more='[quantize.int4]\ncalibration = "nowhere.txt"\n'))
+
+
+def test_options_that_fit_neither_base_nor_texts_are_refused_before_a_weight_is_loaded(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text(evaluation_text(None).content, "utf-8")
+    short = tmp_path / "short.txt"
+    short.write_text("a few words", "utf-8")
+    for more, words in (
+        ("block_size = 256", "an embedding of width 128 has no whole blocks of 256"),
+        ('keep_int8 = ["down_prj"]', "no weight is named 'down_prj'"),
+        ('keep_int8 = ["layers.7.mlp.down_proj"]', "no weight is named 'layers.7.mlp.down_proj'"),
+        (f'calibration = "{short}"', "8192 are needed"),
+        (f'calibration = "{text}"', "is the text that the gate is held on"),
+    ):
+        recipe = load_recipe(write_recipe(precisions='"int4"', more=f"[quantize.int4]\n{more}\n"))
+        with pytest.raises(StillhouseError, match=words):
+            plan(recipe, tmp_path / "repository")
+    fine = 'keep_int8 = ["q_proj", "qkv_proj", "lm_head", "layers.1.self_attn.o_proj"]'
+    recipe = load_recipe(write_recipe(precisions='"int4"', more=f"[quantize.int4]\n{fine}\n"))
+    assert plan(recipe, tmp_path / "repository").versions[0].options["keep_int8"][0] == "q_proj"
 
 
 def test_bytes_are_counted_as_the_file_has_them() -> None:
@@ -349,11 +423,23 @@ def test_bytes_are_counted_as_the_file_has_them() -> None:
     assert bytes_of(1, 64, 8, 32, symmetric=False) == 64 + 4 + 2
 
 
-def test_the_example_is_small_and_close_to_the_original(support_repository: Path) -> None:
+@pytest.fixture(scope="module")
+def example(base_dir: Path, kept_cache: Path, repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's recipe as it stands, built: `support_repository` may round INT4 by a quicker method."""
+    assert base_dir.is_dir()
+    assert kept_cache
+    repository = tmp_path_factory.mktemp("example")
+    built = pipeline.build(load_recipe(repo_root / "examples" / "support" / "recipe.toml"), repository)
+    assert [result.status for result in built.results] == ["published"] * 3
+    return repository
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_example_is_small_and_close_to_the_original(example: Path) -> None:
     """What the build promises (issue 5) on text of another domain than the calibration's."""
     versions = {
-        name: open_version(support_repository / f"support-{name}" / "1", verify=False)
-        for name in ("fp16", "int8", "int4")
+        name: open_version(example / f"support-{name}" / "1", verify=False) for name in ("fp16", "int8", "int4")
     }
     sizes = {name: sum(file.bytes for file in version.manifest.files) for name, version in versions.items()}
     quality = {name: version.manifest.quality for name, version in versions.items()}

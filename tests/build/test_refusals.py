@@ -120,7 +120,7 @@ BASES: dict[str, tuple[Damage, str]] = {
     "pickle": (to_pickle, "model.bin is a pickle"),
     "other family": (set_config(architectures=["MambaForCausalLM"]), "is a MambaForCausalLM, which is not supported"),
     "own code": (set_config(auto_map={"AutoConfig": "x.Y"}), "brings its own modelling code"),
-    "quantized": (set_config(quantization_config={"quant_method": "awq"}), "is quantized already (awq)"),
+    "quantized": (set_config(quantization_config={"quant_method": "awq"}), "is quantized by awq"),
     "NaN": (poison, "has NaN in"),
     "a layer missing": (without("layers.1."), "has weights of 1 layers, its config.json says 2"),
     "another vocabulary": (set_config(vocab_size=2048), "its config.json says [2048, 128]"),

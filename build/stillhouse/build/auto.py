@@ -92,7 +92,7 @@ def quantize(
         shapes = quantizable(source / "model.onnx")
         kept = kept_at_8_bits(shapes, keep_int8 or []) if bits == 4 else set(shapes)
         own = taken(Path(checkpoint), list(shapes)) if method == "auto" and bits == 4 else {}
-        _refuse_to_widen(own, shapes, keep_int8 or [])
+        refuse_to_widen(own, shapes, keep_int8 or [])
         widths = {node: 8 if node in kept and node not in own else 4 for node in shapes}
         job = _Job(source, LayerStream(Path(checkpoint)), shapes, widths, block_size, symmetric, taken=own)
         size = footprint(source, Path(checkpoint), shapes)
@@ -124,7 +124,7 @@ def quantize(
     return {"quantization": record | _as_written(destination_, shapes, bits)}
 
 
-def _refuse_to_widen(own: dict[str, BlockWeight], shapes: dict[str, tuple[int, int]], asked: list[str]) -> None:
+def refuse_to_widen(own: dict[str, BlockWeight], shapes: dict[str, tuple[int, int]], asked: list[str]) -> None:
     """Raises StillhouseError where keep_int8 names a weight that the base brought in 4 bits."""
     for name in asked:
         if both := sorted((kept_at_8_bits(shapes, [name]) - kept_at_8_bits(shapes, [])) & own.keys()):
