@@ -8,8 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from stillhouse.build import commands, pipeline
+from stillhouse.build.results import BuildResult
+from stillhouse.engine.errors import StillhouseError
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -107,6 +112,25 @@ def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Pat
     picture = (log / "quality.svg").read_text()
     for label in ("fp16 v2", "fp16 v1", "int8 v1", "perplexity ratio to the FP32 merge"):
         assert f"<!-- {label} -->" in picture
+
+
+def test_what_was_built_before_an_error_is_still_shown(
+    built: pipeline.Build,
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def build(*_: Any, on_result: Callable[[BuildResult], None], **__: Any) -> pipeline.Build:
+        on_result(built.results[0])
+        raise StillhouseError("the lights went out")
+
+    monkeypatch.setattr(pipeline, "build", build)
+    with pytest.raises(StillhouseError, match="the lights went out"):
+        commands.build(tiny_recipe, tmp_path / "repository")
+    shown = capsys.readouterr().out
+    assert "tiny-fp16" in shown
+    assert "tiny-int8" not in shown
 
 
 def test_a_line_reporter_says_how_much_is_done_and_left(

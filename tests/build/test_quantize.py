@@ -308,6 +308,11 @@ def test_a_candidate_that_fails_is_noted_and_the_others_go_on(
         make(tmp_path / "alone", method="gptq")
 
 
+def test_where_the_budget_has_room_for_all_every_weight_keeps_8_bits(make: Quantize, tmp_path: Path) -> None:
+    record = make(tmp_path, method="rtn", max_bytes=10_000_000)
+    assert (record["block_size"], len(record["int8_weights"])) == (32, 2 * len(LINEARS) + 1)
+
+
 def test_a_version_that_was_written_larger_than_allowed_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx.data").write_bytes(b"\0" * 1000)
     beside = sum((tiny_base / name).stat().st_size for name in FILES if (tiny_base / name).is_file())

@@ -135,9 +135,10 @@ def refuse_to_widen(own: dict[str, BlockWeight], shapes: dict[str, tuple[int, in
 
 
 def _as_written(folder: Path, shapes: dict[str, tuple[int, int]], bits: int) -> dict[str, Any]:
-    """The record's facts that the file itself says: the block size at `bits`, and what an int4 version has at 8."""
+    """The record's facts that the file itself says: the block size of the fewest bits, and what int4 has at 8."""
     written = {node: form for node, form in quantized_as(folder / "model.onnx").items() if node in shapes}
-    blocks = [block_size for width, block_size in written.values() if width == bits]
+    fewest = min(width for width, _ in written.values())
+    blocks = [block_size for width, block_size in written.values() if width == fewest]
     int8 = sorted(node for node, (width, _) in written.items() if width == 8) if bits == 4 else []
     return {"block_size": max(blocks, key=blocks.count), "int8_weights": int8}
 
