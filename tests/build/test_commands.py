@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stillhouse.build import commands, pipeline
-from stillhouse.build.results import BuildResult
+from stillhouse.build.results import Build, BuildResult
 from stillhouse.engine.errors import StillhouseError
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -115,13 +115,13 @@ def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Pat
 
 
 def test_what_was_built_before_an_error_is_still_shown(
-    built: pipeline.Build,
+    built: Build,
     tiny_recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def build(*_: Any, on_result: Callable[[BuildResult], None], **__: Any) -> pipeline.Build:
+    def build(*_: Any, on_result: Callable[[BuildResult], None], **__: Any) -> Build:
         on_result(built.results[0])
         raise StillhouseError("the lights went out")
 
