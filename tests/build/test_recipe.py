@@ -106,6 +106,7 @@ def test_the_starter_is_a_recipe_and_names_every_key(tmp_path: Path) -> None:
     text = file.read_text("utf-8")
     # What is commented out must be right too.
     uncommented = re.sub(r"^# (\w+ = |\[)", r"\1", text, flags=re.MULTILINE).replace("adapters = []\n", "")
+    (tmp_path / "new" / "prose.txt").write_text("other words")
     (tmp_path / "new" / "held-out.txt").write_text("words")
     (tmp_path / "new" / "tasks.jsonl").write_text("{}")
     whole = load_recipe(recipe_of(tmp_path / "new", uncommented))
