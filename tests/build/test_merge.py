@@ -96,12 +96,16 @@ def test_biases_that_were_trained_are_merged_where_the_base_has_them_and_refused
         run_merge(tiny_base, tmp_path / "none", make_adapter(lora_bias=True))
 
 
-def test_a_dora_is_merged_whole_or_not_at_all(
-    tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"use_dora": True}, "is a DoRA"), ({"init_lora_weights": "pissa"}, "was begun by pissa")],
+)
+def test_an_adapter_whose_factors_are_not_its_change_is_merged_whole_or_not_at_all(
+    config: dict[str, Any], words: str, tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Its magnitudes rescale base and change together: a share of them is not a share of the change."""
-    with pytest.raises(StillhouseError, match=r"is a DoRA, whose change cannot be weighted by 0\.5"):
-        run_merge(tiny_base, tmp_path / "half", make_adapter(use_dora=True), weights=[0.5])
+    """DoRA's magnitudes rescale the base, PiSSA takes its start out of it: a share of the factors is none of these."""
+    with pytest.raises(StillhouseError, match=rf"{words}, whose change cannot be weighted by 0\.5"):
+        run_merge(tiny_base, tmp_path / "half", make_adapter(**config), weights=[0.5])
 
 
 def test_the_figures_of_a_change_are_what_plain_arithmetic_gives(

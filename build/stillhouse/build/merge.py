@@ -184,6 +184,12 @@ def _scale(attached: Any, weight: float, path: Path) -> None:
         raise StillhouseError(
             f"adapter: {path} is a DoRA, whose change cannot be weighted by {weight:g}", hint="leave its weight out"
         )
+    start = config.init_lora_weights
+    if weight != 1.0 and isinstance(start, str) and start not in ("gaussian", "eva"):  # the others move the base, too
+        raise StillhouseError(
+            f"adapter: {path} was begun by {start}, whose change cannot be weighted by {weight:g}",
+            hint="leave its weight out",
+        )
     for module in attached.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)
