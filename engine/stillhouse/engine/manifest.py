@@ -144,6 +144,7 @@ class CandidateRecord(_Record):
     kl_mean: float | None = None
     top1_agreement: float | None = None
     chosen: bool = False
+    note: str | None = None
 
 
 class QuantizationRecord(_Record):
