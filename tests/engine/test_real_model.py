@@ -143,7 +143,7 @@ def test_prompt_logprobs_are_those_of_one_by_one_scoring(model: LanguageModel, p
             {
                 "json": {
                     "type": "object",
-                    "properties": {"a": {"type": "integer", "maximum": 99}},
+                    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
                     "required": ["a"],
                     "additionalProperties": False,
                 }
