@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import sys
 import time
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import itertools
 
-from figures import replace_between
+from figures import publish, two_columns
 from machine import describe
 from roster import HERE, ROOT
 from workload import Workload
@@ -210,7 +209,7 @@ def measure(version: Path, threads: int, rounds: int, seed: int) -> dict[str, An
 
 def markdown(report: dict[str, Any]) -> str:
     of = report["figures"]
-    chunk, machine = EngineOptions().prefill_chunk_tokens, report["machine"]
+    chunk = EngineOptions().prefill_chunk_tokens
     rows = [
         ("Python and scheduling in a decode step of 16 sequences", f"{of['outside_runtime_share']:.1%}"),
         (
@@ -223,12 +222,7 @@ def markdown(report: dict[str, Any]) -> str:
         ("128 requests against twice the time of 64, 16 at a time", f"{of['linear_ratio']:.2f}"),
         ("CPU while idle", f"{of['idle_cpu_share']:.2%}"),
     ]
-    lines = ["| | |", "|---|--:|", *(f"| {name} | {figure} |" for name, figure in rows), ""]
-    lines.append(
-        f"Machine: {machine['processor']}, {machine['cores']} cores; {report['threads']} threads, medians of"
-        f" {report['rounds']} rounds, prompts' seed {report['seed']}. Measured {report['measured']}."
-    )
-    return "\n".join(lines) + "\n"
+    return two_columns(rows, report, f"medians of {report['rounds']} rounds, prompts' seed {report['seed']}")
 
 
 def main() -> None:
@@ -241,12 +235,7 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     args = parser.parse_args()
     report = measure(args.version_dir, args.threads, args.rounds, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = markdown(report)
-    print(table)
-    if args.write_docs:
-        DOCS.write_text(replace_between(DOCS.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+    publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
 
 
 if __name__ == "__main__":

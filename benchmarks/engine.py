@@ -11,7 +11,6 @@ What is measured: benchmarks/peers/protocol.py. The report is benchmarks/results
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bandwidth import read_bandwidth_gb_s
-from figures import markdown, perplexity, ratios, replace_between, summarise
+from figures import markdown, perplexity, publish, ratios, save, summarise
 from machine import describe
 from roster import BASE, CACHE, HERE, ROOT, PeerError, PeerProcess, PeerSpec, known, set_up
 from workload import Workload
@@ -74,12 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    save(args, report)
-    table = markdown(report)
-    print(table)
-    if args.write_docs:
-        for page in PAGES:
-            page.write_text(replace_between(page.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+    publish(report, markdown(report), args.out, PAGES if args.write_docs else [], BEGIN, END)
     return 0
 
 
@@ -108,16 +102,11 @@ def run(args: argparse.Namespace, peers: list[PeerSpec]) -> dict[str, Any]:
                 for key, value in figures.items():
                     samples.setdefault(peer.name, defaultdict(list))[key].append(value)
             if OURS in samples:
-                save(args, report_of(args, rounds, bandwidth, samples, settings, failed))
+                save(report_of(args, rounds, bandwidth, samples, settings, failed), args.out)
     if OURS not in samples:
         raise PeerError(f"nothing to compare: {failed.get(OURS, f'{OURS} is not among the peers')}")
     reference_figures = {} if args.no_perplexity else reference(args, workload)
     return report_of(args, rounds, bandwidth, samples, settings, failed) | reference_figures
-
-
-def save(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def report_of(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # A peer is at equal fidelity when its perplexity is at most so many times ours.
@@ -127,6 +129,27 @@ def _cell(column: Column, figure: Mapping[str, float] | None) -> str:
         return "–"
     median, low, high = (f"{figure[name] * column.scale:,.{column.digits}f}" for name in ("median", "low", "high"))
     return median if low == high else f"{median} ({low}–{high})"
+
+
+def save(report: Mapping[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def publish(report: Mapping[str, Any], table: str, out: Path, pages: Sequence[Path], begin: str, end: str) -> None:
+    """Saves the report, prints its table, and puts it between the marks of `pages`."""
+    save(report, out)
+    print(table)
+    for page in pages:
+        page.write_text(replace_between(page.read_text(encoding="utf-8"), table, begin, end), encoding="utf-8")
+
+
+def two_columns(rows: Sequence[tuple[str, str]], report: Mapping[str, Any], how: str) -> str:
+    """A table of figures by name, and under it the machine that they are of; `how`: what was run there."""
+    machine = report["machine"]
+    lines = ["| | |", "|---|--:|", *(f"| {name} | {figure} |" for name, figure in rows), ""]
+    about = f"{machine['processor']}, {machine['cores']} cores; {report['threads']} threads, {how}"
+    return "\n".join([*lines, f"Machine: {about}. Measured {report['measured']}."]) + "\n"
 
 
 def replace_between(text: str, table: str, begin: str, end: str) -> str:

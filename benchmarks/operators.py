@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import onnxruntime as ort
-from figures import replace_between
+from figures import publish
 from machine import describe
 from roster import HERE, ROOT
 from workload import Workload
@@ -131,12 +131,7 @@ def main() -> None:
         "threads": args.threads,
         "profile": measure(args.version_dir, args.threads, args.seed, args.seconds),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = markdown(report)
-    print(table)
-    if args.write_docs:
-        DOCS.write_text(replace_between(DOCS.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+    publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bandwidth import read_bandwidth_gb_s
-from figures import replace_between
+from figures import publish, two_columns
 from machine import describe
 from roster import CACHE, HERE, ROOT, PeerProcess, known
 from workload import Workload
@@ -264,7 +264,6 @@ def measure(version: Path, tokenizer: Path, *, threads: int, tokens: int, rounds
 
 
 def markdown(report: dict[str, Any]) -> str:
-    machine = report["machine"]
     rows = [
         ("decode, 1 sequence", f"{report['tokens_per_s']:.1f} tokens/s"),
         ("weights that a token reads", f"{report['bytes_a_token'] / 1e6:,.0f} MB"),
@@ -275,12 +274,7 @@ def markdown(report: dict[str, Any]) -> str:
         ("load", f"{report['load_s']:.2f} s"),
         ("files", f"{report['model_bytes'] / 1e6:,.0f} MB"),
     ]
-    lines = ["| | |", "|---|--:|", *(f"| {name} | {figure} |" for name, figure in rows), ""]
-    lines.append(
-        f"Machine: {machine['processor']}, {machine['cores']} cores; {report['threads']} threads, medians of"
-        f" {report['rounds']} rounds. Measured {report['measured']}."
-    )
-    return "\n".join(lines) + "\n"
+    return two_columns(rows, report, f"medians of {report['rounds']} rounds")
 
 
 def main() -> None:
@@ -296,12 +290,7 @@ def main() -> None:
     version = CACHE / f"synthetic/int4-{args.layers}-layers"
     build(version, args.tokenizer, SHAPE | {"num_hidden_layers": args.layers})
     report = measure(version, args.tokenizer, threads=args.threads, tokens=args.tokens, rounds=args.rounds)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = markdown(report)
-    print(table)
-    if args.write_docs:
-        DOCS.write_text(replace_between(DOCS.read_text(encoding="utf-8"), table, BEGIN, END), encoding="utf-8")
+    publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
 
 
 if __name__ == "__main__":
