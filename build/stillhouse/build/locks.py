@@ -44,14 +44,3 @@ def clear_unheld(parent: Path, prefix: str) -> None:
             continue
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds the flock of `directory`; waits for whoever holds it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

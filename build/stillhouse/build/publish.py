@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.build.locks import clear_unheld, held_temporary, locked
-from stillhouse.engine.directory import MANIFEST, MODEL, VersionDirectory, open_version, version_numbers
+from stillhouse.build.locks import clear_unheld, held_temporary
+from stillhouse.engine.directory import MANIFEST, MODEL, VersionDirectory, locked, open_version, version_numbers
 from stillhouse.engine.errors import StillhouseError, VersionError
 from stillhouse.engine.manifest import FileRecord, Manifest
 from stillhouse.engine.options import ENGINE_JSON

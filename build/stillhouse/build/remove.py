@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillhouse.build.locks import held_temporary, locked
+from stillhouse.build.locks import held_temporary
 from stillhouse.build.publish import REMOVED, clear_leftovers
-from stillhouse.engine.directory import model_directories, version_numbers
+from stillhouse.engine.directory import locked, model_directories, version_numbers
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.policy import live_versions
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +103,17 @@ def model_directories(repository: Path) -> list[Path]:
         for entry in repository.iterdir()
         if entry.is_dir() and not entry.name.startswith(".") and version_numbers(entry)
     )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the flock of a model's directory; waits for whoever holds it: one that publishes, removes or promotes."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _where_versions_are(path: Path) -> str:

@@ -9,14 +9,12 @@ it alone, or with the one before.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.client import ClientError
-from stillhouse.engine.directory import model_directories, open_version, version_numbers
+from stillhouse.engine.directory import locked, model_directories, open_version, version_numbers
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
 from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
 from stillhouse.serve.control import TritonControl
@@ -42,14 +40,14 @@ def promote(repository: Path, name: str, version: int, url: str, *, keep_previou
     up: then nothing has changed, and what was live before has served all the time.
     """
     directory = _directory_of(repository, name)
-    with _locked(directory), contextlib.closing(TritonControl(url)) as server:
+    with locked(directory), contextlib.closing(TritonControl(url)) as server:
         return _move(directory, version, server, keep_previous=keep_previous)
 
 
 def rollback(repository: Path, name: str, url: str) -> Promoted:
     """Makes the version live again that was live before; see `promote`."""
     directory = _directory_of(repository, name)
-    with _locked(directory), contextlib.closing(TritonControl(url)) as server:
+    with locked(directory), contextlib.closing(TritonControl(url)) as server:
         previous = previous_version(directory)
         if previous is None:
             raise UsageError(f"{name}: there is nothing to roll back to", hint="no version was live before this one")
@@ -123,17 +121,6 @@ def _policy_of(directory: Path) -> list[int]:
     with contextlib.suppress(VersionError):
         return live_versions(directory)
     return []
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One promotion of a model at a time; a build that publishes holds the same lock."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _numbers(versions: list[int]) -> str:
