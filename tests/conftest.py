@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,20 @@ def repo_root() -> Path:
 def script() -> Callable[[str], ModuleType]:
     """A script of benchmarks/ as a module, by its name."""
     return lambda name: load_script(ROOT / "benchmarks" / f"{name}.py")
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., float]:
+    """Waits until a condition holds and returns the seconds that it took; fails after `timeout_s`."""
+
+    def wait(holds: Callable[[], object], timeout_s: float = 15.0) -> float:
+        begun = time.monotonic()
+        while not holds():
+            assert time.monotonic() - begun < timeout_s, "it did not come to hold in time"
+            time.sleep(0.005)
+        return time.monotonic() - begun
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -133,17 +132,3 @@ def metric() -> Callable[..., float]:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     return read
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., float]:
-    """Waits until a condition holds and returns the seconds that it took; fails after `timeout_s`."""
-
-    def wait(holds: Callable[[], object], timeout_s: float = 15.0) -> float:
-        begun = time.monotonic()
-        while not holds():
-            assert time.monotonic() - begun < timeout_s, "it did not come to hold in time"
-            time.sleep(0.02)
-        return time.monotonic() - begun
-
-    return wait

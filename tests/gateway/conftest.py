@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -97,17 +96,3 @@ def http(server: GatewayServer) -> Iterator[httpx.Client]:
     """Plain HTTP to the gateway."""
     with httpx.Client(base_url=server.url, timeout=60) as made:
         yield made
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., float]:
-    """Waits until a condition holds and returns the seconds that it took; fails after `timeout_s`."""
-
-    def wait(holds: Callable[[], object], timeout_s: float = 15.0) -> float:
-        begun = time.monotonic()
-        while not holds():
-            assert time.monotonic() - begun < timeout_s, "it did not come to hold in time"
-            time.sleep(0.005)
-        return time.monotonic() - begun
-
-    return wait

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.build.texts import Text, token_ids
+from stillhouse.build.texts import Text, spread, token_ids
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import ModelRecord
@@ -70,9 +70,7 @@ def windows_of(file: str, tokenizer: Path, length: int) -> list[list[int]]:
             f"calibration: {file} has {len(ids)} tokens; {SEQUENCES * length} are needed",
             hint="name a longer text, or none: the model's own samples are good",
         )
-    last = len(ids) - length
-    starts = [round(index * last / (SEQUENCES - 1)) for index in range(SEQUENCES)]
-    return [ids[start : start + length] for start in starts]
+    return spread(ids, length, SEQUENCES)
 
 
 def own_samples(

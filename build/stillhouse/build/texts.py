@@ -69,6 +69,11 @@ def token_windows(ids: list[int], context_length: int) -> list[list[int]]:
             f"evaluate.text has {len(ids)} tokens; fidelity needs at least {LEAST_TOKENS + length}",
             hint="name a longer text, or leave [evaluate] text out",
         )
+    return spread(ids, length, count)
+
+
+def spread(ids: list[int], length: int, count: int) -> list[list[int]]:
+    """`count` windows of `length` tokens, two at least, spread evenly from the text's first token to its last."""
     last = len(ids) - length
     starts = [round(index * last / (count - 1)) for index in range(count)]
     return [ids[start : start + length] for start in starts]

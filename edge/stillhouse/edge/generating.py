@@ -29,7 +29,7 @@ class EngineGenerator:
     def __init__(self, models: Sequence[LanguageModel]) -> None:
         self._loop = asyncio.get_running_loop()
         self._models = {model.version.manifest.model: model for model in models}
-        self._served = [describe(model.version, model.max_model_len) for model in models]
+        self._served = [describe(model.version, model.tokenizer, model.max_model_len) for model in models]
 
     def models(self) -> Sequence[ServedModel]:
         return self._served

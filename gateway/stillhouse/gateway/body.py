@@ -70,16 +70,16 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
     fields = _read_json(data)
     if not isinstance(fields, dict):
         raise invalid(f"the body must be a JSON object, got {type(fields).__name__}")
-    _refuse_unknown(fields, kind)
+    _refuse_many_faults(fields, kind)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _first_fault(error, kind) from None
+        raise _first_fault(error) from None
     except RecursionError:
         raise invalid("the body is nested too deeply") from None
 
 
-def _refuse_unknown(fields: dict[str, Any], kind: type[BaseModel]) -> None:
+def _refuse_many_faults(fields: dict[str, Any], kind: type[BaseModel]) -> None:
     """What pydantic would say too, but once and not for each of a million fields."""
     known = {field.alias or name for name, field in kind.model_fields.items()}
     if unknown := next((name for name in fields if name not in known), None):
@@ -115,7 +115,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+def _first_fault(error: ValidationError) -> ApiError:
     """The fault of an unknown field before others, else the first, as one line."""
     faults = error.errors(include_url=False, include_context=False)
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
@@ -123,8 +123,7 @@ def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     place = [str(part) for part in fault["loc"] if not _is_alternative(str(part))]
     name = ".".join(place)
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(sorted(kind.model_fields)) if len(place) == 1 else ""
-        return invalid(f"unknown field {name!r}" + (f" (known: {known})" if known else ""), name, "unknown_field")
+        return invalid(f"unknown field {name!r}", name, "unknown_field")
     if fault["type"] == "missing":
         return invalid(f"{name} is missing", name)
     if place and place[0] in _ALTERNATIVES:

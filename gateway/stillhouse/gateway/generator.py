@@ -69,10 +69,9 @@ class Generator(Protocol):
         ...
 
 
-def describe(version: VersionDirectory, max_model_len: int) -> ServedModel:
+def describe(version: VersionDirectory, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
     """What the version directory says of itself. Raises VersionError where its texts are broken."""
     manifest = version.manifest
-    tokenizer = Tokenizer(version.path)
     return ServedModel(
         name=manifest.model,
         version=manifest.version,

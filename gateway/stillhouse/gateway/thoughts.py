@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.text import Tokenizer
+from stillhouse.engine.text import Tokenizer, overlap
 from stillhouse.engine.thinking import opens_thinking
 from stillhouse.gateway.generator import ServedModel
 
@@ -40,7 +40,7 @@ class Thoughts:
                 break
             found[self._inside] += self._trimmed(before).rstrip("\n") if self._inside else self._trimmed(before)
             self._inside, self._fresh, text = not self._inside, True, after
-        keep = _overlap(text, tag)
+        keep = overlap(text, tag)
         safe = text[: len(text) - keep]
         if self._inside:
             safe = safe.rstrip("\n")
@@ -83,8 +83,3 @@ class Splitter:
 
 def _hidden(tokenizer: Tokenizer, tags: dict[str, Sequence[int]]) -> dict[int, str]:
     return {ids[0]: tag for tag, ids in tags.items() if len(ids) == 1 and ids[0] in tokenizer.special_ids}
-
-
-def _overlap(text: str, tag: str) -> int:
-    """The length of the longest proper beginning of `tag` that `text` ends with."""
-    return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)

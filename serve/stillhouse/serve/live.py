@@ -11,6 +11,7 @@ from stillhouse.engine.directory import open_version
 from stillhouse.engine.limits import limits_of
 from stillhouse.engine.options import read_options
 from stillhouse.engine.policy import live_versions
+from stillhouse.engine.text import Tokenizer
 from stillhouse.gateway.errors import Unavailable
 from stillhouse.gateway.generator import ServedModel, describe
 
@@ -53,6 +54,5 @@ class LiveModel:
     def _read(self, number: int) -> ServedModel:
         version = open_version(self._directory / str(number), verify=False)
         options = read_options(self._directory, dict(self._engine_options))
-        tokenizer = (version.path / "tokenizer.json").read_bytes()
-        self._tokenizers[number] = hashlib.sha256(tokenizer).hexdigest()
-        return describe(version, limits_of(version.manifest, options).max_model_len)
+        self._tokenizers[number] = hashlib.sha256((version.path / "tokenizer.json").read_bytes()).hexdigest()
+        return describe(version, Tokenizer(version.path), limits_of(version.manifest, options).max_model_len)
