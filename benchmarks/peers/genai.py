@@ -22,6 +22,7 @@ class GenAI:
         config = og.Config(str(model))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.model = og.Model(config)
+        og.Tokenizer(self.model)  # the others' loading reads theirs too
         self.pad_id = json.loads((model / "genai_config.json").read_bytes())["model"]["pad_token_id"]
         return {
             "settings": {
