@@ -134,6 +134,11 @@ class Request:
         return self._cancelled
 
     @property
+    def rank(self) -> tuple[int, float]:
+        """The place among those who wait: the lower the sooner; among equals of priority the older first."""
+        return self.params.priority, self.timing.submitted_s
+
+    @property
     def over(self) -> bool:
         """Whether it is cancelled or out of time."""
         if self._cancelled:

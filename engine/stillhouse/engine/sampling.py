@@ -25,7 +25,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 switch these filters off. `stop` strings end the
     text before them. `seed` None draws one; of `n` answers, answer i has the seed `seed` + i. At most
-    `thinking_token_budget` tokens between <think> and </think>, then the end tag is forced.
+    `thinking_token_budget` tokens between <think> and </think>, then the end tag is forced. Of those who wait for a
+    slot, the lower `priority` comes first.
     """
 
     n: int = 1
@@ -50,6 +51,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name, (rule, holds) in _RULES.items():
@@ -86,6 +88,7 @@ _RULES: dict[str, tuple[str, Any]] = {
     "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "prompt_logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "thinking_token_budget": ("at least 0", lambda v: v >= 0),
+    "priority": ("a whole number of 32 bits", lambda v: -(2**31) <= v < 2**31),
     "logit_bias": (
         "token ids with a bias between -100 and 100",
         lambda v: all(-100 <= b <= 100 for b in v.values()),
@@ -201,7 +204,10 @@ def _read_structure(name: str, value: Any) -> StructuredOutputs:
 _NULLABLE = {"seed", "logprobs", "prompt_logprobs", "thinking_token_budget", "structured_outputs"}
 _READERS: dict[str, Any] = {
     **dict.fromkeys(
-        ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_token_budget"),
+        (
+            *("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
+            *("thinking_token_budget", "priority"),
+        ),
         _read_int,
     ),
     **dict.fromkeys(
