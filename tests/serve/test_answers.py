@@ -81,7 +81,7 @@ def token_of(chunks: list[Chunk]) -> Token:
 
 
 def test_details_bring_the_engines_chunks_to_the_gateway() -> None:
-    prompt = [PromptLogprob(3, -1.5, {4: -0.25}), PromptLogprob(5, -0.5, {5: -0.5})]
+    prompt = [PromptLogprob(3, -1.5, {4: -0.25}, 2), PromptLogprob(5, -0.5, {5: -0.5}, 1)]
     with_all = Chunk(
         "x", (7,), 3, 1, None, None, -0.5, {7: -0.5, 8: -2.0}, 1, prompt_logprobs=prompt, num_thinking_tokens=1
     )
@@ -103,6 +103,7 @@ def test_parameters_arrive_as_they_were_sent() -> None:
         stop_token_ids=(3,),
         logit_bias={5: -1.5},
         prompt_logprobs=0,
+        priority=-1,
         structured_outputs=StructuredOutputs("json", {"type": "object"}),
     )
     assert parse_params(json.loads(json.dumps(sampling_fields(params)))) == params

@@ -19,11 +19,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprob:
-    """How likely the model found a token of the prompt, and what it would have found likelier."""
+    """How likely the model found a token of the prompt (`rank` 1: the likeliest), and what it found likelier."""
 
     token_id: int
     logprob: float
     top_logprobs: dict[int, float]
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)

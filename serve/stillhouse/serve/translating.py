@@ -58,7 +58,9 @@ def chunks_of(token: Token) -> Iterator[Chunk]:
 
 def _prompt_logprobs(details: Any) -> list[PromptLogprob] | None:
     found = details.get("prompt_logprobs")
-    return None if found is None else [PromptLogprob(token, logprob, dict(top)) for token, logprob, top in found]
+    if found is None:
+        return None
+    return [PromptLogprob(token, logprob, dict(top), rank) for token, logprob, top, rank in found]
 
 
 def engine_error(error: ClientError, model: str) -> StillhouseError:
