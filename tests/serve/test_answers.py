@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client import Overloaded, RequestRejected, Token, Unavailable
-from stillhouse.engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull
+from stillhouse.client import Overloaded, RequestRejected, TimedOut, Token, Unavailable
+from stillhouse.engine.errors import DeadlineExceeded, EngineError, InvalidRequest, PromptTooLong, QueueFull
 from stillhouse.engine.model import Chunk
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs, parse_params
@@ -118,6 +118,7 @@ def test_parameters_arrive_as_they_were_sent() -> None:
         (RequestRejected("m: the prompt has 9 tokens, the context holds 8"), PromptTooLong),
         (RequestRejected("m: internal error: KeyError: 1"), errors.StillhouseError),
         (Unavailable("m: Stub process is not healthy"), errors.Unavailable),
+        (TimedOut("m: no answer within 1 s (3 tokens were generated)"), DeadlineExceeded),
     ],
 )
 def test_what_the_client_meets_is_what_the_engine_would_have_raised(met: Any, meant: type[EngineError]) -> None:

@@ -131,7 +131,8 @@ def _read_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _read_float(name: str, value: Any) -> float:
+def read_number(name: str, value: Any) -> float:
+    """A finite number, as such or as a text. Raises InvalidRequest, naming the parameter."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InvalidRequest(f"{name} must be a number, got {value!r}")
     try:
@@ -179,7 +180,7 @@ def _read_bias(name: str, value: Any) -> dict[int, float]:
     value = _read_json_if_string(name, value)
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{name} must be an object of token ids to biases, got {value!r}")
-    return {_read_int(name, key): _read_float(name, bias) for key, bias in value.items()}
+    return {_read_int(name, key): read_number(name, bias) for key, bias in value.items()}
 
 
 def _read_structure(name: str, value: Any) -> StructuredOutputs:
@@ -212,7 +213,7 @@ _READERS: dict[str, Any] = {
     ),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-        _read_float,
+        read_number,
     ),
     **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _read_bool),
     "stop": _read_strings,

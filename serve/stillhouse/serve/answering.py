@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
-from stillhouse.engine.errors import EngineClosed, InvalidRequest, QueueFull, StillhouseError
+from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, InvalidRequest, QueueFull, StillhouseError
 from stillhouse.serve.answers import answer_tensors
 from stillhouse.serve.metrics import SUCCESSES, Metrics
 
@@ -87,7 +87,7 @@ class Answering:
         if question.repeats_prompt:
             self._prompt = question.text or self._model.tokenizer.decode(ids, skip_special_tokens=False)
         with self._lock:
-            self._request = self._model.submit(ids, question.params, self._take)
+            self._request = self._model.submit(ids, question.params, self._take, timeout_s=question.timeout_s)
             self._watcher.add(self)
 
     def is_abandoned(self) -> bool:
@@ -166,7 +166,7 @@ def send_error(sender: Any, error: StillhouseError) -> None:
     code = pb_utils.TritonError.INTERNAL
     if isinstance(error, InvalidRequest):
         code = pb_utils.TritonError.INVALID_ARG
-    elif isinstance(error, (QueueFull, EngineClosed)):
+    elif isinstance(error, (QueueFull, EngineClosed, DeadlineExceeded)):  # as Triton says it of its own time-out
         code = pb_utils.TritonError.UNAVAILABLE
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
     sender.send(response, flags=_FINAL)

@@ -135,7 +135,7 @@ class TritonGenerator:
             except ClientError as error:
                 successor = None if begun else await self._successor(asked, error)
                 if successor is None:
-                    if not isinstance(error, (Overloaded, RequestRejected)):
+                    if not isinstance(error, (Overloaded, RequestRejected, TimedOut)):
                         self.suspect(model.name)
                     mailbox.put_nowait(engine_error(error, asked.name))
                     return

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from stillhouse.client import ClientError, InvalidCall, ModelNotFound, Overloaded, RequestRejected, Token
+from stillhouse.client import ClientError, InvalidCall, ModelNotFound, Overloaded, RequestRejected, TimedOut, Token
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import InvalidRequest, PromptTooLong, QueueFull, StillhouseError
+from stillhouse.engine.errors import DeadlineExceeded, InvalidRequest, PromptTooLong, QueueFull, StillhouseError
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
@@ -73,6 +73,8 @@ def engine_error(error: ClientError, model: str) -> StillhouseError:
         if any(words in message.lower() for words in _SERVER_FAULTS):
             return StillhouseError(message)
         return PromptTooLong(message) if "the context holds" in message else InvalidRequest(message)
+    if isinstance(error, TimedOut):
+        return DeadlineExceeded(message)
     if isinstance(error, InvalidCall):
         return InvalidRequest(message)
     return Unavailable(message)

@@ -77,7 +77,7 @@ class ServedVersion:
 
     def _read(self, request: Any, sender: Any) -> None:
         # Nothing keeps `request`: it is Triton's again when execute() returns.
-        question = read_question(_tensor_reader(request), request.parameters())
+        question = read_question(_tensor_reader(request), request.parameters(), request.timeout())
         self._door.submit(with_error_sent, sender, self._begin, question, sender)
 
     def _begin(self, question: Question, sender: Any) -> None:
