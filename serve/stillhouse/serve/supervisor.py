@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import math
 import re
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from stillhouse.serve.launcher import ServeOptions, Server, start_server
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 30.0
+_SOUND_AFTER_S = 120.0
 _UNDER_WAY = re.compile(r"^stillhouse_num_requests_(?:running|waiting)\{(.*)\} (\S+)$", re.MULTILINE)
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -53,6 +56,25 @@ class Processes:
         dead = {self._models[process] for process in ended & self._ended if process in self._models}
         self._ended = ended
         return sorted(dead)
+
+
+class Backoff:
+    """How long to wait before a repair: not at all, unless the one before was a moment ago; then longer each time."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._last_s = -math.inf
+        self._wait_s = 0.0
+
+    def next_s(self) -> float:
+        """0, then 1, 2, 4 … at most 30 s; 0 again after two minutes without a repair."""
+        now_s = self._clock_s()
+        again = now_s - self._last_s < _SOUND_AFTER_S
+        self._wait_s = min(_LONGEST_WAIT_S, max(1.0, 2 * self._wait_s)) if again else 0.0
+        self._last_s = now_s + self._wait_s
+        if self._wait_s:
+            log.warning("a model's process has died again: the next repair is in %g s", self._wait_s)
+        return self._wait_s
 
 
 def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event) -> Server:
