@@ -127,7 +127,7 @@ def test_the_backend_directory_copies_the_library_and_links_the_stub(tmp_path: P
 
 
 def test_the_servers_environment_puts_this_python_first(tmp_path: Path) -> None:
-    environment = server_environment(tmp_path, '{"max_num_seqs": 4}')
+    environment = server_environment(tmp_path, '{"max_num_seqs": 4}', tmp_path / "drain")
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(tmp_path)
     assert environment["STILLHOUSE_ENGINE_OPTIONS"] == '{"max_num_seqs": 4}'

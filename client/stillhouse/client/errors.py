@@ -83,6 +83,8 @@ _NOT_NOW = (
     "not ready",
     "not at ready state",
     "is shut down",
+    "shutting down",
+    "server is stopping",
     "being unloaded",
     "loop failed",
 )

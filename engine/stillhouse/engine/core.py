@@ -91,18 +91,22 @@ class Engine:
         request = Request(
             number, prompt_ids, params, sink, timeout_s=timeout_s, thinking=thinking, constraint=constraint
         )
-        scheduler = self._scheduler
         with self._wake:
-            if self._failure or self._closing:
-                raise self._failure or EngineClosed("the engine is shut down")
-            if len(scheduler.waiting) >= self.limits.max_waiting + scheduler.free_slots:
-                raise QueueFull(
-                    f"{len(scheduler.waiting)} requests are waiting, the queue holds {self.limits.max_waiting}",
-                    hint="try again later, or raise max_waiting in engine.json",
-                )
-            scheduler.wait(request)
+            self.check_room()
+            self._scheduler.wait(request)
             self._wake.notify()
         return request
+
+    def check_room(self) -> None:
+        """Raises QueueFull or EngineClosed where `submit` would raise it now, whatever the request."""
+        if self._failure or self._closing:
+            raise self._failure or EngineClosed("the engine is shut down")
+        waiting = len(self._scheduler.waiting)
+        if waiting >= self.limits.max_waiting + self._scheduler.free_slots:
+            raise QueueFull(
+                f"{waiting} requests are waiting, the queue holds {self.limits.max_waiting}",
+                hint="try again later, or raise max_waiting in engine.json",
+            )
 
     def stats(self) -> Stats:
         scheduler = self._scheduler

@@ -7,11 +7,16 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 from stillhouse.serve.openai import plug_triton, start_gateway
-from stillhouse.serve.supervisor import Processes, repair
+from stillhouse.serve.supervisor import Backoff, Processes, repair
+
+if TYPE_CHECKING:
+    from stillhouse.gateway.server import GatewayServer
+    from stillhouse.serve.generating import TritonGenerator
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +42,11 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     try:
         server = start_server(options, stop=asked)
         servers[:] = [server]
-        tell_died: Callable[[str, str], None] = _nobody
+        generator: TritonGenerator | None = None
         if gateway is not None:
-            tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
+            generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
-        processes = Processes(server)
+        processes, backoff = Processes(server), Backoff()
         announce(server)
         while not asked.wait(_LOOK_S):
             if (status := server.exit_status()) is not None:
@@ -50,14 +55,15 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     hint=f"its log: {server.log_file}",
                 )
             if dead := processes.dead_models():
-                for model in dead:
-                    tell_died(model, "its process has died")
+                if generator is not None:
+                    for model in dead:
+                        generator.fail(model, "its process has died")
+                if asked.wait(backoff.next_s()):
+                    break
                 server = repair(server, options, dead, stop=asked)
                 servers[:], processes = [server], Processes(server)
         log.info("ending: running requests have %g s to finish", options.grace_s)
-        if gateway is not None:
-            gateway.drain(options.grace_s)
-        server.stop()
+        _drain(gateway, generator, server, options.grace_s)
         return 0
     except ServeError:
         # Told to stop while a server was being started.
@@ -71,5 +77,13 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
             signal.signal(number, handler)
 
 
-def _nobody(model: str, reason: str) -> None:
-    """Takes the news where no gateway is."""
+def _drain(gateway: GatewayServer | None, generator: TritonGenerator | None, server: Server, grace_s: float) -> None:
+    """Both refuse what is new at once, and what runs has one grace time in both."""
+    if gateway is not None:
+        gateway.refuse()
+    if generator is not None:
+        generator.rest()
+    server.drain()
+    if gateway is not None:
+        gateway.drain(grace_s)
+    server.stop()
