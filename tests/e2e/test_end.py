@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
@@ -122,6 +123,49 @@ def test_running_streams_come_to_their_end(support_repository: Path, tmp_path: P
             command.process.terminate()
             assert len(list(opened.until_final())) == 39
         assert command.process.wait(30) == 0
+
+
+def test_what_is_new_is_refused_at_once_and_what_runs_too_long_is_cut_by_name(
+    support_repository: Path, tmp_path: Path, open_stream: Any, wait_until: Callable[..., float]
+) -> None:
+    short = {**LONG, "sampling_parameters": '{"max_tokens": 1}'}
+    endless = {**LONG, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    chat = {"model": "support-int4", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 4000}
+
+    def is_refused_by_name() -> bool:
+        with open_stream(command, "support-int4", short) as opened:
+            try:
+                opened.next()
+            except InferenceServerException as error:
+                return "the server is shutting down" in error.message()
+        return False
+
+    with (
+        serving(support_repository, tmp_path / "home", "--grace", "2") as command,
+        open_stream(command, "support-int4", endless, enable_empty_final_response=True) as opened,
+        httpx.stream(
+            "POST",
+            f"{command.gateway_url}/v1/chat/completions",
+            json={**chat, "ignore_eos": True, "stream": True},
+            timeout=60,
+        ) as response,
+    ):
+        opened.next()
+        lines = response.iter_lines()
+        next(lines)
+        shm = shm_prefix(command.run_directory)
+        command.process.terminate()
+        wait_until(lambda: status_of(f"{command.gateway_url}/v1/models") == 503)
+        wait_until(is_refused_by_name)
+        with pytest.raises(InferenceServerException, match="grace time is over"):
+            list(opened.until_final())
+        *_, event, done = (line for line in lines if line)
+        assert done == "data: [DONE]"
+        error = json.loads(event.removeprefix("data: "))["error"]
+        assert error["code"] == "service_unavailable"
+        assert "grace time is over" in error["message"]
+        assert command.process.wait(30) == 0
+        assert_nothing_left(command, shm)
 
 
 def test_a_client_that_keeps_an_idle_stream_open_does_not_hold_the_server(
