@@ -95,7 +95,7 @@ def test_a_stream_that_waits_is_kept_open_by_comments(
         running_one.close()
         *events, done = (line for line in lines if not line.startswith(":"))
     assert done == "data: [DONE]"
-    assert [json.loads(event.removeprefix("data: "))["object"] for event in events] == ["chat.completion.chunk"] * 3
+    assert json.loads(events[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     wait_until(lambda: running(narrow_server) == 0)
 
 

@@ -43,7 +43,10 @@ _EXIT_EXTRA_S = 1
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json."""
+    """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json.
+
+    `host` is the address of Triton's ports, `openai_host` the gateway's (None: the same).
+    """
 
     repository: Path
     host: str = "127.0.0.1"
@@ -54,6 +57,7 @@ class ServeOptions:
     log_file: Path | None = None
     grace_s: float = 30.0
     ready_timeout_s: float = 300.0
+    openai_host: str | None = None
     openai_port: int | None = None  # None: no gateway
     access: Access | None = None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 from stillhouse.serve.openai import plug_triton, start_gateway
+from stillhouse.serve.ports import is_loopback
 from stillhouse.serve.supervisor import Backoff, Processes, repair
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
-    gateway = start_gateway(options.host, options.openai_port, options.access)
+    gateway = start_gateway(options.openai_host or options.host, options.openai_port, options.access)
+    if (warning := unguarded(options)) is not None:
+        log.warning(warning)
     try:
         server = start_server(options, stop=asked)
         servers[:] = [server]
@@ -75,6 +78,16 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
             gateway.drain(0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def unguarded(options: ServeOptions) -> str | None:
+    """What whoever asks for keys has to know where Triton's own ports can be reached from elsewhere."""
+    if options.openai_port is None or not (options.access and options.access.keys) or is_loopback(options.host):
+        return None
+    return (
+        f"the API keys protect the gateway alone: Triton's own ports on {options.host} answer whoever can reach them"
+        " (--triton-host 127.0.0.1 keeps them on this machine)"
+    )
 
 
 def _drain(gateway: GatewayServer | None, generator: TritonGenerator | None, server: Server, grace_s: float) -> None:
