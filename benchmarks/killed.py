@@ -24,6 +24,13 @@ import psutil
 from stillhouse.client import AsyncClient, ClientError
 
 STREAMS = 2  # of each kind
+TITLES = {
+    "grpc_error_s": "the error of a gRPC stream",
+    "gateway_error_s": "the error of a gateway's stream",
+    "health_503_s": "/health says 503",
+    "grpc_again_s": "answered again over gRPC",
+    "gateway_again_s": "answered again by the gateway",
+}
 _GIVE_UP_S = 60.0
 _PROMPT = "Count: one, two,"
 _ENDLESS: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
