@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -265,6 +266,34 @@ def test_a_models_process_that_is_killed_is_repaired(
         command.process.terminate()
         assert command.process.wait(30) == 0
         assert processes_below(command.home) == []
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_come_back_leaves_the_others_served_and_is_tried_again(
+    support_repository: Path, tmp_path: Path, wait_until: Callable[..., float]
+) -> None:
+    repository, ask = tmp_path / "repository", {"prompt": "Hello", "max_tokens": 1}
+    for name in ("support-int4", "support-int8"):
+        shutil.copytree(support_repository / name, repository / name)
+    template = repository / "support-int8" / "1" / "chat_template.jinja"
+    sound = template.read_bytes()
+    with serving(repository, tmp_path / "home", "--models", "support-int4,support-int8") as command:
+        server = int((command.run_directory / "server.pid").read_text())
+        url = f"{command.gateway_url}/v1/completions"
+        template.write_bytes(b"{# changed #}" + sound)
+        for child in psutil.Process(server).children():
+            if any("support-int8/" in word for word in child.cmdline()):
+                child.kill()
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 503)
+        # Long enough for the repair to have failed, and to have been put off.
+        time.sleep(3)
+        assert httpx.post(url, json=ask | {"model": "support-int4"}, timeout=60).status_code == 200
+        assert httpx.post(url, json=ask | {"model": "support-int8"}, timeout=60).status_code == 503
+        assert "support-int8" in httpx.get(f"{command.gateway_url}/health").json()["error"]["message"]
+        template.write_bytes(sound)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200, 30)
+        assert httpx.post(url, json=ask | {"model": "support-int8"}, timeout=60).status_code == 200
+        assert int((command.run_directory / "server.pid").read_text()) == server
 
 
 def running_requests(command: Command) -> float:

@@ -28,7 +28,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
 
     Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
-    if the server ended by itself, or a model whose process has died does not come back.
+    if the server ended by itself, or does not come up again after a model's process has died under its requests.
     """
     asked, servers = threading.Event(), list[Server]()
 
@@ -49,7 +49,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         if gateway is not None:
             generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
-        processes, backoff = Processes(server), Backoff()
+        processes, backoff, down = Processes(server), Backoff(), list[str]()
         announce(server)
         while not asked.wait(_LOOK_S):
             if (status := server.exit_status()) is not None:
@@ -57,13 +57,13 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     f"the Triton server ended by itself with status {status}",
                     hint=f"its log: {server.log_file}",
                 )
-            if dead := processes.dead_models():
+            if down := sorted({*down, *processes.dead_models()}):
                 if generator is not None:
-                    for model in dead:
+                    for model in down:
                         generator.fail(model, "its process has died")
                 if asked.wait(backoff.next_s()):
                     break
-                server = repair(server, options, dead, stop=asked)
+                server, down = repair(server, options, down, stop=asked)
                 servers[:], processes = [server], Processes(server)
         log.info("ending: running requests have %g s to finish", options.grace_s)
         _drain(gateway, generator, server, options.grace_s)

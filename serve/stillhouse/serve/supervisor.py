@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from stillhouse.client import ClientError
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.policy import live_versions
 from stillhouse.serve.control import TritonControl
-from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 
 log = logging.getLogger(__name__)
@@ -73,27 +73,28 @@ class Backoff:
         self._wait_s = min(_LONGEST_WAIT_S, max(1.0, 2 * self._wait_s)) if again else 0.0
         self._last_s = now_s + self._wait_s
         if self._wait_s:
-            log.warning("a model's process has died again: the next repair is in %g s", self._wait_s)
+            log.warning("it is not long since the last repair: the next is in %g s", self._wait_s)
         return self._wait_s
 
 
-def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event) -> Server:
-    """Has `models`, whose processes have died, served again; returns the server that does, this one or a new one.
+def repair(
+    server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event
+) -> tuple[Server, list[str]]:
+    """Has `models`, whose processes have died, served again.
 
-    Where nothing was under way the models are unloaded and loaded. Otherwise the server is started anew, for Triton
-    would leave the clients of those streams without an end. Raises ServeError where they do not come up.
+    Returns the server that does, this one or a new one, and those of `models` that still do not answer: the others are
+    served all the same. Where nothing was under way the models are unloaded and loaded. Otherwise the server is started
+    anew, for Triton would leave the clients of those streams without an end. Raises ServeError where that one does not
+    come up.
     """
     begun_s = time.monotonic()
     names = ", ".join(models)
     if _requests_under_way(server, models) == 0:
         log.warning("the process of %s has died: it is loaded again", names)
-        try:
-            _reload(server, options.repository, models)
-        except (ServeError, ClientError) as error:
-            log.warning("%s could not be loaded again: %s", names, error)
-        else:
-            log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
-            return server
+        down = [model for model in models if not _reloaded(server, options.repository, model)]
+        if answering := [model for model in models if model not in down]:
+            log.warning("%s answers again after %.1f s", ", ".join(answering), time.monotonic() - begun_s)
+        return server, down
     log.warning("the process of %s has died with requests under way: the server is started again", names)
     server.stop(at_once=True)
     if server.log_file.is_file():  # it says what happened
@@ -101,16 +102,20 @@ def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop
     started = start_server(replace(options, ports=server.ports, log_file=server.log_file), stop=stop)
     started.openai_url = server.openai_url
     log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
-    return started
+    return started, []
 
 
-def _reload(server: Server, repository: Path, models: Sequence[str]) -> None:
-    with contextlib.closing(TritonControl(server.grpc_url)) as triton:
-        for model in models:
+def _reloaded(server: Server, repository: Path, model: str) -> bool:
+    try:
+        with contextlib.closing(TritonControl(server.grpc_url)) as triton:
             triton.unload(model)
             triton.load(model)
             for version in live_versions(repository / model):
                 triton.ask(model, version)
+    except (StillhouseError, ClientError) as error:
+        log.warning("%s could not be loaded again: %s", model, error)
+        return False
+    return True
 
 
 def _requests_under_way(server: Server, models: Sequence[str]) -> float:
