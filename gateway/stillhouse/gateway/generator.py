@@ -69,7 +69,7 @@ class Generator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of everything; what still runs ends with Unavailable. May be called twice."""
+        """Lets go of everything; what still runs ends with Unavailable."""
         ...
 
 

@@ -51,6 +51,7 @@ class GatewayServer:
         )
         self._server = uvicorn.Server(config)
         self._loop = asyncio.new_event_loop()
+        self._closing: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="stillhouse-gateway", daemon=True)
 
     def start(self) -> None:
@@ -85,8 +86,8 @@ class GatewayServer:
         self.refuse()
         time.sleep(0.05)  # until the flag is set and whoever was let in before it is counted
         self._wait_for_requests(grace_s - 0.05, hurry)
-        if self.gateway.in_flight and self.gateway.generator is not None:
-            asyncio.run_coroutine_threadsafe(self.gateway.generator.close(), self._loop)
+        if self.gateway.in_flight:
+            self._loop.call_soon_threadsafe(self._close_generator)
             self._wait_for_requests(_LAST_WORDS_S, None)
         self._server.should_exit = True
         self._thread.join(timeout=10)
@@ -105,5 +106,11 @@ class GatewayServer:
         try:
             await self._server.serve(sockets=[self._socket])
         finally:
-            if self.gateway.generator is not None:
-                await self.gateway.generator.close()
+            self._close_generator()
+            if self._closing is not None:
+                await self._closing
+
+    def _close_generator(self) -> None:
+        """Begins to close what answers; on the loop, once."""
+        if self._closing is None and self.gateway.generator is not None:
+            self._closing = asyncio.ensure_future(self.gateway.generator.close())
