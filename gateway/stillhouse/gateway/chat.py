@@ -23,7 +23,7 @@ from stillhouse.gateway.thoughts import Splitter
 async def chat_job(generator: Generator, model: ServedModel, meter: Meter, body: ChatBody) -> Job:
     """What a chat asks the model. Raises ApiError or StillhouseError for what cannot be asked."""
     check_tools(body, model)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     if body.max_tokens == 0:
         raise invalid("max_tokens must be at least 1, got 0", "max_tokens")
