@@ -93,7 +93,7 @@ def test_a_request_out_of_time_ends_by_name_over_http(narrow_triton: Server, ask
     data = json.dumps({**ENDLESS, "stream": False, **asked}).encode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{narrow_triton.http_url}/v2/models/support-int4/generate", data, timeout=60)
-    assert refused.value.code == 503
+    assert refused.value.code == 400  # Triton's for whatever a model says in place of its first response
     assert "no answer within 0.3 s" in json.loads(refused.value.read())["error"]
 
 

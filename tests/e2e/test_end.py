@@ -23,6 +23,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from stillhouse.client import Client, ClientError
 from stillhouse.serve.launcher import Server, running_server
 from stillhouse.serve.leftovers import shm_prefix
 
@@ -129,16 +130,16 @@ def test_running_streams_come_to_their_end(support_repository: Path, tmp_path: P
 def test_what_is_new_is_refused_at_once_and_what_runs_too_long_is_cut_by_name(
     support_repository: Path, tmp_path: Path, open_stream: Any, wait_until: Callable[..., float]
 ) -> None:
-    short = {**LONG, "sampling_parameters": '{"max_tokens": 1}'}
     endless = {**LONG, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
     chat = {"model": "support-int4", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 4000}
 
     def is_refused_by_name() -> bool:
-        with open_stream(command, "support-int4", short) as opened:
+        with Client(command.grpc_url) as client:
             try:
-                opened.next()
-            except InferenceServerException as error:
-                return "the server is shutting down" in error.message()
+                client.generate("support-int4", "Hello", max_tokens=1)
+            except ClientError as error:
+                print("refused:", type(error), error)
+                return "the server is shutting down" in str(error)
         return False
 
     with (

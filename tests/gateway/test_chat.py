@@ -173,7 +173,8 @@ def test_of_those_who_wait_the_lower_priority_comes_first(
 
     endless = {**GREEDY, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url, json=endless, headers=key, timeout=60) as running:
-        next(running.iter_lines())
+        lines = running.iter_lines()  # which closes the connection when it goes
+        next(lines)
         askers = [threading.Thread(target=ask, args=(priority,)) for priority in (3, -3)]
         for number, asker in enumerate(askers, start=1):
             asker.start()

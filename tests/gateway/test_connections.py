@@ -86,7 +86,8 @@ def test_a_stream_that_waits_is_kept_open_by_comments(
     url = f"{narrow_server.url}/v1/chat/completions"
     with contextlib.ExitStack() as opened:
         running_one = opened.enter_context(httpx.stream("POST", url, json=asked, headers=key, timeout=60))
-        next(running_one.iter_lines())
+        its_lines = running_one.iter_lines()  # which closes the connection when it goes
+        next(its_lines)
         waiting_one = opened.enter_context(
             httpx.stream("POST", url, json=asked | {"max_tokens": 2}, headers=key, timeout=60)
         )
@@ -106,9 +107,11 @@ def test_a_client_that_goes_away_while_comments_come_leaves_the_queue(
     asked, key = ENDLESS | {"stream": True}, {"Authorization": "Bearer sesame"}
     url = f"{narrow_server.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=asked, headers=key, timeout=60) as running_one:
-        next(running_one.iter_lines())
+        its_lines = running_one.iter_lines()  # which closes the connection when it goes
+        next(its_lines)
         with httpx.stream("POST", url, json=asked, headers=key, timeout=60) as waiting_one:
-            assert next(waiting_one.iter_lines()) == ": keep-alive"
+            lines = waiting_one.iter_lines()
+            assert next(lines) == ": keep-alive"
             assert running(narrow_server) == 2
         wait_until(lambda: running(narrow_server) == 1)
     wait_until(lambda: running(narrow_server) == 0)

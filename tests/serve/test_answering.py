@@ -94,7 +94,7 @@ def test_an_answer_that_cannot_be_sent_ends_with_an_error_by_name_and_harms_nobo
     model.sink(Chunk("", (), 2, 1, "cancelled"))
     other_model.sink(Chunk("fine", (5,), 2, 1, "stop"))
     outbox.close()
-    assert sender.sent == [("INTERNAL: the answer cannot be sent: ValueError: no such shape", FINAL)]
+    assert sender.sent == [("INTERNAL: internal error: the answer cannot be sent: ValueError('no such shape')", FINAL)]
     assert model.cancelled
     assert other.sent == [("fine", FINAL)]
 

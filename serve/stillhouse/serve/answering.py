@@ -48,7 +48,7 @@ class Outbox:
                 answering.deliver(chunk)
             except Exception as error:  # the boundary: a response that cannot be sent must not stop the other requests
                 log.exception("a response could not be sent")
-                answering.fail(StillhouseError(f"the answer cannot be sent: {type(error).__name__}: {error}"))
+                answering.fail(StillhouseError(f"internal error: the answer cannot be sent: {error!r}"))
             # Not kept until the next one comes: what an answering holds has to go before the model does.
             del answering, chunk, item
 
