@@ -65,7 +65,7 @@ def test_a_closed_http_stream_frees_its_slot(
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
 
 
-@pytest.mark.parametrize("asked", [{"timeout": 300_000}, {"parameters": {"timeout_s": 0.3}}])
+@pytest.mark.parametrize("asked", [{"timeout": 1_000_000}, {"parameters": {"timeout_s": 1.0}}])
 def test_a_request_out_of_time_ends_by_name_over_grpc(
     narrow_triton: Server,
     open_stream: Any,
@@ -76,13 +76,13 @@ def test_a_request_out_of_time_ends_by_name_over_grpc(
     """Running; then one that waits for the only slot."""
     with open_stream(narrow_triton, "support-int4", ENDLESS, **asked) as endless:
         endless.next()
-        with pytest.raises(InferenceServerException, match=r"no answer within 0.3 s \(\d+ tokens"):
+        with pytest.raises(InferenceServerException, match=r"no answer within 1 s \(\d+ tokens"):
             list(endless.until_final())
     with open_stream(narrow_triton, "support-int4", ENDLESS) as endless:
         endless.next()
         with (
             open_stream(narrow_triton, "support-int4", SHORT, **asked) as waiting,
-            pytest.raises(InferenceServerException, match=r"no answer within 0.3 s \(0 tokens"),
+            pytest.raises(InferenceServerException, match=r"no answer within 1 s \(0 tokens"),
         ):
             waiting.next()
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
