@@ -1,12 +1,13 @@
-"""What a server does on a bad day, in figures: clients that go away, and ten times the load that it can carry.
+"""What a server does on a bad day, in figures: clients that go, ten times the load, a model's process that is killed.
 
-    python benchmarks/bad_day.py                       # 50 tries of each way to go, then the overload
+    python benchmarks/bad_day.py                       # 50 tries of each way to go, the overload, 10 kills
     python benchmarks/bad_day.py --tries 5 --only cancel overload
+    python benchmarks/bad_day.py --only killed --write-docs
 
 Gone: an endless stream has the only slot, and another request waits for it. The figure is the time from the first
 client's going to the other's first token, so it holds that one's prefill too (`idle_ttft_ms` is what that takes).
 Overload: as many clients as there are slots and places in the queue, then ten times as many, who come again a second
-after a refusal. Prints JSON.
+after a refusal. Killed: see killed.py. Prints a table; what is not measured this time stays in the results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,13 +36,27 @@ from stillhouse.client import AsyncClient, Client, ClientError, Overloaded
 from stillhouse.serve.launcher import Server, running_server
 from stillhouse.serve.openai import running_gateway
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from figures import publish, two_columns
+from killed import TITLES, killed
+from machine import describe
+
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs/serve.md"
 PROMPT = "Count: one, two,"
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 ANSWER: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
 SLOTS, QUEUE, TIMES = 4, 4, 10
-WAYS = ("cancel", "sigkill", "http", "gateway")
+WAYS = {
+    "cancel": "a cancelled stream",
+    "sigkill": "a killed client",
+    "http": "a closed HTTP stream",
+    "gateway": "a closed connection to the gateway",
+}
+PARTS = [*WAYS, "overload", "killed"]
+BEGIN, END = "<!-- bad day: begin -->", "<!-- bad day: end -->"
 # A client in a process of its own, which can be killed.
 CLIENT = """
 import sys
@@ -54,10 +71,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--model", default="support-int4")
-    parser.add_argument("--tries", type=int, default=50)
+    parser.add_argument("--tries", type=int, help="default: 50 of each way to go, 10 kills")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each of the two loads")
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, "overload"], default=[*WAYS, "overload"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/bad_day.json")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/serve.md")
     options = parser.parse_args()
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    report = {
+        "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": describe(),
+        "threads": len(os.sched_getaffinity(0)),
+        "model": options.model,
+        "figures": before.get("figures", {}) | measure(options),
+    }
+    publish(report, markdown(report), options.out, [DOCS] if options.write_docs else [], BEGIN, END)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the parts that were asked for, by part."""
     figures: dict[str, Any] = {}
     if ways := [way for way in WAYS if way in options.only]:
         with serving(options, {"max_num_seqs": 1, "prefix_slots": 0}) as server:
@@ -65,8 +98,38 @@ def main() -> int:
     if "overload" in options.only:
         with serving(options, {"max_num_seqs": SLOTS, "max_waiting": QUEUE}) as server:
             figures["overload"] = overload(server, options)
-    print(json.dumps(figures, indent=2))
-    return 0
+    if "killed" in options.only:
+        seen = killed(options.repository, options.model, options.tries or 10)
+        times = {name: milliseconds(values) for name, values in vars(seen).items() if name != "failures"}
+        figures["killed"] = times | {"failed": seen.failures[:10]}
+    return figures
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The figures as a table, p95 and the longest."""
+    figures, rows = report["figures"], list[tuple[str, str]]()
+    for way in (way for way in WAYS if way in figures):
+        rows.append((f"slot free after {WAYS[way]}", _spread(figures[way])))
+    if "idle_ttft_ms" in figures:
+        rows.append(("the same request to an idle server", f"{figures['idle_ttft_ms']:,.0f} ms"))
+    if of := figures.get("overload"):
+        clients, over = of["over"]["clients"], of["over"]
+        rows += [
+            (f"{clients} clients on {of['slots']} slots and {of['queue']} places: refused", f"{over['refused']:,}"),
+            ("refused after", _spread(over["refused_after"])),
+            ("p95 time to first token of the admitted, against that at full load", f"{of['ttft_ratio']:.2f}"),
+            ("failed otherwise", str(len(of["failed"]))),
+        ]
+    if of := figures.get("killed"):
+        rows += [(f"model killed: {title}", _spread(of[name])) for name, title in TITLES.items()]
+        rows.append(("model killed: what should not have been", str(len(of["failed"]))))
+    return two_columns(rows, report, f"{report['model']}; p95, and the longest of so many tries")
+
+
+def _spread(of: dict[str, float]) -> str:
+    if not of["tries"]:
+        return "–"
+    return f"{of['p95_ms']:,.0f} ms ({of['max_ms']:,.0f}; {of['tries']})"
 
 
 @contextlib.contextmanager
@@ -97,7 +160,7 @@ def gone(server: Server, options: argparse.Namespace, ways: list[str]) -> dict[s
         idle = [first_token_s(server, model) for _ in range(10)]
         figures: dict[str, Any] = {"idle_ttft_ms": round(1000 * median(idle), 1)}
         for way in ways:
-            figures[way] = milliseconds([slot_free_s(server, model, take[way]) for _ in range(options.tries)])
+            figures[way] = milliseconds([slot_free_s(server, model, take[way]) for _ in range(options.tries or 50)])
             print(way, figures[way], file=sys.stderr, flush=True)
     return figures
 

@@ -18,6 +18,7 @@ from stillhouse.client.errors import (
     ModelNotFound,
     Overloaded,
     RequestRejected,
+    TimedOut,
     Unavailable,
     from_server,
 )
@@ -72,6 +73,7 @@ def test_an_event_joins_its_lines_and_ignores_comments() -> None:
         ("Request for unknown model: 'x' is not found", ModelNotFound),
         ("Stub process 'support-int4_0' is not healthy.", Unavailable),
         ("64 requests are waiting, the queue holds 64", Overloaded),
+        ("no answer within 0.5 s (3 tokens were generated) (allow more time, or ask for fewer tokens)", TimedOut),
         ("temperature must be between 0 and 100, got -1", RequestRejected),
     ],
 )

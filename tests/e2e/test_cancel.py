@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from stillhouse.serve.launcher import Server
 
@@ -59,6 +63,60 @@ def test_a_closed_http_stream_frees_its_slot(
         connection.sendall(head.encode() + body)
         wait_until(lambda: metric(narrow_triton, "num_requests_running") == 1)
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
+
+
+@pytest.mark.parametrize("asked", [{"timeout": 1_000_000}, {"parameters": {"timeout_s": 1.0}}])
+def test_a_request_out_of_time_ends_by_name_over_grpc(
+    narrow_triton: Server,
+    open_stream: Any,
+    metric: Callable[..., float],
+    wait_until: Callable[..., float],
+    asked: dict[str, Any],
+) -> None:
+    """Running; then one that waits for the only slot."""
+    with open_stream(narrow_triton, "support-int4", ENDLESS, **asked) as endless:
+        endless.next()
+        with pytest.raises(InferenceServerException, match=r"no answer within 1 s \(\d+ tokens"):
+            list(endless.until_final())
+    with open_stream(narrow_triton, "support-int4", ENDLESS) as endless:
+        endless.next()
+        with (
+            open_stream(narrow_triton, "support-int4", SHORT, **asked) as waiting,
+            pytest.raises(InferenceServerException, match=r"no answer within 1 s \(0 tokens"),
+        ):
+            waiting.next()
+    wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
+
+
+@pytest.mark.parametrize("asked", [{"timeout": 300_000}, {"timeout_s": 0.3}])
+def test_a_request_out_of_time_ends_by_name_over_http(narrow_triton: Server, asked: dict[str, Any]) -> None:
+    data = json.dumps({**ENDLESS, "stream": False, **asked}).encode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{narrow_triton.http_url}/v2/models/support-int4/generate", data, timeout=60)
+    assert refused.value.code == 400  # Triton's for whatever a model says in place of its first response
+    assert "no answer within 0.3 s" in json.loads(refused.value.read())["error"]
+
+
+def test_of_those_who_wait_the_lower_priority_comes_first(
+    narrow_triton: Server, open_stream: Any, metric: Callable[..., float], wait_until: Callable[..., float]
+) -> None:
+    def with_priority(priority: int) -> dict[str, Any]:
+        return {
+            **SHORT,
+            "sampling_parameters": json.dumps({"max_tokens": 200, "ignore_eos": True, "priority": priority}),
+        }
+
+    with contextlib.ExitStack() as opened:
+        endless = opened.enter_context(open_stream(narrow_triton, "support-int4", ENDLESS))
+        endless.next()
+        late, soon = (
+            opened.enter_context(open_stream(narrow_triton, "support-int4", with_priority(priority)))
+            for priority in (1, -1)
+        )
+        wait_until(lambda: metric(narrow_triton, "num_requests_waiting") == 2)
+        endless.close(cancel=True)
+        soon.next()
+        assert late.results.empty()
 
 
 def test_many_short_requests_that_are_cancelled_at_any_moment_leave_a_sound_server(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from stillhouse.client import Client, ClientError
 from stillhouse.serve.launcher import Server, running_server
 from stillhouse.serve.leftovers import shm_prefix
 
@@ -124,6 +127,49 @@ def test_running_streams_come_to_their_end(support_repository: Path, tmp_path: P
         assert command.process.wait(30) == 0
 
 
+def test_what_is_new_is_refused_at_once_and_what_runs_too_long_is_cut_by_name(
+    support_repository: Path, tmp_path: Path, open_stream: Any, wait_until: Callable[..., float]
+) -> None:
+    endless = {**LONG, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    chat = {"model": "support-int4", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 4000}
+
+    def is_refused_by_name() -> bool:
+        with Client(command.grpc_url) as client:
+            try:
+                client.generate("support-int4", "Hello", max_tokens=1)
+            except ClientError as error:
+                print("refused:", type(error), error)
+                return "the server is shutting down" in str(error)
+        return False
+
+    with (
+        serving(support_repository, tmp_path / "home", "--grace", "2") as command,
+        open_stream(command, "support-int4", endless, enable_empty_final_response=True) as opened,
+        httpx.stream(
+            "POST",
+            f"{command.gateway_url}/v1/chat/completions",
+            json={**chat, "ignore_eos": True, "stream": True},
+            timeout=60,
+        ) as response,
+    ):
+        opened.next()
+        lines = response.iter_lines()
+        next(lines)
+        shm = shm_prefix(command.run_directory)
+        command.process.terminate()
+        wait_until(lambda: status_of(f"{command.gateway_url}/v1/models") == 503)
+        wait_until(is_refused_by_name)
+        with pytest.raises(InferenceServerException, match="grace time is over"):
+            list(opened.until_final())
+        *_, event, done = (line for line in lines if line)
+        assert done == "data: [DONE]"
+        error = json.loads(event.removeprefix("data: "))["error"]
+        assert error["code"] == "service_unavailable"
+        assert "grace time is over" in error["message"]
+        assert command.process.wait(30) == 0
+        assert_nothing_left(command, shm)
+
+
 def test_a_client_that_keeps_an_idle_stream_open_does_not_hold_the_server(
     support_repository: Path, tmp_path: Path, open_stream: Any
 ) -> None:
@@ -221,6 +267,34 @@ def test_a_models_process_that_is_killed_is_repaired(
         command.process.terminate()
         assert command.process.wait(30) == 0
         assert processes_below(command.home) == []
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_come_back_leaves_the_others_served_and_is_tried_again(
+    support_repository: Path, tmp_path: Path, wait_until: Callable[..., float]
+) -> None:
+    repository, ask = tmp_path / "repository", {"prompt": "Hello", "max_tokens": 1}
+    for name in ("support-int4", "support-int8"):
+        shutil.copytree(support_repository / name, repository / name)
+    template = repository / "support-int8" / "1" / "chat_template.jinja"
+    sound = template.read_bytes()
+    with serving(repository, tmp_path / "home", "--models", "support-int4,support-int8") as command:
+        server = int((command.run_directory / "server.pid").read_text())
+        url = f"{command.gateway_url}/v1/completions"
+        template.write_bytes(b"{# changed #}" + sound)
+        for child in psutil.Process(server).children():
+            if any("support-int8/" in word for word in child.cmdline()):
+                child.kill()
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 503)
+        # Long enough for the repair to have failed, and to have been put off.
+        time.sleep(3)
+        assert httpx.post(url, json=ask | {"model": "support-int4"}, timeout=60).status_code == 200
+        assert httpx.post(url, json=ask | {"model": "support-int8"}, timeout=60).status_code == 503
+        assert "support-int8" in httpx.get(f"{command.gateway_url}/health").json()["error"]["message"]
+        template.write_bytes(sound)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200, 30)
+        assert httpx.post(url, json=ask | {"model": "support-int8"}, timeout=60).status_code == 200
+        assert int((command.run_directory / "server.pid").read_text()) == server
 
 
 def running_requests(command: Command) -> float:

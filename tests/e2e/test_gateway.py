@@ -72,8 +72,11 @@ def test_it_answers_as_the_engine_does_streamed_and_not(gateway: GatewayServer, 
 
 def test_prompts_are_echoed_with_their_logprobs(gateway: GatewayServer) -> None:
     body = {"model": "support-int4", "prompt": ["The capital of France is", "Water"], "max_tokens": 1, "temperature": 0}
-    answer = httpx.post(f"{gateway.url}/v1/completions", json=body | {"echo": True, "logprobs": 1}, timeout=60).json()
+    body |= {"echo": True, "logprobs": 1, "prompt_logprobs": 2}
+    answer = httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=60).json()
     for choice in answer["choices"]:
+        for position in choice["prompt_logprobs"][1:]:
+            assert {1, 2} <= {entry["rank"] for entry in position.values()}
         assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
         assert choice["logprobs"]["token_logprobs"][0] is None
         assert all(value < 0 for value in choice["logprobs"]["token_logprobs"][1:])

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 
 from stillhouse.engine.core import Engine
 from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, EngineError, PromptTooLong, QueueFull
-from stillhouse.engine.request import Token
+from stillhouse.engine.request import Request, Token
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.engine.scheduler import Limits, chunk_size
+from stillhouse.engine.scheduler import Limits, Scheduler, chunk_size
 from stillhouse.engine.thinking import Thinking, ThinkingTags
 
 _spec = importlib.util.spec_from_file_location("counting_runner", Path(__file__).with_name("counting_runner.py"))
@@ -288,6 +289,40 @@ def test_beyond_the_queue_a_request_is_refused_at_once() -> None:
         engine.submit([1], GREEDY, Collected())
     run_until_idle(engine)
     engine.submit([1], GREEDY, Collected())
+
+
+def test_of_those_who_wait_the_lower_priority_comes_first_and_among_equals_the_older() -> None:
+    engine, order = make_engine(1), list[str]()
+
+    def submit(name: str, priority: int) -> None:
+        def sink(token: Token) -> None:
+            if token.finish_reason:
+                order.append(name)
+
+        engine.submit([1, 2], replace(GREEDY, priority=priority), sink)
+
+    submit("running", 5)
+    engine.step()
+    for name, priority in (("late", 1), ("first", 0), ("urgent", -1), ("second", 0)):
+        submit(name, priority)
+    run_until_idle(engine)
+    assert order == ["running", "urgent", "first", "second", "late"]
+
+
+def test_a_prompt_that_made_room_waits_at_its_place_again() -> None:
+    """Of two that are cut off while they prefill, the urgent one comes first, whenever it was submitted."""
+    scheduler = Scheduler(counting_runner.CountingRunner(1), Limits(1, CONTEXT, CONTEXT))
+    requests = {
+        name: Request(name, [1] * 8, replace(GREEDY, priority=priority), Collected())
+        for name, priority in (("old", 1), ("urgent", 0), ("new", 1))
+    }
+    for name in ("new", "old"):
+        scheduler.wait(requests[name])
+    assert scheduler.next_to_prefill(0) is requests["old"]
+    scheduler.wait(requests["urgent"])
+    scheduler._limits = Limits(1, CONTEXT, 0)
+    scheduler.make_room()
+    assert [request.id for request in scheduler.waiting] == ["urgent", "old", "new"]
 
 
 def test_logits_that_are_not_finite_end_their_own_request_alone() -> None:

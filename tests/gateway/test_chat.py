@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,6 +13,8 @@ import pytest
 
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.sampling import SamplingParams
+from stillhouse.gateway.neutral import NEUTRAL
+from stillhouse.gateway.server import GatewayServer
 
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: Any = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "max_tokens": 16}
@@ -125,3 +129,56 @@ def test_content_may_come_in_parts_and_nulls_are_not_given(http: httpx.Client) -
 def test_fields_without_an_effect_are_accepted(http: httpx.Client) -> None:
     idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True}
     assert http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle}).status_code == 200
+
+
+def test_fields_that_ask_for_what_is_so_anyway_are_accepted_and_change_nothing(http: httpx.Client) -> None:
+    neutral = {name: values[0] if values else None for name, values in NEUTRAL.items()}
+    nulls = dict.fromkeys(NEUTRAL)
+    answers = [http.post("/v1/chat/completions", json={**more, **GREEDY}) for more in ({}, neutral, nulls)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert answers[0].json()["choices"] == answers[1].json()["choices"] == answers[2].json()["choices"]
+
+
+def test_prompt_logprobs_are_the_engines_in_vllms_form(http: httpx.Client, engine: LanguageModel) -> None:
+    answer = http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, "prompt_logprobs": 1}).json()
+    ids = engine.prompt_ids(messages=MESSAGES)
+    own = engine.generate(ids, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)).prompt_logprobs
+    first, *others = answer["prompt_logprobs"]
+    assert own is not None
+    assert first is None
+    for token_id, position, found in zip(ids[1:], others, own, strict=True):
+        entry = position[str(token_id)]
+        assert entry["logprob"] == pytest.approx(found.logprob, abs=1e-6)
+        assert entry["rank"] == found.rank
+        (likeliest,) = found.top_logprobs
+        assert position[str(likeliest)]["rank"] == 1
+        assert position.keys() == {str(token_id), str(likeliest)}
+        assert (found.rank == 1) == (likeliest == token_id)
+
+
+def test_of_those_who_wait_the_lower_priority_comes_first(
+    narrow_server: GatewayServer, wait_until: Callable[..., float]
+) -> None:
+    url, key, came = f"{narrow_server.url}/v1/chat/completions", {"Authorization": "Bearer sesame"}, list[int]()
+
+    def waiting() -> float:
+        generator = narrow_server.gateway.generator
+        assert generator is not None
+        return sum(figure.value for figure in generator.figures() if figure.name == "num_requests_waiting")
+
+    def ask(priority: int) -> None:
+        answer = httpx.post(url, json={**GREEDY, "max_tokens": 2, "priority": priority}, headers=key, timeout=60)
+        assert answer.status_code == 200
+        came.append(priority)
+
+    endless = {**GREEDY, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url, json=endless, headers=key, timeout=60) as running:
+        lines = running.iter_lines()  # which closes the connection when it goes
+        next(lines)
+        askers = [threading.Thread(target=ask, args=(priority,)) for priority in (3, -3)]
+        for number, asker in enumerate(askers, start=1):
+            asker.start()
+            wait_until(lambda number=number: waiting() == number)
+    for asker in askers:
+        asker.join()
+    assert came == [-3, 3]

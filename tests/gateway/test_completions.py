@@ -60,6 +60,18 @@ def test_an_echo_brings_the_engines_own_prompt_logprobs(
     assert answer["usage"]["completion_tokens"] == 3 * max_tokens
 
 
+def test_prompt_logprobs_and_an_echo_each_have_as_many_as_they_asked_for(http: httpx.Client) -> None:
+    asked = {**GREEDY, "prompt": PROMPTS[:2], "max_tokens": 1, "echo": True, "logprobs": 0, "prompt_logprobs": 3}
+    for choice in http.post("/v1/completions", json=asked).json()["choices"]:
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1] * (len(others) + 1)
+        for position, value in zip(others, choice["logprobs"]["token_logprobs"][1:], strict=False):
+            assert len(position) in (3, 4)
+            assert {entry["rank"] for entry in position.values()} >= {1, 2, 3}
+            assert value in [entry["logprob"] for entry in position.values()]
+
+
 @pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"echo": True, "logprobs": 0}, {"echo": True}])
 def test_streamed_is_whole(client: openai.OpenAI, more: dict[str, Any]) -> None:
     asked = {**GREEDY, "prompt": PROMPTS, **more}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from stillhouse.edge.serving import open_engines
 from stillhouse.engine.options import EngineOptions
+from stillhouse.gateway import sse
 from stillhouse.gateway.address import bound
 from stillhouse.gateway.server import GatewayServer
 
@@ -76,6 +78,45 @@ def test_a_stream_ends_with_done_and_is_not_held_back_by_proxies(server: Gateway
     assert all(json.loads(line.removeprefix("data: ")) for line in lines[:-1])
 
 
+def test_a_stream_that_waits_is_kept_open_by_comments(
+    narrow_server: GatewayServer, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
+) -> None:
+    monkeypatch.setattr(sse, "SILENT_S", 0.05)
+    asked, key = ENDLESS | {"stream": True}, {"Authorization": "Bearer sesame"}
+    url = f"{narrow_server.url}/v1/chat/completions"
+    with contextlib.ExitStack() as opened:
+        running_one = opened.enter_context(httpx.stream("POST", url, json=asked, headers=key, timeout=60))
+        its_lines = running_one.iter_lines()  # which closes the connection when it goes
+        next(its_lines)
+        waiting_one = opened.enter_context(
+            httpx.stream("POST", url, json=asked | {"max_tokens": 2}, headers=key, timeout=60)
+        )
+        lines = (line for line in waiting_one.iter_lines() if line)
+        assert [next(lines) for _ in range(3)] == [": keep-alive"] * 3
+        running_one.close()
+        *events, done = (line for line in lines if not line.startswith(":"))
+    assert done == "data: [DONE]"
+    assert json.loads(events[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    wait_until(lambda: running(narrow_server) == 0)
+
+
+def test_a_client_that_goes_away_while_comments_come_leaves_the_queue(
+    narrow_server: GatewayServer, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
+) -> None:
+    monkeypatch.setattr(sse, "SILENT_S", 0.05)
+    asked, key = ENDLESS | {"stream": True}, {"Authorization": "Bearer sesame"}
+    url = f"{narrow_server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=asked, headers=key, timeout=60) as running_one:
+        its_lines = running_one.iter_lines()  # which closes the connection when it goes
+        next(its_lines)
+        with httpx.stream("POST", url, json=asked, headers=key, timeout=60) as waiting_one:
+            lines = waiting_one.iter_lines()
+            assert next(lines) == ": keep-alive"
+            assert running(narrow_server) == 2
+        wait_until(lambda: running(narrow_server) == 1)
+    wait_until(lambda: running(narrow_server) == 0)
+
+
 def test_small_packets_are_not_held_back() -> None:
     # A connection inherits the protocol of its listening socket, and asyncio asks it before it sets TCP_NODELAY.
     with bound("127.0.0.1", 0) as listening:
@@ -112,6 +153,23 @@ def test_draining_refuses_new_requests_and_ends_running_ones(
     assert answers[0].json()["usage"]["completion_tokens"] == 150
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
+
+
+def test_a_stream_that_is_cut_at_the_end_of_the_grace_time_says_so(version_dir: Any) -> None:
+    server = GatewayServer("127.0.0.1", 0)
+    server.start()
+    server.plug(lambda: open_engines([(version_dir, EngineOptions(max_num_seqs=2, max_model_len=512))]))
+    asked = ENDLESS | {"stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        ending = threading.Thread(target=server.drain, args=(0.1,))
+        ending.start()
+        rest = [line for line in lines if line]
+    ending.join()
+    assert rest[-1] == "data: [DONE]"
+    error = json.loads(rest[-2].removeprefix("data: "))["error"]
+    assert (error["code"], error["message"]) == ("service_unavailable", "the engine is shutting down")
 
 
 def test_the_metrics_page_counts_requests_and_tokens(server: GatewayServer) -> None:

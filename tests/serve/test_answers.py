@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client import Overloaded, RequestRejected, Token, Unavailable
-from stillhouse.engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull
+from stillhouse.client import Overloaded, RequestRejected, TimedOut, Token, Unavailable
+from stillhouse.engine.errors import DeadlineExceeded, EngineError, InvalidRequest, PromptTooLong, QueueFull
 from stillhouse.engine.model import Chunk
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs, parse_params
@@ -81,7 +81,7 @@ def token_of(chunks: list[Chunk]) -> Token:
 
 
 def test_details_bring_the_engines_chunks_to_the_gateway() -> None:
-    prompt = [PromptLogprob(3, -1.5, {4: -0.25}), PromptLogprob(5, -0.5, {5: -0.5})]
+    prompt = [PromptLogprob(3, -1.5, {4: -0.25}, 2), PromptLogprob(5, -0.5, {5: -0.5}, 1)]
     with_all = Chunk(
         "x", (7,), 3, 1, None, None, -0.5, {7: -0.5, 8: -2.0}, 1, prompt_logprobs=prompt, num_thinking_tokens=1
     )
@@ -103,6 +103,7 @@ def test_parameters_arrive_as_they_were_sent() -> None:
         stop_token_ids=(3,),
         logit_bias={5: -1.5},
         prompt_logprobs=0,
+        priority=-1,
         structured_outputs=StructuredOutputs("json", {"type": "object"}),
     )
     assert parse_params(json.loads(json.dumps(sampling_fields(params)))) == params
@@ -117,6 +118,7 @@ def test_parameters_arrive_as_they_were_sent() -> None:
         (RequestRejected("m: the prompt has 9 tokens, the context holds 8"), PromptTooLong),
         (RequestRejected("m: internal error: KeyError: 1"), errors.StillhouseError),
         (Unavailable("m: Stub process is not healthy"), errors.Unavailable),
+        (TimedOut("m: no answer within 1 s (3 tokens were generated)"), DeadlineExceeded),
     ],
 )
 def test_what_the_client_meets_is_what_the_engine_would_have_raised(met: Any, meant: type[EngineError]) -> None:

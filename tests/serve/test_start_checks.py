@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
+from stillhouse.gateway.gateway import Access
 from stillhouse.serve.errors import PortInUse, ServerFailed, TritonNotFound
 from stillhouse.serve.launcher import ServeOptions, start_server
 from stillhouse.serve.ports import Ports, settle_ports
 from stillhouse.serve.repository import served_models
+from stillhouse.serve.serving import unguarded
 from stillhouse.serve.startup import reason_of_failure
 from stillhouse.serve.tritonserver import find_libpython, find_tritonserver, lay_out_backends, server_environment
 
@@ -52,6 +54,26 @@ def test_ports_that_cannot_be_are_refused_by_name(ports: Ports, words: str) -> N
 def test_a_host_that_is_not_ours_is_refused_by_name() -> None:
     with pytest.raises(StillhouseError, match=r"192\.0\.2\.1"):
         settle_ports("192.0.2.1", Ports(0, 0, 8002))
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "port", "warned"),
+    [
+        ("0.0.0.0", ("k",), 9000, True),
+        ("::", ("k",), 9000, True),
+        ("127.0.0.1", ("k",), 9000, False),
+        ("localhost", ("k",), 9000, False),
+        ("0.0.0.0", (), 9000, False),
+        ("0.0.0.0", ("k",), None, False),
+    ],
+)
+def test_who_asks_for_keys_is_told_of_ports_that_know_none(
+    tmp_path: Path, host: str, keys: tuple[str, ...], port: int | None, warned: bool
+) -> None:
+    options = ServeOptions(tmp_path, host=host, openai_host="0.0.0.0", openai_port=port, access=Access(keys))
+    said = unguarded(options)
+    assert (said is not None) == warned
+    assert not said or (f"ports on {host}" in said and "--triton-host 127.0.0.1" in said)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -127,7 +149,7 @@ def test_the_backend_directory_copies_the_library_and_links_the_stub(tmp_path: P
 
 
 def test_the_servers_environment_puts_this_python_first(tmp_path: Path) -> None:
-    environment = server_environment(tmp_path, '{"max_num_seqs": 4}')
+    environment = server_environment(tmp_path, '{"max_num_seqs": 4}', tmp_path / "drain")
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(tmp_path)
     assert environment["STILLHOUSE_ENGINE_OPTIONS"] == '{"max_num_seqs": 4}'

@@ -98,9 +98,22 @@ def test_a_cumulative_logprob_makes_the_engine_keep_logprobs_that_the_caller_did
     assert read({"logprobs": 3}, text_input="Hello", return_cumulative_logprob=True).params.logprobs == 3
 
 
+def test_the_shortest_of_the_time_outs_holds() -> None:
+    assert read(text_input="Hello").timeout_s is None
+    assert read({"timeout": 1_500_000}, text_input="Hello").timeout_s == 1.5
+    assert read({"timeout": 0}, text_input="Hello").timeout_s is None
+    given = {"timeout_s": "2.5", "max_tokens": 3}
+    assert read(text_input="Hello", sampling_parameters=json.dumps(given)).timeout_s == 2.5
+    arrays = {"text_input": strings("Hello")}
+    assert read_question(arrays.get, '{"timeout_s": 9}', 250_000).timeout_s == 0.25
+
+
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
+        ({"text_input": "a", "sampling_parameters": '{"timeout_s": 0}'}, "timeout_s must be above 0"),
+        ({"text_input": "a", "sampling_parameters": '{"timeout_s": "soon"}'}, "timeout_s must be a number"),
+        ({"text_input": "a", "sampling_parameters": '{"priority": 0.5}'}, "priority must be a whole number"),
         ({}, "exactly one of text_input, messages, input_ids must be given, got none"),
         ({"text_input": "a", "messages": "[]"}, "got text_input and messages"),
         ({"text_input": ""}, "text_input is empty"),

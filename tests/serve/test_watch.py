@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+from stillhouse.engine.errors import EngineClosed
+from stillhouse.serve.ending import Ending
 from stillhouse.serve.watch import Watcher
 
 
@@ -19,10 +24,27 @@ class Request:
     def cancel(self) -> None:
         self.cancelled.set()
 
+    def cut(self, reason: EngineClosed) -> None:
+        raise AssertionError(reason)
+
+
+class Lasting(Request):
+    """One whose client stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[EngineClosed] = []
+
+    def is_abandoned(self) -> bool:
+        return False
+
+    def cut(self, reason: EngineClosed) -> None:
+        self.reasons.append(reason)
+
 
 def test_a_request_is_cancelled_once_its_client_has_gone() -> None:
     request, ended = Request(), threading.Event()
-    watcher = Watcher(lambda: False, ended.set)
+    watcher = Watcher(lambda: False, Ending(None), ended.set)
     watcher.add(request)
     assert request.cancelled.wait(5)
     watcher.close()
@@ -32,8 +54,26 @@ def test_a_request_is_cancelled_once_its_client_has_gone() -> None:
 
 def test_an_engine_that_has_failed_ends_its_process() -> None:
     failed, ended = threading.Event(), threading.Event()
-    watcher = Watcher(failed.is_set, ended.set)
+    watcher = Watcher(failed.is_set, Ending(None), ended.set)
     assert not ended.wait(0.2)
     failed.set()
     assert ended.wait(5)
+    watcher.close()
+
+
+def test_a_server_that_ends_refuses_at_once_and_cuts_after_the_grace_time(
+    tmp_path: Path, wait_until: Callable[..., float]
+) -> None:
+    file, request = tmp_path / "drain", Lasting()
+    ending = Ending(file)
+    watcher = Watcher(lambda: False, ending)
+    watcher.add(request)
+    assert ending.refusal is None
+    file.write_text(f"{time.monotonic() + 0.5}\n")
+    wait_until(lambda: ending.refusal is not None)
+    assert "shutting down" in str(ending.refusal)
+    assert not request.reasons
+    wait_until(lambda: request.reasons)
+    assert time.monotonic() >= float(file.read_text())
+    assert "grace time is over" in str(request.reasons[0])
     watcher.close()

@@ -96,9 +96,8 @@ def _environment(temporary: Path | None) -> dict[str, str]:
     own = {"STILLHOUSE_WORKER_PARENT": str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
     # Threads that spin at a barrier cost minutes where the cores are shared.
     own |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    # ONNX Runtime would report its use and keep a device id in the cache folder; a build tells nobody.
     own |= {"TMPDIR": str(temporary)} if temporary is not None else {}
-    return os.environ | own | {"ORT_DISABLE_TELEMETRY": "1"}
+    return os.environ | own
 
 
 def _talk(child: subprocess.Popen[bytes], job: dict[str, Any], share: Share) -> dict[str, Any]:

@@ -70,16 +70,21 @@ def from_server(message: str, where: str, default: type[ClientError] = RequestRe
         kind = Overloaded
     elif any(words in lowered for words in _NOT_NOW):
         kind = Unavailable
+    elif _OUT_OF_TIME in lowered:
+        kind = TimedOut
     return kind(f"{where}: {message.rstrip('.')}", hint=_HINTS.get(kind))
 
 
 _QUEUE_FULL = "requests are waiting"  # the engine's
+_OUT_OF_TIME = "no answer within"  # the engine's too
 # Triton's words, then the engine's.
 _NOT_NOW = (
     "is not healthy",
     "not ready",
     "not at ready state",
     "is shut down",
+    "shutting down",
+    "server is stopping",
     "being unloaded",
     "loop failed",
 )

@@ -34,6 +34,9 @@ class EngineGenerator:
     def models(self) -> Sequence[ServedModel]:
         return self._served
 
+    def missing(self) -> dict[str, str]:
+        return {}
+
     async def stream(
         self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:

@@ -5,3 +5,8 @@ request, sampling, sampler, core        continuous batching over token ids
 kv_cache, runner                        the graph and its memory
 text, model                             the door where text becomes tokens and back
 """
+
+import os
+
+# ONNX Runtime would report its use and keep a device id in the cache folder; it reads this when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

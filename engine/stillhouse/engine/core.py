@@ -87,27 +87,26 @@ class Engine:
                 " with at least one token of answer",
                 hint="shorten the prompt, or serve with a larger --max-model-len",
             )
+        number = f"r{next(self._ids)}"
         request = Request(
-            f"r{next(self._ids)}",
-            prompt_ids,
-            params,
-            sink,
-            timeout_s=timeout_s,
-            thinking=thinking,
-            constraint=constraint,
+            number, prompt_ids, params, sink, timeout_s=timeout_s, thinking=thinking, constraint=constraint
         )
-        scheduler = self._scheduler
         with self._wake:
-            if self._failure or self._closing:
-                raise self._failure or EngineClosed("the engine is shut down")
-            if len(scheduler.waiting) >= self.limits.max_waiting + scheduler.free_slots:
-                raise QueueFull(
-                    f"{len(scheduler.waiting)} requests are waiting, the queue holds {self.limits.max_waiting}",
-                    hint="try again later, or raise max_waiting in engine.json",
-                )
-            scheduler.waiting.append(request)
+            self.check_room()
+            self._scheduler.wait(request)
             self._wake.notify()
         return request
+
+    def check_room(self) -> None:
+        """Raises QueueFull or EngineClosed where `submit` would raise it now, whatever the request."""
+        if self._failure or self._closing:
+            raise self._failure or EngineClosed("the engine is shut down")
+        waiting = len(self._scheduler.waiting)
+        if waiting >= self.limits.max_waiting + self._scheduler.free_slots:
+            raise QueueFull(
+                f"{waiting} requests are waiting, the queue holds {self.limits.max_waiting}",
+                hint="try again later, or raise max_waiting in engine.json",
+            )
 
     def stats(self) -> Stats:
         scheduler = self._scheduler
@@ -168,7 +167,8 @@ class Engine:
         """One round: schedule, prefill up to a chunk, one token for every row of the batch; sample and emit."""
         scheduler = self._scheduler
         self._end_what_is_over()
-        scheduler.make_room()
+        with self._wake:  # it may put a prompt back among those who wait
+            scheduler.make_room()
         scheduler.resume()
         spent_tokens = 0
         while (request := self._next_to_prefill(spent_tokens)) is not None:

@@ -19,11 +19,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprob:
-    """How likely the model found a token of the prompt, and what it would have found likelier."""
+    """How likely the model found a token of the prompt (`rank` 1: the likeliest), and what it found likelier."""
 
     token_id: int
     logprob: float
     top_logprobs: dict[int, float]
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,11 @@ class Request:
     @property
     def cancelled(self) -> bool:
         return self._cancelled
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The place among those who wait: the lower the sooner; among equals of priority the older first."""
+        return self.params.priority, self.timing.submitted_s
 
     @property
     def over(self) -> bool:

@@ -78,7 +78,7 @@ def _choose_one(row: NDArray[np.float32], request: Request, eos_ids: frozenset[i
     if params.logprobs is None:
         return Choice(token)
     logprob, top = _logprobs(row, token, params.logprobs)
-    return Choice(token, logprob, top, rank=1 + int(np.count_nonzero(row > row[token])))
+    return Choice(token, logprob, top, _rank(row, token))
 
 
 def _penalize(scores: NDArray[np.float32], request: Request) -> None:
@@ -139,7 +139,12 @@ def _generator(request: Request) -> np.random.Generator:
 
 def logprobs_of(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> list[PromptLogprob]:
     """The log-probability of `tokens[i]` by `logits[i]` (rows, vocab_size), with the `count` likeliest beside it."""
-    return [PromptLogprob(token, *_logprobs(row, token, count)) for row, token in zip(logits, tokens, strict=True)]
+    rows = zip(logits, tokens, strict=True)
+    return [PromptLogprob(token, *_logprobs(row, token, count), rank=_rank(row, token)) for row, token in rows]
+
+
+def _rank(row: NDArray[np.float32], token: int) -> int:
+    return 1 + int(np.count_nonzero(row > row[token]))
 
 
 def _logprobs(row: NDArray[np.float32], token: int, count: int) -> tuple[float, dict[int, float]]:

@@ -25,7 +25,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1 switch these filters off. `stop` strings end the
     text before them. `seed` None draws one; of `n` answers, answer i has the seed `seed` + i. At most
-    `thinking_token_budget` tokens between <think> and </think>, then the end tag is forced.
+    `thinking_token_budget` tokens between <think> and </think>, then the end tag is forced. Of those who wait for a
+    slot, the lower `priority` comes first.
     """
 
     n: int = 1
@@ -50,6 +51,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name, (rule, holds) in _RULES.items():
@@ -86,6 +88,7 @@ _RULES: dict[str, tuple[str, Any]] = {
     "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "prompt_logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "thinking_token_budget": ("at least 0", lambda v: v >= 0),
+    "priority": ("a whole number of 32 bits", lambda v: -(2**31) <= v < 2**31),
     "logit_bias": (
         "token ids with a bias between -100 and 100",
         lambda v: all(-100 <= b <= 100 for b in v.values()),
@@ -128,7 +131,8 @@ def _read_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _read_float(name: str, value: Any) -> float:
+def read_number(name: str, value: Any) -> float:
+    """A finite number, as such or as a text. Raises InvalidRequest, naming the parameter."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InvalidRequest(f"{name} must be a number, got {value!r}")
     try:
@@ -176,7 +180,7 @@ def _read_bias(name: str, value: Any) -> dict[int, float]:
     value = _read_json_if_string(name, value)
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{name} must be an object of token ids to biases, got {value!r}")
-    return {_read_int(name, key): _read_float(name, bias) for key, bias in value.items()}
+    return {_read_int(name, key): read_number(name, bias) for key, bias in value.items()}
 
 
 def _read_structure(name: str, value: Any) -> StructuredOutputs:
@@ -201,12 +205,15 @@ def _read_structure(name: str, value: Any) -> StructuredOutputs:
 _NULLABLE = {"seed", "logprobs", "prompt_logprobs", "thinking_token_budget", "structured_outputs"}
 _READERS: dict[str, Any] = {
     **dict.fromkeys(
-        ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_token_budget"),
+        (
+            *("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
+            *("thinking_token_budget", "priority"),
+        ),
         _read_int,
     ),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-        _read_float,
+        read_number,
     ),
     **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _read_bool),
     "stop": _read_strings,

@@ -7,6 +7,7 @@ Slots 0 … n−1 hold the rows of the decode batch, slot n the one prompt that 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Scheduler:
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self._runner = runner
         self._limits = limits
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request] = deque()  # by rank
         self.decoding: list[Request] = []  # row r decodes in slot r
         self.prefilling: Request | None = None  # in slot len(self.decoding)
         self._preempted: deque[tuple[Request, Any]] = deque()  # with what was swapped out, the oldest first
@@ -94,10 +95,14 @@ class Scheduler:
     def free_slots(self) -> int:
         return self._limits.slots - len(self.decoding) - (self.prefilling is not None)
 
+    def wait(self, request: Request) -> None:
+        """Puts `request` among those who wait: behind all that are of its priority or a lower one."""
+        insort(self.waiting, request, key=lambda other: other.rank)
+
     # Before a step
 
     def make_room(self) -> None:
-        """Sees to it that every row can write one token more: forgets kept prompts, then preempts the youngest."""
+        """Sees to it that every row can write one token more: forgets kept prompts, then preempts the last by rank."""
         while self.kv_tokens + len(self.decoding) > self._limits.kv_capacity_tokens:
             if self._forget_one_prefix():
                 continue
@@ -107,9 +112,9 @@ class Scheduler:
                 self._runner.release(len(self.decoding))
                 request.kv_tokens = request.prefix_tokens = 0
                 request.prompt_logprobs.clear()
-                self.waiting.appendleft(request)
+                self.wait(request)
             else:
-                self._preempt(max(self.decoding, key=lambda request: request.timing.submitted_s))
+                self._preempt(max(self.decoding, key=lambda request: request.rank))
             self.preemptions_total += 1
 
     def resume(self) -> None:

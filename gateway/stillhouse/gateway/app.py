@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from stillhouse.gateway.doorway import Doorway, error_response
 from stillhouse.gateway.errors import ApiError, api_error, unavailable
 from stillhouse.gateway.gateway import Gateway
 from stillhouse.gateway.metrics import Meter
-from stillhouse.gateway.sse import EventStream
+from stillhouse.gateway.sse import stream_response
 
 _PAGE = Path(__file__).with_name("page") / "index.html"
 # The page asks nobody but this server, and no other site may show it in a frame.
@@ -63,7 +63,7 @@ def _add_answering(app: FastAPI, gateway: Gateway) -> None:
         body = await read_body(request, ChatBody)
         job = await chat_job(gateway.ready_generator(), gateway.model(body.model), Meter(gateway.metrics), body)
         if body.stream:
-            return await _streamed(request, chat_events(job, body))
+            return await stream_response(request.receive, chat_events(job, body))
         return await _whole(request, chat_completion(job, body))
 
     @app.post("/v1/completions")
@@ -71,7 +71,7 @@ def _add_answering(app: FastAPI, gateway: Gateway) -> None:
         body = await read_body(request, CompletionBody)
         job = await completion_job(gateway.ready_generator(), gateway.model(body.model), Meter(gateway.metrics), body)
         if body.stream:
-            return await _streamed(request, completion_events(job, body))
+            return await stream_response(request.receive, completion_events(job, body))
         return await _whole(request, completion(job, body))
 
 
@@ -99,29 +99,6 @@ async def _whole(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
     if answer is None:
         return Response(status_code=499)
     return Response(json.dumps(answer, ensure_ascii=False), media_type="application/json")
-
-
-async def _streamed(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
-    """The answer as events. Waits for the first one: what fails before it has a status of its own."""
-    first: Callable[[], Awaitable[bytes]] = events.__anext__
-    try:
-        begun = await unless_gone(request.receive, first())
-    except BaseException:
-        await events.aclose()
-        raise
-    if begun is None:
-        await events.aclose()
-        return Response(status_code=499)
-    return EventStream(_with_first(begun, events))
-
-
-async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    try:
-        yield first
-        async for data in rest:
-            yield data
-    finally:
-        await rest.aclose()
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:  # noqa: ARG001

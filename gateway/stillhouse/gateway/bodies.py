@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, and vLLM's beside them. What is not here is refused by name.
+"""The bodies of requests: OpenAI's fields, and vLLM's beside them. What is neither here nor neutral is refused by name.
 
 Null stands for "not given", as OpenAI's clients send it.
 """
@@ -89,11 +89,13 @@ class GenerationBody(_Strict):
     guided_choice: Texts | None = None
     guided_grammar: NonEmpty | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
 
     # Sent by OpenAI's clients and frameworks, and without effect on an answer here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    store: bool | None = None
+    store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

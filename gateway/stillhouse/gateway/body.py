@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from stillhouse.gateway.bodies import MAX_BIASES, MAX_STOPS
+from stillhouse.gateway.bodies import MAX_BIASES, MAX_STOPS, GenerationBody
 from stillhouse.gateway.errors import ApiError, invalid
+from stillhouse.gateway.neutral import without_neutral
 
 MAX_BODY_BYTES = 16 * 2**20
 # Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
@@ -70,7 +71,10 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
     fields = _read_json(data)
     if not isinstance(fields, dict):
         raise invalid(f"the body must be a JSON object, got {type(fields).__name__}")
-    _refuse_many_faults(fields, kind)
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    if issubclass(kind, GenerationBody):
+        fields = without_neutral(fields, known)
+    _refuse_many_faults(fields, known)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -79,9 +83,8 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
         raise invalid("the body is nested too deeply") from None
 
 
-def _refuse_many_faults(fields: dict[str, Any], kind: type[BaseModel]) -> None:
+def _refuse_many_faults(fields: dict[str, Any], known: set[str]) -> None:
     """What pydantic would say too, but once and not for each of a million fields."""
-    known = {field.alias or name for name, field in kind.model_fields.items()}
     if unknown := next((name for name in fields if name not in known), None):
         name = _short(unknown)
         raise invalid(f"unknown field {name} (known: {', '.join(sorted(known))})", unknown[:80], "unknown_field")

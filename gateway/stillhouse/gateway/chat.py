@@ -11,7 +11,7 @@ from stillhouse.gateway.bodies import ChatBody
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import Generator, ServedModel
 from stillhouse.gateway.job import Job, Tally
-from stillhouse.gateway.logprobs import Vocabulary, chat_logprobs
+from stillhouse.gateway.logprobs import Vocabulary, chat_logprobs, prompt_logprobs
 from stillhouse.gateway.messages import check_tools
 from stillhouse.gateway.metrics import Meter
 from stillhouse.gateway.params import sampling_params
@@ -23,7 +23,7 @@ from stillhouse.gateway.thoughts import Splitter
 async def chat_job(generator: Generator, model: ServedModel, meter: Meter, body: ChatBody) -> Job:
     """What a chat asks the model. Raises ApiError or StillhouseError for what cannot be asked."""
     check_tools(body, model)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     if body.max_tokens == 0:
         raise invalid("max_tokens must be at least 1, got 0", "max_tokens")
@@ -38,6 +38,7 @@ async def chat_job(generator: Generator, model: ServedModel, meter: Meter, body:
         len(prompt_ids),
         body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
     return Job(generator, model, meter, "chat.completion", "chatcmpl", [prompt_ids], [params], body.n or 1)
 
@@ -66,7 +67,10 @@ async def chat_completion(job: Job, body: ChatBody) -> dict[str, Any]:
                 "finish_reason": pieces[-1].finish_reason,
             }
         )
-    return {**job.head(), "choices": choices, "usage": tally.usage()}
+    answer = {**job.head(), "choices": choices, "usage": tally.usage()}
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(vocabulary, chunks[0][0].prompt_logprobs, body.prompt_logprobs)
+    return answer
 
 
 async def chat_events(job: Job, body: ChatBody) -> AsyncGenerator[bytes, None]:

@@ -11,7 +11,7 @@ from stillhouse.gateway.bodies import CompletionBody
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import Generator, ServedModel
 from stillhouse.gateway.job import Job, Tally
-from stillhouse.gateway.logprobs import CompletionLogprobs, Vocabulary
+from stillhouse.gateway.logprobs import CompletionLogprobs, Vocabulary, prompt_logprobs
 from stillhouse.gateway.metrics import Meter
 from stillhouse.gateway.params import COMPLETION_TOKENS, sampling_params
 from stillhouse.gateway.prompts import checked_ids, text_ids
@@ -30,6 +30,8 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
     if max_tokens == 0 and not body.echo:
         raise invalid("max_tokens must be at least 1 where nothing is echoed, got 0", "max_tokens")
     prompts = await _ids(model, body)
+    # The echo has as many beside each token as `logprobs` says; the engine finds them once for both.
+    scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
     params = [
         sampling_params(
             body,
@@ -37,7 +39,7 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
             len(prompt),
             max_tokens,
             logprobs=body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs=max(scored, default=None),
         )
         for prompt in prompts
     ]
@@ -62,7 +64,13 @@ async def completion(job: Job, body: CompletionBody) -> dict[str, Any]:
         texts[number] += answers[number].text(chunk)
         reasons[number] = chunk.finish_reason or ""
     choices = [
-        {"index": number, "text": text, "logprobs": answers[number].logprobs(), "finish_reason": reasons[number]}
+        {
+            "index": number,
+            "text": text,
+            "logprobs": answers[number].logprobs(),
+            "finish_reason": reasons[number],
+            **({} if body.prompt_logprobs is None else {"prompt_logprobs": answers[number].prompt_logprobs}),
+        }
         for number, text in enumerate(texts)
     ]
     return {**job.head(), "choices": choices, "usage": _usage(tally, body)}
@@ -92,7 +100,10 @@ class _Answer:
     def __init__(
         self, vocabulary: Vocabulary, body: CompletionBody, prompt_ids: Sequence[int], echo: str | None
     ) -> None:
-        self._logprobs = CompletionLogprobs(vocabulary) if body.logprobs is not None else None
+        self._logprobs = None if body.logprobs is None else CompletionLogprobs(vocabulary, body.logprobs)
+        self._vocabulary = vocabulary
+        self._prompt_count = body.prompt_logprobs
+        self.prompt_logprobs: list[Any] | None = None
         self._prompt_ids = prompt_ids
         self._echo = echo
         self._prompt_alone = body.max_tokens == 0
@@ -100,6 +111,8 @@ class _Answer:
     def text(self, chunk: Chunk) -> str:
         """The text that this chunk adds; with the first one comes the prompt."""
         before = ""
+        if self._prompt_count is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = prompt_logprobs(self._vocabulary, chunk.prompt_logprobs, self._prompt_count)
         if self._echo is not None:
             before, self._echo = self._echo, None
             if self._logprobs is not None:

@@ -76,11 +76,13 @@ class Gateway:
         return models[0]
 
     def model(self, name: str) -> ServedModel:
-        """The live model called `name`. Raises ModelUnknown."""
-        models = self.models()
+        """The live model called `name`. Raises ModelUnknown, or Unavailable where it is one that cannot answer now."""
+        models, missing = self.models(), self.ready_generator().missing()
         for model in models:
             if model.name == name:
                 return model
+        if name in missing:
+            raise Unavailable(f"{name} cannot answer now: {missing[name]}")
         known = ", ".join(model.name for model in models) or "none"
         raise ModelUnknown(f"The model {name[:200]!r} does not exist. Models here: {known}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,10 @@ class Generator(Protocol):
         """The models that may be asked, each with the version that is live now."""
         ...
 
+    def missing(self) -> Mapping[str, str]:
+        """The models that are served here, but cannot be asked now: name → why."""
+        ...
+
     def stream(
         self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:
@@ -65,7 +69,7 @@ class Generator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of everything; what still runs is cancelled."""
+        """Lets go of everything; what still runs ends with Unavailable."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from stillhouse.engine.answer import Chunk
@@ -69,11 +70,34 @@ def chat_logprobs(vocabulary: Vocabulary, chunks: Sequence[Chunk]) -> dict[str, 
     return {"content": content, "refusal": None}
 
 
-class CompletionLogprobs:
-    """`choices[].logprobs` of a completion, token after token; offsets count from the beginning of its text."""
+def prompt_logprobs(vocabulary: Vocabulary, found: Sequence[PromptLogprob] | None, count: int) -> list[Any]:
+    """vLLM's `prompt_logprobs`: one object a token of the prompt, token id → logprob, rank (1: the likeliest) and text.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    Each holds the token itself and the `count` likeliest; the first token, which follows nothing, has null.
+    """
+    positions: list[Any] = [None]
+    for token in found or ():
+        ranked = {token.token_id: (token.logprob, token.rank)}
+        for rank, (other, logprob) in enumerate(islice(token.top_logprobs.items(), count), start=1):
+            ranked.setdefault(other, (logprob, rank))
+        positions.append(
+            {
+                str(other): {"logprob": max(logprob, _LEAST), "rank": rank, "decoded_token": vocabulary.name(other)}
+                for other, (logprob, rank) in ranked.items()
+            }
+        )
+    return positions
+
+
+class CompletionLogprobs:
+    """`choices[].logprobs` of a completion, token after token; offsets count from the beginning of its text.
+
+    `count`: how many of the likeliest tokens stand beside each.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, count: int) -> None:
         self._vocabulary = vocabulary
+        self._count = count
         self._offset = 0
         self._empty()
 
@@ -81,7 +105,7 @@ class CompletionLogprobs:
         """The echoed prompt, whose first token has no probability."""
         self._add(prompt_ids[0], None, None)
         for found in prompt_logprobs:
-            self._add(found.token_id, found.logprob, found.top_logprobs)
+            self._add(found.token_id, found.logprob, dict(islice(found.top_logprobs.items(), self._count)))
 
     def add(self, chunk: Chunk) -> None:
         for token_id in chunk.token_ids:

@@ -29,6 +29,7 @@ _SAME_NAMES = (
     "skip_special_tokens",
     "include_stop_str_in_output",
     "logit_bias",
+    "priority",
 )
 # Thinking tokens that an effort allows; None: as many as the model likes.
 EFFORT_TOKENS: dict[str, int | None] = {
@@ -55,6 +56,10 @@ def sampling_params(
     `max_tokens` None is whatever the context still holds. Raises ApiError for a prompt and an answer that do not fit
     the context, InvalidRequest for parameters that do not go together.
     """
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options may only be given where stream is true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs are not given where stream is true", "prompt_logprobs")
     room = model.max_model_len - num_prompt_tokens
     if room < 1 or (max_tokens is not None and max_tokens > room):
         raise too_long(num_prompt_tokens, max(1, max_tokens or 1), model.max_model_len)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 620
 _BACKLOG = 2048
 _HEAD_BYTES = 2**16
+_LAST_WORDS_S = 1.0  # for the errors of those that are cut at the end
 
 
 class GatewayServer:
@@ -50,6 +51,7 @@ class GatewayServer:
         )
         self._server = uvicorn.Server(config)
         self._loop = asyncio.new_event_loop()
+        self._closing: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="stillhouse-gateway", daemon=True)
 
     def start(self) -> None:
@@ -68,18 +70,32 @@ class GatewayServer:
 
         asyncio.run_coroutine_threadsafe(plug(), self._loop).result()
 
+    def refuse(self) -> None:
+        """Answers new requests with 503 from now on; those that run go on."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(setattr, self.gateway, "draining", True)
+
     def drain(self, grace_s: float, *, hurry: threading.Event | None = None) -> None:
-        """Refuses new requests at once, waits up to `grace_s` for those that run (`hurry` cuts it short), and ends."""
+        """Refuses new requests at once, waits up to `grace_s` for those that run (`hurry` cuts it short), and ends.
+
+        Whoever still waits then gets an error by name, as an event where the answer has begun.
+        """
         if not self._thread.is_alive():
             self._socket.close()
             return
-        self._loop.call_soon_threadsafe(setattr, self.gateway, "draining", True)
-        deadline = time.monotonic() + grace_s
+        self.refuse()
         time.sleep(0.05)  # until the flag is set and whoever was let in before it is counted
-        while self.gateway.in_flight and time.monotonic() < deadline and not (hurry and hurry.is_set()):
-            time.sleep(0.02)
+        self._wait_for_requests(grace_s - 0.05, hurry)
+        if self.gateway.in_flight:
+            self._loop.call_soon_threadsafe(self._close_generator)
+            self._wait_for_requests(_LAST_WORDS_S, None)
         self._server.should_exit = True
         self._thread.join(timeout=10)
+
+    def _wait_for_requests(self, most_s: float, hurry: threading.Event | None) -> None:
+        deadline = time.monotonic() + most_s
+        while self.gateway.in_flight and time.monotonic() < deadline and not (hurry and hurry.is_set()):
+            time.sleep(0.02)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -90,5 +106,11 @@ class GatewayServer:
         try:
             await self._server.serve(sockets=[self._socket])
         finally:
-            if self.gateway.generator is not None:
-                await self.gateway.generator.close()
+            self._close_generator()
+            if self._closing is not None:
+                await self._closing
+
+    def _close_generator(self) -> None:
+        """Begins to close what answers; on the loop, once."""
+        if self._closing is None and self.gateway.generator is not None:
+            self._closing = asyncio.ensure_future(self.gateway.generator.close())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
-from stillhouse.engine.errors import EngineClosed, InvalidRequest, QueueFull, StillhouseError
+from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, InvalidRequest, QueueFull, StillhouseError
 from stillhouse.serve.answers import answer_tensors
 from stillhouse.serve.metrics import SUCCESSES, Metrics
 
@@ -46,9 +46,9 @@ class Outbox:
             answering, chunk = item
             try:
                 answering.deliver(chunk)
-            except Exception:  # the boundary: a response that cannot be sent must not stop the other requests
+            except Exception as error:  # the boundary: a response that cannot be sent must not stop the other requests
                 log.exception("a response could not be sent")
-                answering.cancel()
+                answering.fail(StillhouseError(f"internal error: the answer cannot be sent: {error!r}"))
             # Not kept until the next one comes: what an answering holds has to go before the model does.
             del answering, chunk, item
 
@@ -76,6 +76,7 @@ class Answering:
         self._request: Submitted | None = None
         self._last_token_s: float | None = None
         self._begun_s = time.perf_counter()
+        self._cut = EngineClosed("the request was cancelled: the model is being unloaded")
         # Held from submit() until the request can be cancelled, while is_cancelled() is asked, and for the last
         # response: is_cancelled() of a request whose final flag has been sent kills the whole server.
         self._lock = threading.Lock()
@@ -87,7 +88,7 @@ class Answering:
         if question.repeats_prompt:
             self._prompt = question.text or self._model.tokenizer.decode(ids, skip_special_tokens=False)
         with self._lock:
-            self._request = self._model.submit(ids, question.params, self._take)
+            self._request = self._model.submit(ids, question.params, self._take, timeout_s=question.timeout_s)
             self._watcher.add(self)
 
     def is_abandoned(self) -> bool:
@@ -100,20 +101,39 @@ class Answering:
         if request is not None:
             request.cancel()
 
+    def cut(self, reason: EngineClosed) -> None:
+        """As `cancel`, but whoever waits is told the reason."""
+        self._cut = reason
+        self.cancel()
+
     def deliver(self, chunk: Chunk) -> None:
         """Sends what `chunk` brings; called on the outbox's thread."""
+        if self._sender is None:  # it has failed before
+            return
         if chunk.finish_reason is None:
             self._send([chunk], final=False)
             return
         with self._lock:
-            # Within the lock: begin() may not have added this yet.
-            self._watcher.remove(self)
-            try:
-                self._deliver_last(chunk)
-            finally:
-                # The engine's request leads back here. Uncut, the sender and its shared memory would wait for the
-                # garbage collector, and one that is collected after the end of the model crashes.
-                self._request = self._sender = None
+            self._deliver_last(chunk)
+            self._let_go()
+
+    def fail(self, error: StillhouseError) -> None:
+        """Ends it with `error` in place of what could not be delivered; called on the outbox's thread."""
+        self.cancel()
+        with self._lock:
+            sender = self._sender
+            self._let_go()
+        try:
+            send_error(sender, error)
+        except Exception:  # the boundary: nothing can be sent, and whoever waited has gone
+            log.exception("nor could the error be sent")
+
+    def _let_go(self) -> None:
+        # Within the lock: begin() may not have added this yet.
+        self._watcher.remove(self)
+        # The engine's request leads back here. Uncut, the sender and its shared memory would wait for the garbage
+        # collector, and one that is collected after the end of the model crashes.
+        self._request = self._sender = None
 
     def _take(self, chunk: Chunk) -> None:
         """Called on the engine's thread with every chunk."""
@@ -136,7 +156,7 @@ class Answering:
         if self._sender.is_cancelled():
             self._sender.send(flags=_FINAL)
         else:
-            send_error(self._sender, EngineClosed("the request was cancelled: the model is being unloaded"))
+            send_error(self._sender, self._cut)
 
     def _send(self, chunks: list[Chunk], *, final: bool) -> None:
         outputs = answer_tensors(self._question, chunks, self._prompt, self._token_text)
@@ -166,7 +186,7 @@ def send_error(sender: Any, error: StillhouseError) -> None:
     code = pb_utils.TritonError.INTERNAL
     if isinstance(error, InvalidRequest):
         code = pb_utils.TritonError.INVALID_ARG
-    elif isinstance(error, (QueueFull, EngineClosed)):
+    elif isinstance(error, (QueueFull, EngineClosed, DeadlineExceeded)):  # as Triton says it of its own time-out
         code = pb_utils.TritonError.UNAVAILABLE
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
     sender.send(response, flags=_FINAL)

@@ -46,7 +46,7 @@ def _details_json(chunks: Sequence[Chunk]) -> str:
     """The tokens one by one and the counts so far; what has not been asked for by the parameters is left out.
 
     {"token_ids": [5], "num_input_tokens": 9, "num_output_tokens": 3, "num_thinking_tokens": 0, "finish_reason": null,
-     "logprobs": [[logprob, rank, [[token id, logprob], …]]], "prompt_logprobs": [[token id, logprob, [[…]]], …]}
+     "logprobs": [[logprob, rank, [[token id, logprob], …]]], "prompt_logprobs": [[token id, logprob, [[…]], rank], …]}
     """
     last = chunks[-1]
     details: dict[str, Any] = {
@@ -63,7 +63,8 @@ def _details_json(chunks: Sequence[Chunk]) -> str:
         ]
     if chunks[0].prompt_logprobs is not None:
         details["prompt_logprobs"] = [
-            [found.token_id, found.logprob, list(found.top_logprobs.items())] for found in chunks[0].prompt_logprobs
+            [found.token_id, found.logprob, list(found.top_logprobs.items()), found.rank]
+            for found in chunks[0].prompt_logprobs
         ]
     return json.dumps(details, separators=(",", ":"))
 

@@ -21,11 +21,17 @@ _DEFAULT_SERVER = "grpc://127.0.0.1:8001"
 def serve(
     repository: _REPOSITORY = Path("model_repository"),
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    triton_host: Annotated[
+        str | None,
+        typer.Option(
+            help="The address of Triton's own ports, which know no keys, where it is another.", show_default="--host"
+        ),
+    ] = None,
     http_port: Annotated[int, typer.Option(help="Triton's HTTP port; 0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC port; 0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's metrics port; 0: any free one.")] = 8002,
     openai_port: Annotated[
-        int, typer.Option(help="The port of the OpenAI-compatible gateway and its page; 0: none.")
+        int, typer.Option(help="The port of the OpenAI-compatible gateway and its page; 0: no gateway.")
     ] = 9000,
     no_openai: Annotated[bool, typer.Option("--no-openai", help="Serve without the gateway.")] = False,
     api_key: Annotated[
@@ -76,7 +82,8 @@ def serve(
 
     options = ServeOptions(
         repository=repository,
-        host=host,
+        host=triton_host or host,
+        openai_host=host,
         ports=Ports(http_port, grpc_port, metrics_port),
         models=[name.strip() for name in models.split(",") if name.strip()] if models else None,
         tritonserver=tritonserver,
@@ -139,7 +146,11 @@ def _announce(server: Server) -> None:
         f"http     {server.http_url}",
         f"grpc     {server.grpc_url}",
         f"metrics  {server.metrics_url}",
-        *((f"openai   {server.openai_url}/v1", f"page     {server.openai_url}") if server.openai_url else ()),
+        *(
+            (f"openai   {server.openai_url}/v1", f"page     {server.openai_url}")
+            if server.openai_url
+            else ("openai   none (--no-openai, or --openai-port 0)",)
+        ),
         f"log      {server.log_file}",
         "ready; Ctrl-C ends it",
     ):

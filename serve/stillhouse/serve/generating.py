@@ -54,7 +54,11 @@ class TritonGenerator:
         return self
 
     def models(self) -> Sequence[ServedModel]:
-        return [model.live for model in self._models.values()]
+        return [model.live for model in self._models.values() if model.is_ready]
+
+    def missing(self) -> dict[str, str]:
+        none = "no version of it is ready"
+        return {name: self._pulses[name].fault or none for name, model in self._models.items() if not model.is_ready}
 
     async def stream(
         self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams
@@ -82,18 +86,28 @@ class TritonGenerator:
                 await pump
 
     def fault(self) -> str | None:
-        faults = [f"{name} cannot answer now: {pulse.fault}" for name, pulse in self._pulses.items() if pulse.fault]
-        return "; ".join(faults) or None
+        faults = {name: pulse.fault for name, pulse in self._pulses.items() if pulse.fault} | self.missing()
+        return "; ".join(f"{name} cannot answer now: {reason}" for name, reason in faults.items()) or None
 
     def figures(self) -> Iterator[Figure]:
         # They are on Triton's own metrics page.
         return iter(())
 
     async def close(self) -> None:
-        for task in self._watching:
-            task.cancel()
+        for pulse in self._pulses.values():
+            pulse.tell(Unavailable("cut off: the server is shutting down, and its grace time is over"))
+        self._stop_watching()
         await asyncio.gather(*self._watching, return_exceptions=True)
         await self._client.close()
+
+    def rest(self) -> None:
+        """Lets what runs come to its end without asking the models, which refuse what is new; from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop_watching)
+
+    def _stop_watching(self) -> None:
+        for task in self._watching:
+            task.cancel()
 
     def suspect(self, name: str) -> None:
         """Has the model asked at once whether it still answers; called by whoever saw its process end."""
@@ -135,7 +149,7 @@ class TritonGenerator:
             except ClientError as error:
                 successor = None if begun else await self._successor(asked, error)
                 if successor is None:
-                    if not isinstance(error, (Overloaded, RequestRejected)):
+                    if not isinstance(error, (Overloaded, RequestRejected, TimedOut)):
                         self.suspect(model.name)
                     mailbox.put_nowait(engine_error(error, asked.name))
                     return
@@ -160,6 +174,8 @@ class TritonGenerator:
             await asyncio.sleep(_LOOK_S)
             try:
                 await model.follow(self._client)
+                if not model.is_ready:
+                    continue
                 if pulse.is_hung():
                     pulse.end(name, f"it has said nothing for {_HUNG_S:g} s")
                 elif pulse.is_to_be_asked():
@@ -229,6 +245,10 @@ class _Pulse:
         if self.fault is None:
             log.warning("%s does not answer: %s", name, reason)
         self.fault = reason
-        for mailbox in self.streams:
-            mailbox.put_nowait(Unavailable(f"{name} went down while it answered: {reason}"))
+        self.tell(Unavailable(f"{name} went down while it answered: {reason}"))
         self.hear()
+
+    def tell(self, error: Unavailable) -> None:
+        """Ends every stream with `error`."""
+        for mailbox in self.streams:
+            mailbox.put_nowait(error)

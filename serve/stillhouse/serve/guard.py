@@ -2,8 +2,10 @@
 
 Started by path with the standard library alone: `python guard.py RUN_DIRECTORY SHM_PREFIX GRACE_S -- COMMAND…`.
 Its standard input is a pipe from the launcher: a line `stop` drains the server, `kill` ends it at once, and the end
-of the pipe (the launcher is gone, by whatever signal) drains it too. The server dies with the guard (PDEATHSIG); the
-server's children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
+of the pipe (the launcher is gone, by whatever signal) drains it too. To drain is to write RUN_DIRECTORY/drain, for the
+models' processes to refuse what is new and to cut what still runs after GRACE_S, and to send SIGTERM; who has not ended
+soon after is killed. The server dies with the guard (PDEATHSIG); the server's children, orphaned when it is killed,
+become the guard's (subreaper) and are ended by it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+_LAST_WORDS_S = 2.0  # from the end of the grace time to SIGKILL: the errors are sent, the models unloaded
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -36,7 +39,7 @@ def main(arguments: list[str]) -> int:
         arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
     )
     (run_directory / "server.pid").write_text(f"{server.pid}\n")
-    _attend(server, told, grace_s)
+    _attend(server, told, grace_s, run_directory / "drain")
     _end_orphans()
     remove_shared_memory(shm_prefix)
     shutil.rmtree(run_directory, ignore_errors=True)
@@ -50,8 +53,8 @@ def remove_shared_memory(prefix: str) -> None:
             file.unlink()
 
 
-def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float) -> None:
-    """Waits for the server's end; asks for it when told to, and forces it once `grace_s` have passed."""
+def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, drain_file: Path) -> None:
+    """Waits for the server's end; asks for it when told to, and forces it soon after `grace_s` have passed."""
     listening, kill_at = True, float("inf")
     while server.poll() is None:
         if listening:
@@ -61,8 +64,13 @@ def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float) ->
         if "kill" in told or time.monotonic() > kill_at:
             server.kill()
         elif told and kill_at == float("inf"):
+            cut_at = time.monotonic() + grace_s
+            with contextlib.suppress(OSError):  # a full disk: then nobody is told, and ends all the same
+                beside = drain_file.with_suffix(".new")
+                beside.write_text(f"{cut_at}\n")
+                beside.rename(drain_file)
             server.terminate()
-            kill_at = time.monotonic() + grace_s
+            kill_at = cut_at + _LAST_WORDS_S
 
 
 def _listen(told: list[str]) -> bool:

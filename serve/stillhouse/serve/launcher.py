@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from stillhouse.gateway.address import reachable
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
 from stillhouse.serve.ports import Ports, settle_ports
+from stillhouse.serve.protocol import DRAIN_FILE
 from stillhouse.serve.repository import ServedModel, checked_engine_options, served_models
 from stillhouse.serve.startup import wait_until_ready
 from stillhouse.serve.tritonserver import (
@@ -35,13 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The server gets the grace time itself (--exit-timeout-secs); the guard waits this much longer before SIGKILL.
-_GUARD_EXTRA_S = 2.0
+# What runs is cut when the grace time is over; the server itself must not give up before.
+_EXIT_EXTRA_S = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json."""
+    """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json.
+
+    `host` is the address of Triton's ports, `openai_host` the gateway's (None: the same).
+    """
 
     repository: Path
     host: str = "127.0.0.1"
@@ -52,6 +57,7 @@ class ServeOptions:
     log_file: Path | None = None
     grace_s: float = 30.0
     ready_timeout_s: float = 300.0
+    openai_host: str | None = None
     openai_port: int | None = None  # None: no gateway
     access: Access | None = None
 
@@ -103,6 +109,10 @@ class Server:
             self._guard.wait(timeout_s)
         return self._guard.returncode is not None
 
+    def drain(self) -> None:
+        """Has the server refuse what is new and end when what runs has ended, or been cut; returns at once."""
+        self._tell("stop")
+
     def stop(self, *, at_once: bool = False) -> int:
         """Drains and ends the server (`at_once`: kills it), waits until nothing is left, returns its exit status."""
         self._tell("kill" if at_once else "stop")
@@ -136,7 +146,7 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
     run_directory, lock = new_run_directory()
     try:
         command = _command(options, install, ports, models, run_directory)
-        environment = server_environment(libpython, json.dumps(engine_options))
+        environment = server_environment(libpython, json.dumps(engine_options), run_directory / DRAIN_FILE)
         guard = _spawn_guard(command, environment, run_directory, lock, options.grace_s, log_file)
     except BaseException:
         shutil.rmtree(run_directory, ignore_errors=True)
@@ -204,7 +214,7 @@ def _command(
         f"--grpc-port={ports.grpc}",
         f"--metrics-address={options.host}",
         f"--metrics-port={ports.metrics}",
-        f"--exit-timeout-secs={max(1, round(options.grace_s))}",
+        f"--exit-timeout-secs={math.ceil(options.grace_s) + _EXIT_EXTRA_S}",
     ]
 
 
@@ -217,7 +227,7 @@ def _spawn_guard(
     log_file: Path,
 ) -> subprocess.Popen[bytes]:
     guard = Path(__file__).with_name("guard.py")
-    settings = [str(run_directory), shm_prefix(run_directory), str(grace_s + _GUARD_EXTRA_S)]
+    settings = [str(run_directory), shm_prefix(run_directory), str(grace_s)]
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         output = log_file.open("wb")

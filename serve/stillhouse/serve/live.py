@@ -28,6 +28,11 @@ class LiveModel:
         self._turning = asyncio.Lock()
 
     @property
+    def is_ready(self) -> bool:
+        """Whether there is a version that has said so, ever."""
+        return self._live is not None
+
+    @property
     def live(self) -> ServedModel:
         if self._live is None:
             raise Unavailable(f"{self.name} has no version that is ready")

@@ -7,11 +7,17 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 from stillhouse.serve.openai import plug_triton, start_gateway
-from stillhouse.serve.supervisor import Processes, repair
+from stillhouse.serve.ports import is_loopback
+from stillhouse.serve.supervisor import Backoff, Processes, repair
+
+if TYPE_CHECKING:
+    from stillhouse.gateway.server import GatewayServer
+    from stillhouse.serve.generating import TritonGenerator
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +28,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
 
     Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
-    if the server ended by itself, or a model whose process has died does not come back.
+    if the server ended by itself, or does not come up again after a model's process has died under its requests.
     """
     asked, servers = threading.Event(), list[Server]()
 
@@ -33,15 +39,17 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     # Before Triton, so that whoever asks meanwhile is told that the models are being loaded.
-    gateway = start_gateway(options.host, options.openai_port, options.access)
+    gateway = start_gateway(options.openai_host or options.host, options.openai_port, options.access)
+    if (warning := unguarded(options)) is not None:
+        log.warning(warning)
     try:
         server = start_server(options, stop=asked)
         servers[:] = [server]
-        tell_died: Callable[[str, str], None] = _nobody
+        generator: TritonGenerator | None = None
         if gateway is not None:
-            tell_died = plug_triton(gateway, server, options.repository, options.engine).fail
+            generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
-        processes = Processes(server)
+        processes, backoff, down = Processes(server), Backoff(), list[str]()
         announce(server)
         while not asked.wait(_LOOK_S):
             if (status := server.exit_status()) is not None:
@@ -49,15 +57,16 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     f"the Triton server ended by itself with status {status}",
                     hint=f"its log: {server.log_file}",
                 )
-            if dead := processes.dead_models():
-                for model in dead:
-                    tell_died(model, "its process has died")
-                server = repair(server, options, dead, stop=asked)
+            if down := sorted({*down, *processes.dead_models()}):
+                if generator is not None:
+                    for model in down:
+                        generator.fail(model, "its process has died")
+                if asked.wait(backoff.next_s()):
+                    break
+                server, down = repair(server, options, down, stop=asked)
                 servers[:], processes = [server], Processes(server)
         log.info("ending: running requests have %g s to finish", options.grace_s)
-        if gateway is not None:
-            gateway.drain(options.grace_s)
-        server.stop()
+        _drain(gateway, generator, server, options.grace_s)
         return 0
     except ServeError:
         # Told to stop while a server was being started.
@@ -71,5 +80,23 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
             signal.signal(number, handler)
 
 
-def _nobody(model: str, reason: str) -> None:
-    """Takes the news where no gateway is."""
+def unguarded(options: ServeOptions) -> str | None:
+    """What whoever asks for keys has to know where Triton's own ports can be reached from elsewhere."""
+    if options.openai_port is None or not (options.access and options.access.keys) or is_loopback(options.host):
+        return None
+    return (
+        f"the API keys protect the gateway alone: Triton's own ports on {options.host} answer whoever can reach them"
+        " (--triton-host 127.0.0.1 keeps them on this machine)"
+    )
+
+
+def _drain(gateway: GatewayServer | None, generator: TritonGenerator | None, server: Server, grace_s: float) -> None:
+    """Both refuse what is new at once, and what runs has one grace time in both."""
+    if gateway is not None:
+        gateway.refuse()
+    if generator is not None:
+        generator.rest()
+    server.drain()
+    if gateway is not None:
+        gateway.drain(grace_s)
+    server.stop()

@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import math
 import re
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from stillhouse.client import ClientError
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.policy import live_versions
 from stillhouse.serve.control import TritonControl
-from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 30.0
+_SOUND_AFTER_S = 120.0
 _UNDER_WAY = re.compile(r"^stillhouse_num_requests_(?:running|waiting)\{(.*)\} (\S+)$", re.MULTILINE)
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -55,23 +58,43 @@ class Processes:
         return sorted(dead)
 
 
-def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event) -> Server:
-    """Has `models`, whose processes have died, served again; returns the server that does, this one or a new one.
+class Backoff:
+    """How long to wait before a repair: not at all, unless the one before was a moment ago; then longer each time."""
 
-    Where nothing was under way the models are unloaded and loaded. Otherwise the server is started anew, for Triton
-    would leave the clients of those streams without an end. Raises ServeError where they do not come up.
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._last_s = -math.inf
+        self._wait_s = 0.0
+
+    def next_s(self) -> float:
+        """0, then 1, 2, 4 … at most 30 s; 0 again after two minutes without a repair."""
+        now_s = self._clock_s()
+        again = now_s - self._last_s < _SOUND_AFTER_S
+        self._wait_s = min(_LONGEST_WAIT_S, max(1.0, 2 * self._wait_s)) if again else 0.0
+        self._last_s = now_s + self._wait_s
+        if self._wait_s:
+            log.warning("it is not long since the last repair: the next is in %g s", self._wait_s)
+        return self._wait_s
+
+
+def repair(
+    server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event
+) -> tuple[Server, list[str]]:
+    """Has `models`, whose processes have died, served again.
+
+    Returns the server that does, this one or a new one, and those of `models` that still do not answer: the others are
+    served all the same. Where nothing was under way the models are unloaded and loaded. Otherwise the server is started
+    anew, for Triton would leave the clients of those streams without an end. Raises ServeError where that one does not
+    come up.
     """
     begun_s = time.monotonic()
     names = ", ".join(models)
     if _requests_under_way(server, models) == 0:
         log.warning("the process of %s has died: it is loaded again", names)
-        try:
-            _reload(server, options.repository, models)
-        except (ServeError, ClientError) as error:
-            log.warning("%s could not be loaded again: %s", names, error)
-        else:
-            log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
-            return server
+        down = [model for model in models if not _reloaded(server, options.repository, model)]
+        if answering := [model for model in models if model not in down]:
+            log.warning("%s answers again after %.1f s", ", ".join(answering), time.monotonic() - begun_s)
+        return server, down
     log.warning("the process of %s has died with requests under way: the server is started again", names)
     server.stop(at_once=True)
     if server.log_file.is_file():  # it says what happened
@@ -79,16 +102,20 @@ def repair(server: Server, options: ServeOptions, models: Sequence[str], *, stop
     started = start_server(replace(options, ports=server.ports, log_file=server.log_file), stop=stop)
     started.openai_url = server.openai_url
     log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
-    return started
+    return started, []
 
 
-def _reload(server: Server, repository: Path, models: Sequence[str]) -> None:
-    with contextlib.closing(TritonControl(server.grpc_url)) as triton:
-        for model in models:
+def _reloaded(server: Server, repository: Path, model: str) -> bool:
+    try:
+        with contextlib.closing(TritonControl(server.grpc_url)) as triton:
             triton.unload(model)
             triton.load(model)
             for version in live_versions(repository / model):
                 triton.ask(model, version)
+    except (StillhouseError, ClientError) as error:
+        log.warning("%s could not be loaded again: %s", model, error)
+        return False
+    return True
 
 
 def _requests_under_way(server: Server, models: Sequence[str]) -> float:

@@ -1,7 +1,8 @@
 """The tensors of Triton's vLLM backend, name by name, and what a request says with them.
 
-Beyond that backend's, there are two more ways to give the prompt, `messages` and `input_ids`, and one more output,
-`details`: all that the engine tells of the tokens, as JSON (see answers.py).
+Beyond that backend's, there are two more ways to give the prompt, `messages` and `input_ids`; one more output,
+`details`: all that the engine tells of the tokens, as JSON (see answers.py); and two parameters, `priority` (of those
+who wait, the lower comes first) and `timeout_s`.
 Source of names, types and defaults: https://github.com/triton-inference-server/vllm_backend (src/model.py).
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.engine.errors import InvalidRequest
-from stillhouse.engine.sampling import SamplingParams, parse_params
+from stillhouse.engine.sampling import SamplingParams, parse_params, read_number
 
 # The outputs that come only when their `return_…` input is true.
 EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "details")
@@ -67,6 +68,7 @@ class Question:
     """A request as its tensors and parameters say it; exactly one of text, messages, input_ids is not None.
 
     `repeats_prompt`: the text of the answer begins with the prompt. `returns`: names of the extra outputs wanted.
+    `timeout_s`: how long it may wait and run; None is for ever.
     `logprobs_asked`: the caller set `logprobs`, and not we because an output needs the sampled token's.
     """
 
@@ -78,10 +80,12 @@ class Question:
     params: SamplingParams
     logprobs_asked: bool
     returns: frozenset[str]
+    timeout_s: float | None = None
 
 
-def read_question(tensor: TensorReader, parameters_json: str) -> Question:
-    """What a request asks. `tensor` gives an input by name, None where there is none.
+def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 0) -> Question:
+    """What a request asks. `tensor` gives an input by name, None where there is none; `timeout_us` is Triton's own
+    request time-out in microseconds, 0 for none.
 
     `parameters_json` are Triton's request parameters. Those called like a flag stand for it (that is how
     `"parameters": {"stream": false}` of /generate arrives), the others are sampling parameters; a tensor goes before
@@ -96,7 +100,9 @@ def read_question(tensor: TensorReader, parameters_json: str) -> Question:
     text, messages, input_ids = _read_prompt(tensor)
 
     given = _read_string(tensor, "sampling_parameters")
-    params = parse_params(parameters | (_json_object("sampling_parameters", given) if given else {}))
+    sampling = parameters | (_json_object("sampling_parameters", given) if given else {})
+    timeout_s = _pop_timeout_s(sampling, timeout_us)
+    params = parse_params(sampling)
     if params.n != 1:
         raise InvalidRequest(f"n must be 1 here, got {params.n}", hint="send the request n times")
     returns = frozenset(name for name in EXTRA_OUTPUTS if flags[f"return_{name}"])
@@ -114,7 +120,20 @@ def read_question(tensor: TensorReader, parameters_json: str) -> Question:
         params=params,
         logprobs_asked=logprobs_asked,
         returns=returns,
+        timeout_s=timeout_s,
     )
+
+
+def _pop_timeout_s(parameters: dict[str, Any], timeout_us: int) -> float | None:
+    """The shortest of the time-outs given: Triton's own, which /generate hands over as `timeout`, and `timeout_s`."""
+    given = {"timeout": parameters.pop("timeout", None) or timeout_us, "timeout_s": parameters.pop("timeout_s", None)}
+    if not given["timeout"]:  # 0 is Triton's word for none
+        given["timeout"] = None
+    times = {name: read_number(name, value) for name, value in given.items() if value is not None}
+    for name, value in times.items():
+        if value <= 0:
+            raise InvalidRequest(f"{name} must be above 0, got {value:g}")
+    return min((value / 1e6 if name == "timeout" else value for name, value in times.items()), default=None)
 
 
 def _repeats_prompt(exclude: bool | None, stream: bool, *, has_text: bool) -> bool:

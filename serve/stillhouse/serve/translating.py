@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from stillhouse.client import ClientError, InvalidCall, ModelNotFound, Overloaded, RequestRejected, Token
+from stillhouse.client import ClientError, InvalidCall, ModelNotFound, Overloaded, RequestRejected, TimedOut, Token
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import InvalidRequest, PromptTooLong, QueueFull, StillhouseError
+from stillhouse.engine.errors import DeadlineExceeded, InvalidRequest, PromptTooLong, QueueFull, StillhouseError
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
@@ -58,7 +58,9 @@ def chunks_of(token: Token) -> Iterator[Chunk]:
 
 def _prompt_logprobs(details: Any) -> list[PromptLogprob] | None:
     found = details.get("prompt_logprobs")
-    return None if found is None else [PromptLogprob(token, logprob, dict(top)) for token, logprob, top in found]
+    if found is None:
+        return None
+    return [PromptLogprob(token, logprob, dict(top), rank) for token, logprob, top, rank in found]
 
 
 def engine_error(error: ClientError, model: str) -> StillhouseError:
@@ -71,6 +73,8 @@ def engine_error(error: ClientError, model: str) -> StillhouseError:
         if any(words in message.lower() for words in _SERVER_FAULTS):
             return StillhouseError(message)
         return PromptTooLong(message) if "the context holds" in message else InvalidRequest(message)
+    if isinstance(error, TimedOut):
+        return DeadlineExceeded(message)
     if isinstance(error, InvalidCall):
         return InvalidRequest(message)
     return Unavailable(message)

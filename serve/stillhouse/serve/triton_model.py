@@ -23,8 +23,9 @@ from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.serve.answering import Answering, Outbox, one_line, send_error
+from stillhouse.serve.ending import Ending
 from stillhouse.serve.metrics import Metrics
-from stillhouse.serve.protocol import LOAD_ERROR_MARK, OPTIONS_VARIABLE
+from stillhouse.serve.protocol import DRAIN_VARIABLE, LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.tensors import TensorReader, read_question
 from stillhouse.serve.watch import Watcher, end_with_server
 
@@ -57,7 +58,9 @@ class ServedVersion:
             raise pb_utils.TritonModelException(one_line(error)) from error
         self._door = ThreadPoolExecutor(_DOOR_THREADS, thread_name_prefix="stillhouse-door")
         self._outbox = Outbox()
-        self._watcher = Watcher(lambda: self._model.failed)
+        drain_file = os.environ.get(DRAIN_VARIABLE)
+        self._ending = Ending(Path(drain_file) if drain_file else None)
+        self._watcher = Watcher(lambda: self._model.failed, self._ending)
         self._metrics = Metrics(pb_utils, name, version, self._model.stats)
 
     def execute(self, requests: list[Any]) -> None:
@@ -76,8 +79,12 @@ class ServedVersion:
         gc.collect()
 
     def _read(self, request: Any, sender: Any) -> None:
+        # What cannot be taken in costs nothing more than the refusal.
+        if (refusal := self._ending.refusal) is not None:
+            raise refusal
+        self._model.engine.check_room()
         # Nothing keeps `request`: it is Triton's again when execute() returns.
-        question = read_question(_tensor_reader(request), request.parameters())
+        question = read_question(_tensor_reader(request), request.parameters(), request.timeout())
         self._door.submit(with_error_sent, sender, self._begin, question, sender)
 
     def _begin(self, question: Question, sender: Any) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.serve.errors import TritonNotFound
-from stillhouse.serve.protocol import BACKEND, OPTIONS_VARIABLE
+from stillhouse.serve.protocol import BACKEND, DRAIN_VARIABLE, OPTIONS_VARIABLE
 
 _LIBRARY = "libtriton_python.so"
 _STUB = "triton_python_backend_stub"
@@ -116,11 +116,12 @@ def lay_out_backends(install: TritonInstall, directory: Path) -> Path:
     return directory
 
 
-def server_environment(libpython: Path, engine_options_json: str) -> dict[str, str]:
+def server_environment(libpython: Path, engine_options_json: str, drain_file: Path) -> dict[str, str]:
     """This process's environment, so changed that the stub finds this Python, its packages and its library."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     libraries = [str(libpython), os.environ.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     environment[OPTIONS_VARIABLE] = engine_options_json
+    environment[DRAIN_VARIABLE] = str(drain_file)
     return environment

@@ -1,4 +1,4 @@
-"""What only asking tells: clients that have gone away, an engine that has failed, a server that has died."""
+"""What only asking tells: clients that have gone away, an engine that has failed, a server that ends or has died."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 import threading
 from collections.abc import Callable
 from typing import Protocol
+
+from stillhouse.engine.errors import EngineClosed
+from stillhouse.serve.ending import Ending
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +27,22 @@ class Watched(Protocol):
 
     def cancel(self) -> None: ...
 
+    def cut(self, reason: EngineClosed) -> None: ...
+
 
 class Watcher:
     """Cancels requests whose client has gone, within 50 ms, whether they wait, prefill or decode.
 
-    Once `failed` says so, it ends the process: an engine that has failed never answers again, and a process that has
-    died is what the launcher repairs.
+    When the server ends, it cuts those that are left at the end of the grace time (see ending.py). Once `failed` says
+    so, it ends the process: an engine that has failed never answers again, and a process that has died is what the
+    launcher repairs.
     """
 
-    def __init__(self, failed: Callable[[], bool], end_process: Callable[[], object] = lambda: os._exit(1)) -> None:
+    def __init__(
+        self, failed: Callable[[], bool], ending: Ending, end_process: Callable[[], object] = lambda: os._exit(1)
+    ) -> None:
         self._failed = failed
+        self._ending = ending
         self._end_process = end_process
         self._watched: dict[int, Watched] = {}
         self._closing = threading.Event()
@@ -52,7 +61,8 @@ class Watcher:
 
     def _loop(self) -> None:
         while not self._closing.wait(_EVERY_S):
-            self._look_after(list(self._watched.values()))
+            self._ending.look()
+            self._look_after(list(self._watched.values()), self._ending.cut)
             if self._failed():
                 # Time for the errors to be sent that the engine has handed out.
                 self._closing.wait(_LAST_WORDS_S)
@@ -60,12 +70,14 @@ class Watcher:
                 self._end_process()
                 return
 
-    def _look_after(self, requests: list[Watched]) -> None:
+    def _look_after(self, requests: list[Watched], cut: EngineClosed | None) -> None:
         # A function of its own: its frame ends, and with it the last hold on requests that are done.
         for request in requests:
             if request.is_abandoned():
                 self.remove(request)
                 request.cancel()
+            elif cut is not None:
+                request.cut(cut)
 
 
 _FOLLOW_SERVER = """

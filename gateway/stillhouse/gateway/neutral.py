@@ -1,0 +1,58 @@
+"""Fields of OpenAI's and vLLM's APIs behind which there is nothing here: taken where they ask for what is so anyway.
+
+Frameworks send their defaults with every request. Null is always such a value; any other than those here is refused by
+name, for an answer that silently differs from what was asked is worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from stillhouse.gateway.errors import invalid
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI's
+    **dict.fromkeys(("audio", "prediction", "web_search_options"), ()),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "verbosity": ("medium",),
+    # vLLM's
+    **dict.fromkeys(
+        ("use_beam_search", "early_stopping", "continue_final_message", "echo", "return_token_ids"), (False,)
+    ),
+    **dict.fromkeys(
+        ("detokenize", "spaces_between_special_tokens", "add_generation_prompt", "include_reasoning"), (True,)
+    ),
+    **dict.fromkeys(("best_of", "length_penalty"), (1,)),
+    **dict.fromkeys(("bad_words", "documents", "logits_processors"), ([],)),
+    **dict.fromkeys(("media_io_kwargs", "mm_processor_kwargs", "vllm_xargs"), ({},)),
+    **dict.fromkeys(("allowed_token_ids", "cache_salt", "chat_template", "guided_decoding_backend"), ()),
+    **dict.fromkeys(("guided_whitespace_pattern", "kv_transfer_params", "prompt_embeds", "request_id"), ()),
+    **dict.fromkeys(("structural_tag", "suffix", "truncate_prompt_tokens"), ()),
+}
+
+
+def without_neutral(fields: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """`fields` without those that change nothing; `known` are the names that the body itself has.
+
+    Raises ApiError for the first that would change something.
+    """
+    idle = NEUTRAL.keys() & fields.keys() - known
+    for name in sorted(idle):
+        if not _is_neutral(name, fields[name]):
+            values = " or ".join(map(json.dumps, NEUTRAL[name]))
+            raise invalid(
+                f"{name} is not supported here: leave it out" + (f", or send {values}" if values else ""),
+                name,
+                "unsupported_parameter",
+            )
+    return {name: value for name, value in fields.items() if name not in idle} if idle else fields
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    # To Python true is 1; to who sends it, it is not.
+    return value is None or any(value == one and (value is True) == (one is True) for one in NEUTRAL[name])
