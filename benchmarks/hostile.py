@@ -37,7 +37,7 @@ from roster import HERE, ROOT
 
 DOCS, BEGIN, END = ROOT / "docs/serve.md", "<!-- hostile: begin -->", "<!-- hostile: end -->"
 PROMPT = "The capital of France is"
-CLIENTS, CONTROL_EVERY, WARM = 8, 250, 600
+CLIENTS, CONTROL_EVERY = 8, 250
 _SETTLE_S = 1.0
 
 
@@ -125,7 +125,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     doors = tuple(options.only)
     with serving(options.repository, options.model) as running:
         warm = Generator(options.seed + 1_000_000, options.model, doors)
-        attack_all(warm, range(1, WARM + 1), running.targets, expected := control_answers(warm, running.targets))
+        attack_all(
+            warm, range(1, options.warm_up + 1), running.targets, expected := control_answers(warm, running.targets)
+        )
         time.sleep(_SETTLE_S)
         before, begun_s = state(running), time.perf_counter()
         numbers = range(options.first, options.first + options.requests)
@@ -200,6 +202,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--model", default="support-int4")
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--warm-up", type=int, default=600, help="requests before memory is read for the first time")
     parser.add_argument("--first", type=int, default=0, help="the number of the first one, to send some of them again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=DOORS, default=list(DOORS))
