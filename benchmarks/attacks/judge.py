@@ -13,7 +13,8 @@ Outcome = Literal["answer", "refusal", "left", "bad"]
 # What a client has no business to read: traces, classes, addresses, names of our modules.
 _INTERNAL = re.compile(
     r"Traceback|File \"|\.py\b|site-packages|0x[0-9a-f]{6,}|object at|[Ii]nternal error|pydantic|stillhouse\.|panicked"
-    r"|shared memory pool|Exception|(?:Type|Key|Value|Attribute|Index|Recursion|Unicode\w*|Runtime|Assertion|Overflow)Error"
+    r"|(?:Type|Key|Value|Attribute|Index|Recursion|Unicode\w*|Runtime|Assertion|Overflow)Error|Exception"
+    r"|shared memory pool"
 )
 _LONGEST = 1000  # of a message, in characters
 _REFUSING_CODES = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
