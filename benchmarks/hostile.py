@@ -50,7 +50,7 @@ class Seen:
 
     outcomes: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (kind, door, outcome)
     bad: list[dict[str, str]] = field(default_factory=list)
-    slowest_s: float = 0.0
+    slowest: tuple[float, str] = (0.0, "")  # seconds, and which it was
     controls: int = 0
     changed: list[str] = field(default_factory=list)  # control answers that were other ones
 
@@ -112,7 +112,8 @@ def _attack(sender: Sender, attack: Attack, seen: Seen, lock: threading.Lock) ->
     except OSError as error:
         outcome, said = "bad", f"no connection: {error}"
     with lock:
-        seen.slowest_s = max(seen.slowest_s, time.perf_counter() - begun_s)
+        took_s = time.perf_counter() - begun_s
+        seen.slowest = max(seen.slowest, (took_s, f"{attack.door}, {attack.kind}, {attack.about}: {said[:80]}"))
         seen.outcomes[attack.kind, attack.door, outcome] += 1
         if outcome == "bad":
             seen.bad.append({"door": attack.door, "kind": attack.kind, "about": attack.about, "came": said})
@@ -141,7 +142,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "requests": options.requests,
         "seconds": round(took_s, 1),
-        "slowest_s": round(seen.slowest_s, 2),
+        "slowest_s": round(seen.slowest[0], 2),
+        "slowest": seen.slowest[1],
         "outcomes": [
             {"kind": kind, "door": door, "outcome": outcome, "requests": number}
             for (kind, door, outcome), number in sorted(seen.outcomes.items())

@@ -18,8 +18,9 @@ _INTERNAL = re.compile(
 )
 _LONGEST = 1000  # of a message, in characters
 _REFUSING_CODES = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
-# What Triton's own HTTP and gRPC answer before any of it reaches a model: their words are theirs.
+# What Triton's own HTTP and gRPC answer before any of it reaches a model: their words and statuses are theirs.
 _FRAMING = ("broken frames", "wrong paths and methods")
+_TRITONS = re.compile(r"(?:[Uu]nable|[Ff]ailed) to parse|doesn't support models with decoupled|^unexpected|^attempt to")
 
 
 class Verdict(NamedTuple):
@@ -66,6 +67,8 @@ def _judge_rpc(attack: Attack, reply: Reply) -> Verdict:
         for output, raw in zip(message.infer_response.outputs, message.infer_response.raw_output_contents, strict=True)
         if output.name == "text_output"
     ]
+    if not texts and attack.kind in _FRAMING:
+        return Verdict("refusal", "the call was ended")
     if not texts:
         return Verdict("bad", "the call ended without an answer")
     return Verdict("answer", "".join(texts))
@@ -75,7 +78,7 @@ def _judge_http(attack: Attack, reply: Reply) -> Verdict:
     status = int(reply.status)
     if status >= 400:
         said = _error_of(attack, reply)
-        if status >= 500 and not (attack.door == "http" and attack.kind in _FRAMING):
+        if status >= 500 and not (attack.door == "http" and (attack.kind in _FRAMING or _TRITONS.search(said))):
             return Verdict("bad", f"{status}: {said[:300]}")
         return _refusal(attack, said)
     if status != 200:
@@ -146,7 +149,7 @@ def _refusal(attack: Attack, message: str) -> Verdict:
         if attack.kind in _FRAMING:
             return Verdict("refusal", "")
         return Verdict("bad", "an error without a message")
-    if len(message) > _LONGEST:
+    if len(message) > _LONGEST and not (attack.kind in _FRAMING and attack.door != "gateway"):
         return Verdict("bad", f"a message of {len(message)} characters: {message[:200]}")
     if "\n" in message.strip():
         return Verdict("bad", f"a message of several lines: {message[:300]}")

@@ -22,7 +22,8 @@ from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.serve.answering import Answering, Outbox, one_line, send_error
+from stillhouse.serve.answering import Answering, Outbox, send_error
+from stillhouse.serve.errors import one_line
 from stillhouse.serve.metrics import Metrics
 from stillhouse.serve.protocol import LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.tensors import TensorReader, read_question
