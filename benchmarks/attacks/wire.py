@@ -81,7 +81,11 @@ class Sender:
 
     def _post(self, attack: Attack, url: str) -> Reply:
         address = urlsplit(url)
-        with contextlib.closing(socket.create_connection((address.hostname or "", address.port or 0), 10.0)) as line:
+        try:
+            connection = socket.create_connection((address.hostname or "", address.port or 0), 10.0)
+        except OSError as error:
+            return Reply(fault=f"no connection ({error.strerror})")
+        with contextlib.closing(connection) as line:
             line.settimeout(self._limit_s)
             try:
                 for piece in _pieces(attack):
