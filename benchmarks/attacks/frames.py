@@ -190,7 +190,7 @@ def _gateway_paths(random: Random, model: str) -> Attack:
             "/" + "x" * 5000,
             "/\u00e9",
         ),
-        *("/v1/embeddings", "/docs", "/openapi.json", "/v1/models/../../x", "/v1/chat/completions/", "/tokenize?a=b"),
+        *("/v1/embeddings", "/docs", "/openapi.json", "/v1/models/../../x", "/tokenize?a=b", "/a%0d%0ab", "/\x7f", "*"),
     )
     path = random.choice((*known, *other))
     method = random.choice(("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"))
@@ -202,7 +202,9 @@ def _gateway_paths(random: Random, model: str) -> Attack:
             {"X-Request-Id": "x" * 10_000},
             {"Origin": "http://elsewhere", "Sec-Fetch-Site": "cross-site"},
             {"Accept": "image/png", "Range": "bytes=0-1"},
-            {"Upgrade": "websocket", "Connection": "Upgrade"},
+            {"Upgrade": "websocket", "Connection": "Upgrade, close"},
+            {"Host": "[::1"},
+            {"Host": "x" * 5000},
         )
     )
     body = posted("", {"model": model, "prompt": "Hi", "max_tokens": 1}, "").body
@@ -219,7 +221,7 @@ def _frame(door: str, random: Random, model: str) -> Attack:
         "negative length": head + b"Content-Length: -5\r\n\r\n" + body,
         "length that is none": head + b"Content-Length: five\r\n\r\n" + body,
         "two lengths": head + length + b"Content-Length: 3\r\n\r\n" + body,
-        "endless length": head + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n" + body,
+        "endless length": head + b"Content-Length: " + b"9" * random.choice((400, 5000)) + b"\r\n\r\n" + body,
         "length and chunks": head + length + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n",
         "chunks of a byte": head + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n",
         "chunk of no size": head + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n" + body,

@@ -16,7 +16,7 @@ _INTERNAL = re.compile(
     r"|(?:Type|Key|Value|Attribute|Index|Recursion|Unicode\w*|Runtime|Assertion|Overflow)Error|Exception"
     r"|shared memory pool"
 )
-_LONGEST = 1000  # of a message, in characters
+_LONGEST = 1500  # of a message, in characters
 _REFUSING_CODES = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
 # What Triton's own HTTP and gRPC answer before any of it reaches a model: their words and statuses are theirs.
 _FRAMING = ("broken frames", "wrong paths and methods")

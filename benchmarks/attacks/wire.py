@@ -112,9 +112,9 @@ def _pieces(attack: Attack) -> Iterator[bytes]:
     """The bytes of a request, in the pieces and at the pace that it has."""
     head = b""
     if not attack.frame:
-        lines = [f"{attack.method} {attack.path} HTTP/1.1", "Host: x", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in attack.headers.items()]
-        head = "\r\n".join([*lines, f"Content-Length: {len(attack.body)}", "", ""]).encode("latin-1")
+        headers = {"Host": "x", "Connection": "close", **attack.headers, "Content-Length": len(attack.body)}
+        lines = [f"{attack.method} {attack.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     if attack.pace == "at once":
         yield head + attack.body
         return

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
@@ -78,7 +78,7 @@ class ServedVersion:
 
     def _read(self, request: Any, sender: Any) -> None:
         # Nothing keeps `request`: it is Triton's again when execute() returns.
-        question = read_question(_tensor_reader(request), request.parameters())
+        question = read_question(_tensor_reader(request), _parameters_json(request))
         self._door.submit(with_error_sent, sender, self._begin, question, sender)
 
     def _begin(self, question: Question, sender: Any) -> None:
@@ -118,6 +118,13 @@ def _tensor_reader(request: Any) -> TensorReader:
         return None if tensor is None else tensor.as_numpy()
 
     return read
+
+
+def _parameters_json(request: Any) -> str:
+    try:
+        return str(request.parameters())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("request parameters must be UTF-8") from error
 
 
 def _report_load_error(model: str, version: str, error: StillhouseError) -> None:
