@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stillhouse.engine.directory import open_version
-from stillhouse.engine.errors import InvalidRequest, TamperedError
+from stillhouse.engine.errors import InvalidRequest, PromptTooLong, TamperedError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import EngineOptions
 from stillhouse.engine.runner import OrtRunner
@@ -164,9 +164,28 @@ def test_an_answer_has_the_form_that_was_asked_for(
         assert answer.finish_reason == "stop"
 
 
-def test_a_broken_grammar_is_refused_by_name(model: LanguageModel, prompts: list[list[int]]) -> None:
-    with pytest.raises(InvalidRequest, match=r"structured_outputs\.regex"):
-        model.generate(prompts[0], parse_params({"structured_outputs": {"regex": "("}}))
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({"regex": "("}, r"structured_outputs\.regex is not valid"),
+        ({"regex": "\ud800"}, r"structured_outputs\.regex is not valid"),
+        ({"json": {"$ref": "#"}}, "nothing fits the grammar"),
+        ({"grammar": "start: start"}, "nothing fits the grammar"),
+    ],
+)
+def test_a_broken_grammar_is_refused_by_name(
+    model: LanguageModel, prompts: list[list[int]], form: dict[str, object], named: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=named) as refused:
+        model.generate(prompts[0], parse_params({"structured_outputs": form}))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(model: LanguageModel) -> None:
+    text = "a" * 10_000_000
+    for asked in ({"text": text}, {"messages": [{"role": "user", "content": text}]}):
+        with pytest.raises(PromptTooLong, match="the context holds"):
+            model.prompt_ids(**asked)  # type: ignore[arg-type]
 
 
 def test_n_answers_share_a_prompt_and_differ_by_their_seeds(model: LanguageModel, prompts: list[list[int]]) -> None:

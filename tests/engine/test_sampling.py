@@ -48,11 +48,28 @@ def test_null_takes_the_default() -> None:
         ({"logprobs": 21}, "logprobs must be between 0 and 20"),
         ({"ignore_eos": "maybe"}, "ignore_eos must be true or false"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be above 0"),
+        ({"stop": ["x"] * 257}, "stop must be a list of non-empty strings, 256 at most"),
+        ({"stop_token_ids": [1] * 257}, "stop_token_ids must be a list of token ids, 256 at most"),
+        ({"logit_bias": {str(token): 1 for token in range(4097)}}, "logit_bias must be at most 4096 token ids"),
+        ({"stop_token_ids": "[" * 100_000}, "stop_token_ids must be JSON"),
+        ({"stop_token_ids": "[" + "9" * 5000 + "]"}, "stop_token_ids must be JSON"),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name_and_range(given_params: dict[str, object], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named.replace("(", r"\(")):
         parse_params(given_params)
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed", "stop", "logit_bias", "structured_outputs", "x" * 10**6])
+def test_an_error_shows_a_value_in_short_however_long_or_deep_it_is(name: str) -> None:
+    deep: list[object] = []
+    for _ in range(50_000):
+        deep = [deep]
+    for value in (deep, ["x" * 10**6] * 10**5):
+        with pytest.raises(InvalidRequest) as refused:
+            parse_params({name: value})
+        assert len(str(refused.value)) < 500
 
 
 def draw_many(logits: list[float], count: int = 4000, **params: object) -> np.ndarray:

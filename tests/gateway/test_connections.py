@@ -15,7 +15,7 @@ import pytest
 
 from stillhouse.edge.serving import open_engines
 from stillhouse.engine.options import EngineOptions
-from stillhouse.gateway import sse
+from stillhouse.gateway import connection, sse
 from stillhouse.gateway.address import bound
 from stillhouse.gateway.server import GatewayServer
 
@@ -66,6 +66,31 @@ def test_an_idle_connection_is_kept(server: GatewayServer) -> None:
                 answer += piece
             assert answer.startswith(b"HTTP/1.1 200")
             time.sleep(7)
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_a_connection_that_never_says_what_it_wants_is_closed(
+    server: GatewayServer, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+        silent.sendall(begun)
+        assert silent.recv(1) == b""
+
+
+def test_a_kept_connection_is_closed_when_its_next_request_does_not_come_whole(
+    server: GatewayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as kept:
+        for _ in range(2):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = kept.recv(65536)
+            while not answer.endswith(b"}"):
+                answer += kept.recv(65536)
+            time.sleep(0.5)  # between requests it is not in question
+        kept.sendall(b"GET /hea")
+        assert kept.recv(1) == b""
 
 
 def test_a_stream_ends_with_done_and_is_not_held_back_by_proxies(server: GatewayServer) -> None:

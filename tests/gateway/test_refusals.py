@@ -50,6 +50,15 @@ def test_a_body_that_is_no_json_object_is_a_400(http: httpx.Client, body: bytes,
     assert words in error_of(refused)["message"]
 
 
+@pytest.mark.parametrize("field", ["temperature", "messages", "stop", "logit_bias", "response_format", "guided_json"])
+def test_a_value_that_is_deep_is_refused_in_short(http: httpx.Client, field: str) -> None:
+    for depth in (400, 900):
+        deep = json.dumps(SOUND)[:-1] + f', "{field}": {"[" * depth}{"]" * depth}}}'
+        refused = http.post(CHAT, content=deep.encode())
+        assert refused.status_code == 400, refused.text
+        assert len(error_of(refused)["message"]) < 1000
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

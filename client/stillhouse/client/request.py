@@ -142,5 +142,5 @@ def _is_unicode(text: str) -> bool:
 def _to_json(what: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidCall(f"{what} must be what JSON can hold: {error}") from None

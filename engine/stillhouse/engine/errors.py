@@ -14,6 +14,19 @@ StillhouseError                 anything a person can do something about: one li
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_LONGEST = 200
+
+
+def shown(value: Any) -> str:
+    """The value as an error's line shows it: in short, however long or deep it is."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
 
 class StillhouseError(Exception):
     """One clear line about what rule was broken and by what; `hint` says what to do.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.engine.errors import EngineError, InvalidRequest, StillhouseError
+from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.sampling import StructuredOutputs
 
 
@@ -37,10 +37,13 @@ class GrammarCompiler:
         """The constraint for one answer. Raises InvalidRequest with what llguidance says of a wrong grammar."""
         from llguidance import LLMatcher
 
-        grammar = _grammar(wanted)
-        fault = LLMatcher.validate_grammar(grammar, self.tokenizer)
+        try:
+            grammar = _grammar(wanted)
+            fault = LLMatcher.validate_grammar(grammar, self.tokenizer)
+        except Exception as error:  # nested too deeply, half a surrogate pair: what cannot even be handed over
+            fault = str(error)
         if fault:
-            raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {fault.splitlines()[0]}")
+            raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {fault.splitlines()[0][:300]}")
         return GrammarConstraint(LLMatcher(self.tokenizer, grammar), self.vocab_size)
 
 
@@ -55,7 +58,8 @@ class GrammarConstraint:
         """Which tokens may come next: (vocab_size,)."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise EngineError(f"the grammar stopped: {self._matcher.get_error()}")
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise InvalidRequest(f"structured_outputs: nothing fits the grammar here ({reason})")
         mask = np.zeros(self._vocab_size, np.bool_)
         found = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
         mask[: found.size] = found

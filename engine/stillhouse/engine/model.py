@@ -12,7 +12,7 @@ from typing import Any
 from stillhouse.engine.answer import Chunk, Completion, TextSink, completion_of
 from stillhouse.engine.core import Engine, Stats
 from stillhouse.engine.directory import VersionDirectory, open_version
-from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.errors import InvalidRequest, PromptTooLong
 from stillhouse.engine.generation import default_params, generation_config
 from stillhouse.engine.grammar import GrammarCompiler
 from stillhouse.engine.limits import limits_of
@@ -113,9 +113,11 @@ class LanguageModel:
         if sum(given is not None for given in (text, messages, input_ids)) != 1:
             raise InvalidRequest("give exactly one of text, messages and input_ids")
         if text is not None:
+            self._check_size(text)
             ids = self.tokenizer.encode(text)
         elif messages is not None:
-            ids = self.tokenizer.encode_chat(messages)
+            self._check_size(text := self.tokenizer.render_chat(messages))
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = [int(token) for token in input_ids or ()]
         if not ids:
@@ -226,6 +228,16 @@ class LanguageModel:
             network = self.version.manifest.network
             self._grammars = GrammarCompiler.load(self.version.path, network.vocab_size, network.eos_token_ids)
         return self._grammars
+
+    def _check_size(self, text: str) -> None:
+        """Refuses a text that cannot fit the context before it is read: of megabytes that would take seconds."""
+        most = self.max_model_len * self.tokenizer.longest_token_bytes
+        if len(text) > most:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters, the context holds {self.max_model_len} tokens,"
+                f" {most} bytes of text at most",
+                hint="shorten the prompt, or serve with a larger --max-model-len",
+            )
 
     def _check_token_ids(self, name: str, ids: Any) -> None:
         vocab_size = self.version.manifest.network.vocab_size

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.engine.errors import EngineError, StillhouseError
+from stillhouse.engine.errors import EngineError, InvalidRequest, StillhouseError
 from stillhouse.engine.request import PromptLogprob, Request
 from stillhouse.engine.sampling import SamplingParams
 
@@ -100,7 +100,7 @@ def _forbid(scores: NDArray[np.float32], request: Request, eos_ids: frozenset[in
     if request.constraint and not (request.thinking and request.thinking.inside):
         scores[~request.constraint.allowed()] = -np.inf
     if not np.isfinite(scores.max()):
-        raise EngineError("no token may come next: min_tokens, logit_bias and the constraint rule each other out")
+        raise InvalidRequest("no token may come next: min_tokens, logit_bias and the constraint rule each other out")
 
 
 def _draw(scores: NDArray[np.float32], params: SamplingParams, generator: np.random.Generator) -> int:

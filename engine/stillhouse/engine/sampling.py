@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.errors import InvalidRequest, shown
+
+# Every one is looked at for every token.
+MAX_STOPS = 256
+MAX_BIASES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class SamplingParams:
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise InvalidRequest(f"{name} must be {rule}, got {value!r}")
+                raise InvalidRequest(f"{name} must be {rule}, got {shown(value)}")
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
 
@@ -79,19 +83,23 @@ _RULES: dict[str, tuple[str, Any]] = {
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
     "top_k": ("-1, 0 (off) or more", lambda v: v >= -1),
     "min_p": ("between 0 and 1", lambda v: 0 <= v <= 1),
-    "repetition_penalty": ("above 0", lambda v: _finite(v) and v > 0),
+    # Beyond these bounds float32 would overflow; nobody means them.
+    "repetition_penalty": ("above 0, at least 1e-6 and at most 1e6", lambda v: 1e-6 <= v <= 1e6),
     "presence_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
     "frequency_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
     "seed": ("a whole number of 64 bits", lambda v: -(2**63) <= v < 2**64),
-    "stop": ("a list of non-empty strings", lambda v: all(v)),
-    "stop_token_ids": ("a list of token ids", lambda v: all(t >= 0 for t in v)),
+    "stop": (f"a list of non-empty strings, {MAX_STOPS} at most", lambda v: len(v) <= MAX_STOPS and all(v)),
+    "stop_token_ids": (
+        f"a list of token ids, {MAX_STOPS} at most",
+        lambda v: len(v) <= MAX_STOPS and all(t >= 0 for t in v),
+    ),
     "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "prompt_logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "thinking_token_budget": ("at least 0", lambda v: v >= 0),
     "priority": ("a whole number of 32 bits", lambda v: -(2**31) <= v < 2**31),
     "logit_bias": (
-        "token ids with a bias between -100 and 100",
-        lambda v: all(-100 <= b <= 100 for b in v.values()),
+        f"at most {MAX_BIASES} token ids with a bias between -100 and 100",
+        lambda v: len(v) <= MAX_BIASES and all(-100 <= b <= 100 for b in v.values()),
     ),
 }
 
@@ -105,7 +113,7 @@ def parse_params(given: Mapping[str, Any], defaults: SamplingParams | None = Non
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            raise InvalidRequest(f"unknown sampling parameter {name!r}", hint=f"known: {', '.join(sorted(known))}")
+            raise InvalidRequest(f"unknown sampling parameter {shown(name)}", hint=f"known: {', '.join(sorted(known))}")
         if value is not None:
             changes[name] = _READERS[name](name, value)
         elif name in _NULLABLE:
@@ -118,29 +126,29 @@ def _read_int(name: str, value: Any) -> int:
         try:
             return int(value)
         except ValueError:
-            raise InvalidRequest(f"{name} must be a whole number, got {value!r}") from None
+            raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}") from None
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
         or value != value
         or value in (math.inf, -math.inf)
     ):
-        raise InvalidRequest(f"{name} must be a whole number, got {value!r}")
+        raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}")
     if int(value) != value:
-        raise InvalidRequest(f"{name} must be a whole number, got {value!r}")
+        raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}")
     return int(value)
 
 
 def read_number(name: str, value: Any) -> float:
     """A finite number, as such or as a text. Raises InvalidRequest, naming the parameter."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise InvalidRequest(f"{name} must be a number, got {value!r}")
+        raise InvalidRequest(f"{name} must be a number, got {shown(value)}")
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{name} must be a number, got {value!r}") from None
+        raise InvalidRequest(f"{name} must be a number, got {shown(value)}") from None
     if not math.isfinite(number):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r}")
+        raise InvalidRequest(f"{name} must be a finite number, got {shown(value)}")
     return number
 
 
@@ -149,7 +157,7 @@ def _read_bool(name: str, value: Any) -> bool:
         return value.lower() == "true"
     if isinstance(value, bool):
         return value
-    raise InvalidRequest(f"{name} must be true or false, got {value!r}")
+    raise InvalidRequest(f"{name} must be true or false, got {shown(value)}")
 
 
 def _read_json_if_string(name: str, value: Any) -> Any:
@@ -157,8 +165,8 @@ def _read_json_if_string(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
-        raise InvalidRequest(f"{name} must be JSON, got {value!r}") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"{name} must be JSON, got {shown(value)}") from None
 
 
 def _read_strings(name: str, value: Any) -> tuple[str, ...]:
@@ -166,20 +174,20 @@ def _read_strings(name: str, value: Any) -> tuple[str, ...]:
         return (value,)
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise InvalidRequest(f"{name} must be a string or a list of strings, got {value!r}")
+    raise InvalidRequest(f"{name} must be a string or a list of strings, got {shown(value)}")
 
 
 def _read_ids(name: str, value: Any) -> tuple[int, ...]:
     value = _read_json_if_string(name, value)
     if not isinstance(value, (list, tuple)):
-        raise InvalidRequest(f"{name} must be a list of token ids, got {value!r}")
+        raise InvalidRequest(f"{name} must be a list of token ids, got {shown(value)}")
     return tuple(_read_int(name, item) for item in value)
 
 
 def _read_bias(name: str, value: Any) -> dict[int, float]:
     value = _read_json_if_string(name, value)
     if not isinstance(value, Mapping):
-        raise InvalidRequest(f"{name} must be an object of token ids to biases, got {value!r}")
+        raise InvalidRequest(f"{name} must be an object of token ids to biases, got {shown(value)}")
     return {_read_int(name, key): read_number(name, bias) for key, bias in value.items()}
 
 
@@ -188,17 +196,17 @@ def _read_structure(name: str, value: Any) -> StructuredOutputs:
     value = _read_json_if_string(name, value)
     known = ("json", "json_object", "regex", "choice", "grammar")
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in known:
-        raise InvalidRequest(f"{name} must be an object with one of {', '.join(known)}, got {value!r}")
+        raise InvalidRequest(f"{name} must be an object with one of {', '.join(known)}, got {shown(value)}")
     kind: Any
     ((kind, content),) = value.items()
     if kind == "json":
         content = _read_json_if_string(f"{name}.json", content)
     types: dict[Any, tuple[type, ...]] = {"json": (Mapping, bool), "json_object": (bool,), "choice": (list, tuple)}
     if not isinstance(content, types.get(kind, (str,))) or content in ("", [], (), False):
-        raise InvalidRequest(f"{name}.{kind} has a value of another type or none, got {content!r}")
+        raise InvalidRequest(f"{name}.{kind} has a value of another type or none, got {shown(content)}")
     choices: Any = content if kind == "choice" else ()
     if not all(isinstance(item, str) and item for item in choices):
-        raise InvalidRequest(f"{name}.choice must be a list of non-empty strings, got {content!r}")
+        raise InvalidRequest(f"{name}.choice must be a list of non-empty strings, got {shown(content)}")
     return StructuredOutputs(kind, content)
 
 

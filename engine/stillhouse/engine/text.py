@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -69,7 +70,7 @@ class Tokenizer:
         """The text of `ids`, at once."""
         return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    @property
+    @functools.cached_property
     def longest_token_bytes(self) -> int:
         """No token stands for more text than this, in UTF-8."""
         return max(len(entry.encode()) for entry in self._rust.get_vocab())
@@ -86,10 +87,6 @@ class Tokenizer:
         if len(ids) < 256 or self.decode([ids[0x41]]) != "A":
             return frozenset()
         return frozenset(ids)
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -126,6 +123,8 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # templates are programs: of messages they were not written for they die in any way
+            raise InvalidRequest(f"messages: the chat template fails on them: {error}") from error
 
 
 def check_messages(messages: Any) -> None:

@@ -108,7 +108,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:  # noqa
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, or no such method there."""
     assert isinstance(error, HTTPException)
-    path = f"{request.method} {request.url.path[:200]}"
+    # Not request.url, which fails on a broken Host; and what the path holds may be no line.
+    path = f"{request.method} {ascii(request.scope['path'][:200])[1:-1]}"
     if error.status_code == 404:
         return error_response(ApiError(404, f"Unknown request URL: {path}", code="unknown_url"))
     headers = dict(error.headers or {})

@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-# Each is looked for after every token.
-MAX_STOPS = 256
+from stillhouse.engine.sampling import MAX_STOPS
+
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # Without fail_fast a list of a million wrong entries is a million faults, a kilobyte each.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Texts = Annotated[list[NonEmpty], Field(fail_fast=True)]
 Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
-MAX_BIASES = 4096
 
 
 class _Strict(BaseModel):

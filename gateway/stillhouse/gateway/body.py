@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from stillhouse.gateway.bodies import MAX_BIASES, MAX_STOPS, GenerationBody
+from stillhouse.engine.errors import shown
+from stillhouse.engine.sampling import MAX_BIASES, MAX_STOPS
+from stillhouse.gateway.bodies import GenerationBody
 from stillhouse.gateway.errors import ApiError, invalid
 from stillhouse.gateway.neutral import without_neutral
 
@@ -86,7 +88,7 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
 def _refuse_many_faults(fields: dict[str, Any], known: set[str]) -> None:
     """What pydantic would say too, but once and not for each of a million fields."""
     if unknown := next((name for name in fields if name not in known), None):
-        name = _short(unknown)
+        name = shown(unknown)
         raise invalid(f"unknown field {name} (known: {', '.join(sorted(known))})", unknown[:80], "unknown_field")
     bias = fields.get("logit_bias")
     if isinstance(bias, dict) and len(bias) > MAX_BIASES:
@@ -130,17 +132,12 @@ def _first_fault(error: ValidationError) -> ApiError:
     if fault["type"] == "missing":
         return invalid(f"{name} is missing", name)
     if place and place[0] in _ALTERNATIVES:
-        return invalid(f"{place[0]} must be {_ALTERNATIVES[place[0]]}, got {_short(faults[0]['input'])}", place[0])
+        return invalid(f"{place[0]} must be {_ALTERNATIVES[place[0]]}, got {shown(faults[0]['input'])}", place[0])
     # A union has a fault for each of its alternatives.
     said = dict.fromkeys(other["msg"] for other in faults if other["loc"][: len(place)] == fault["loc"][: len(place)])
     message = " or ".join(text.removeprefix("Input should ") for text in said)
-    return invalid(f"{name} must {message}, got {_short(fault['input'])}", name)
+    return invalid(f"{name} must {message}, got {shown(fault['input'])}", name)
 
 
 def _is_alternative(part: str) -> bool:
     return part in ("str", "int", "bool", "float") or "[" in part
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from stillhouse.engine.errors import InvalidRequest
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import ServedModel
 from stillhouse.gateway.messages import ready_messages
@@ -63,10 +62,6 @@ def _encoded(model: ServedModel, text: str, *, add_special_tokens: bool) -> list
 
 
 async def _aside(work: Callable[[], T], characters: int) -> T:
-    try:
-        if characters < _LARGE_CHARACTERS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(None, work)
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        # Chat templates are programs: with a message that they were not written for they may fail in any way.
-        raise InvalidRequest(f"messages: the chat template fails on them: {error}") from error
+    if characters < _LARGE_CHARACTERS:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)

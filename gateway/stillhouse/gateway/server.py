@@ -14,6 +14,7 @@ import uvicorn
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.gateway.address import bound, reachable
 from stillhouse.gateway.app import create_app
+from stillhouse.gateway.connection import Connection
 from stillhouse.gateway.gateway import Access, Gateway
 from stillhouse.gateway.generator import Generator
 
@@ -38,11 +39,12 @@ class GatewayServer:
         config = uvicorn.Config(
             create_app(self.gateway),
             log_config=None,
+            log_level="error",  # a line for every request that is no HTTP would be what its sender wants
             access_log=False,
             lifespan="off",
             ws="none",
             # It bounds the size of a request's head, which uvicorn's other parser does not.
-            http="h11",
+            http=Connection,
             h11_max_incomplete_event_size=_HEAD_BYTES,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,

@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, InvalidRequest, QueueFull, StillhouseError
 from stillhouse.serve.answers import answer_tensors
+from stillhouse.serve.errors import one_line
 from stillhouse.serve.metrics import SUCCESSES, Metrics
 
 if TYPE_CHECKING:
@@ -190,8 +191,3 @@ def send_error(sender: Any, error: StillhouseError) -> None:
         code = pb_utils.TritonError.UNAVAILABLE
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
     sender.send(response, flags=_FINAL)
-
-
-def one_line(error: StillhouseError) -> str:
-    """The error with its hint."""
-    return f"{error} ({error.hint})" if error.hint else str(error)

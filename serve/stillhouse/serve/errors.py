@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from stillhouse.engine.errors import StillhouseError
 
+_LONGEST_ERROR = 1000  # in characters
+
 
 class ServeError(StillhouseError):
     """The server cannot be started as asked."""
@@ -31,3 +33,10 @@ class ServerFailed(ServeError):
 
 class PromotionFailed(ServeError):
     """A version did not come up; what was live before is live."""
+
+
+def one_line(error: StillhouseError) -> str:
+    """The error with its hint, as text that can be sent whatever a request has put into it."""
+    text = f"{error} ({error.hint})" if error.hint else str(error)
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST_ERROR else f"{text[: _LONGEST_ERROR - 1]}…"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import shutil
 import signal
@@ -25,6 +26,9 @@ SHARED_MEMORY = Path("/dev/shm")
 _LAST_WORDS_S = 2.0  # from the end of the grace time to SIGKILL: the errors are sent, the models unloaded
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+# Triton 2.51 parses JSON by recursion, and keeps a chunked body's pieces on the stack: at the usual 8 MiB a body of
+# some hundred thousand brackets ends the server. What is not used of it costs nothing.
+_STACK_BYTES = 256 * 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,7 +40,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: told.append("stop"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = subprocess.Popen(
-        arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+        arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_prepare_server
     )
     (run_directory / "server.pid").write_text(f"{server.pid}\n")
     _attend(server, told, grace_s, run_directory / "drain")
@@ -95,8 +99,11 @@ def _end_orphans() -> None:
             return
 
 
-def _die_with_parent() -> None:
+def _prepare_server() -> None:
     # Runs in the server between fork and exec. The guard has one thread, so "parent" means the guard.
+    most = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = _STACK_BYTES if most == resource.RLIM_INFINITY else min(_STACK_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 

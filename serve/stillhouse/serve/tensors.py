@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.errors import InvalidRequest, shown
 from stillhouse.engine.sampling import SamplingParams, parse_params, read_number
 
 # The outputs that come only when their `return_…` input is true.
@@ -160,7 +160,7 @@ def _read_prompt(tensor: TensorReader) -> tuple[str | None, list[Any] | None, li
             raise InvalidRequest("messages must be a JSON list of {role, content} objects")
     if ids is not None and ids.size == 0:
         raise InvalidRequest("input_ids is empty: at least one token id is needed")
-    return text, messages, None if ids is None else [int(token) for token in ids.reshape(-1)]
+    return text, messages, None if ids is None else ids.reshape(-1).tolist()
 
 
 def _read_string(tensor: TensorReader, name: str) -> str | None:
@@ -188,7 +188,7 @@ def _read_flag(tensor: TensorReader, name: str, parameter: Any) -> bool | None:
         return parameter
     if isinstance(parameter, str) and parameter.lower() in ("true", "false"):
         return parameter.lower() == "true"
-    raise InvalidRequest(f"{name} must be true or false, got {parameter!r}")
+    raise InvalidRequest(f"{name} must be true or false, got {shown(parameter)}")
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stillhouse.gateway.errors import Unavailable
 
 _DEFAULTS = SamplingParams()
 # Inside a stream an error is a text alone (Triton); these are no fault of the request.
-_SERVER_FAULTS = ("internal error", "not finite", "the grammar stopped", "cannot be followed", "stub process")
+_SERVER_FAULTS = ("internal error", "not finite", "cannot be followed", "stub process")
 
 
 def sampling_fields(params: SamplingParams) -> dict[str, Any]:

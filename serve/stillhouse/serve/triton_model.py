@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.serve.answering import Answering, Outbox, one_line, send_error
+from stillhouse.serve.answering import Answering, Outbox, send_error
 from stillhouse.serve.ending import Ending
+from stillhouse.serve.errors import one_line
 from stillhouse.serve.metrics import Metrics
 from stillhouse.serve.protocol import DRAIN_VARIABLE, LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.tensors import TensorReader, read_question
@@ -84,7 +85,7 @@ class ServedVersion:
             raise refusal
         self._model.engine.check_room()
         # Nothing keeps `request`: it is Triton's again when execute() returns.
-        question = read_question(_tensor_reader(request), request.parameters(), request.timeout())
+        question = read_question(_tensor_reader(request), _parameters_json(request), request.timeout())
         self._door.submit(with_error_sent, sender, self._begin, question, sender)
 
     def _begin(self, question: Question, sender: Any) -> None:
@@ -124,6 +125,13 @@ def _tensor_reader(request: Any) -> TensorReader:
         return None if tensor is None else tensor.as_numpy()
 
     return read
+
+
+def _parameters_json(request: Any) -> str:
+    try:
+        return str(request.parameters())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("request parameters must be UTF-8") from error
 
 
 def _report_load_error(model: str, version: str, error: StillhouseError) -> None:
