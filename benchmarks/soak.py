@@ -38,20 +38,21 @@ MODEL = ROOT / "model_repository/support-int4"
 DOCS, BEGIN, END = ROOT / "docs/serve.md", "<!-- soak: begin -->", "<!-- soak: end -->"
 QUESTION = "How do I return a pair of boots that do not fit?"
 CLIENTS = 8
+FILLERS = 8  # more than there are places for prompts to be kept
 PAUSES = 6  # at least, so that a short soak has some too
 PERIOD_S, SAMPLE_EVERY_S = 60.0, 5.0
 GROWTH, LEAST_GROWTH_BYTES = 0.02, MB
 REST_TIMEOUT_S = 30.0
 
 
-def soak(server: Served, seconds: float, seed: int, clients: int) -> dict[str, Any]:
+async def soak(server: Served, seconds: float, seed: int, clients: int) -> dict[str, Any]:
     """Load and rest by turns; what was seen under load (`samples`), at rest (`rests`), and by the clients."""
     seen, samples, rests = Seen(), list[dict[str, Any]](), list[dict[str, Any]]()
     begun_s, period_s, number = time.monotonic(), min(PERIOD_S, seconds / PAUSES), 0
     while time.monotonic() - begun_s < seconds:
         end_s = begun_s + (number + 1) * period_s
-        asyncio.run(one_period(server, seen, f"{seed}/{number}", clients, end_s, samples))
-        rests.append(rest(server) | {"at_s": round(time.monotonic() - begun_s)})
+        await one_period(server, seen, f"{seed}/{number}", clients, end_s, samples)
+        rests.append(await rest(server) | {"at_s": round(time.monotonic() - begun_s)})
         print(progress(rests[-1], seen), file=sys.stderr, flush=True)
         number += 1
     return {"rests": rests, "samples": samples, "counts": dict(sorted(seen.counts.items())), "failures": seen.failures}
@@ -69,24 +70,21 @@ async def one_period(
         await asyncio.gather(*asking)
 
 
-def rest(server: Served) -> dict[str, Any]:
+async def rest(server: Served) -> dict[str, Any]:
     """The server with nothing to do: its answers to the known question, and what it holds."""
-    answers = asyncio.run(settle(server))
+    async with Doors(server) as doors:
+        # The places of prompts kept for reuse hold the same ones each time.
+        for number in range(FILLERS):
+            filler = f"Number {number}. " + f"{number} and so on, " * 40
+            await doors.grpc.generate(server.model, filler, max_tokens=1)
+        answers = await doors.answers(QUESTION)
     deadline = time.monotonic() + REST_TIMEOUT_S
     while True:
         # Figures come a quarter of a second late, and connections take a moment to close.
-        time.sleep(1.0)
+        await asyncio.sleep(1.0)
         seen = look_at(server)
         if not seen["num_requests_running"] + seen["num_requests_waiting"] or time.monotonic() > deadline:
             return seen | {"answers": answers, "shm": shm_files(server.shm_prefix())}
-
-
-async def settle(server: Served) -> list[str]:
-    """Fills the places of prompts kept for reuse with the same ones each time; the known answer from each door."""
-    async with Doors(server) as doors:
-        for number in range(8):
-            await doors.grpc.generate(server.model, f"Number {number}. " + f"{number} and so on, " * 40, max_tokens=1)
-        return await doors.answers(QUESTION)
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
@@ -181,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/serve.md")
     args = parser.parse_args(arguments)
     with served(args.model, {"threads": args.threads}) as server:
-        found = soak(server, args.seconds, args.seed, args.clients)
+        found = asyncio.run(soak(server, args.seconds, args.seed, args.clients))
     report = {
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": describe(),

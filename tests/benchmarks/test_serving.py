@@ -112,14 +112,23 @@ def test_ratios_are_those_of_turns_that_followed_one_another() -> None:
     assert of["gateway_ttft_s"]["added_median"] == pytest.approx(0.006)
 
 
-def test_a_sample_counts_for_the_part_that_is_closest_to_the_running_line() -> None:
+def test_a_sample_counts_for_the_part_that_is_closest_to_the_running_line_and_the_rest_for_its_thread() -> None:
     loop = "thread (1): stillhouse-send;_loop (serve/stillhouse/serve/answering.py:40)"
     deliver = f"{loop};deliver (serve/stillhouse/serve/answering.py:96);_send (serve/stillhouse/serve/answering.py:140)"
     lines = [
-        f"{deliver};answer_tensors (serve/stillhouse/serve/answers.py:28) 3",
-        f"{deliver} 5",
-        f"{loop} 2",
-        "thread (2): stillhouse-engine;step (engine/core.py:160);choose (engine/sampler.py:50) 4",
+        f"{deliver};answer_tensors (serve/stillhouse/serve/answers.py:28) 30",
+        f"{deliver} 50",
+        f"{loop} 20",
+        "thread (2): stillhouse-engine;step (engine/core.py:160);choose (engine/sampler.py:50) 40",
     ]
-    found = token_path.parts_of("model", lines)
-    assert found == {"building tensors": 3, "send()": 5, "handing over between threads": 2, "sampling": 4}
+    found = token_path.parts_of("model", token_path.Recording(lines, {1: 1.5, 2: 9.0, 3: 8.0}))
+    assert found == pytest.approx(
+        {
+            "ONNX Runtime, the engine's thread": 8.8,
+            "ONNX Runtime's other threads, and Triton's in this process": 8.0,
+            "send(): Triton's part": 1.0,
+            "send() and handing over between threads": 0.35,
+            "sampling": 0.2,
+            "building tensors": 0.15,
+        }
+    )
