@@ -8,8 +8,10 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest cli
 READY := .venv/.ready
+# How long make soak lasts.
+SECONDS := 600
 
-.PHONY: demo test test-all lint format serve bench clean help setup
+.PHONY: demo test test-all lint format serve bench soak clean help setup
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +39,9 @@ serve: $(READY)  ## serve model_repository/ (after make demo)
 bench: $(READY)  ## the engine against its peers (their environments: 1.7 GB; some minutes on a quiet machine)
 	@$(BIN)/python benchmarks/engine.py --setup all
 	@$(BIN)/python benchmarks/engine.py --write-docs
+
+soak: $(READY)  ## a mixed load on a real server for SECONDS=600: what it holds afterwards must be what it held before
+	@$(BIN)/python benchmarks/soak.py --seconds $(SECONDS) --write-docs
 
 setup: $(READY)  ## make the environment (.venv) and nothing else
 

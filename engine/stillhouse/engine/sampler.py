@@ -6,6 +6,7 @@ of the model itself, before any of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,9 +149,10 @@ def _rank(row: NDArray[np.float32], token: int) -> int:
 
 
 def _logprobs(row: NDArray[np.float32], token: int, count: int) -> tuple[float, dict[int, float]]:
+    """In float32, as the logits are: in float64 a vocabulary's exponentials take a millisecond."""
+    largest = row.max()
+    normalizer = float(largest) + math.log(float(np.exp(row - largest).sum()))
     count = min(count, row.size - 1)
-    shifted = row.astype(np.float64) - float(row.max())
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    top = np.argpartition(-logprobs, count)[:count] if count else np.empty(0, np.int64)
-    top = top[np.argsort(-logprobs[top], kind="stable")]
-    return float(logprobs[token]), {int(t): float(logprobs[t]) for t in top}
+    top = np.argpartition(row, -count)[-count:] if count else np.empty(0, np.int64)
+    top = top[np.argsort(-row[top], kind="stable")]
+    return float(row[token]) - normalizer, {int(t): float(row[t]) - normalizer for t in top}

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 30.0
 _SOUND_AFTER_S = 120.0
+_LIST_EVERY_S = 1.0
 _UNDER_WAY = re.compile(r"^stillhouse_num_requests_(?:running|waiting)\{(.*)\} (\S+)$", re.MULTILINE)
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -35,6 +36,8 @@ class Processes:
 
     def __init__(self, server: Server) -> None:
         self._server = psutil.Process(server.pid)
+        self._children: list[psutil.Process] = []
+        self._listed_s = -math.inf
         self._models: dict[int, str] = {}  # by process
         self._ended: set[int] = set()
         self.dead_models()
@@ -45,17 +48,26 @@ class Processes:
         Such a one stays a zombie, since Triton does not ask after it; one that it has ended itself is one for an
         instant at most, so it is the second look that counts.
         """
+        # To list them takes a look at every process of the machine: that is not done at each look.
+        if time.monotonic() - self._listed_s >= _LIST_EVERY_S:
+            self._list()
         ended = set()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in self._server.children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if process.status() == psutil.STATUS_ZOMBIE:
-                        ended.add(process.pid)
-                    elif process.pid not in self._models and (model := _model_of(process.cmdline())):
-                        self._models[process.pid] = model
+        for process in self._children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    ended.add(process.pid)
         dead = {self._models[process] for process in ended & self._ended if process in self._models}
         self._ended = ended
         return sorted(dead)
+
+    def _list(self) -> None:
+        self._listed_s = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._children = self._server.children()
+        for process in self._children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid not in self._models and (model := _model_of(process.cmdline())):
+                    self._models[process.pid] = model
 
 
 class Backoff:
