@@ -6,13 +6,22 @@ The builder's own FP16 graph cannot decode on a CPU, so FP16 is converted. What 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stillhouse.build.recipe import QuantizeOptions
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.manifest import Precision, Target
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, TensorProto
+
+_AT_ONCE = 2**22  # values that are converted at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +113,52 @@ def convert_fp16(share: Share, *, source: str, destination: str) -> dict[str, An
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = onnx.load(str(Path(source) / "model.onnx"))
-    share(0.2)
-    half = convert_float_to_float16(model, keep_io_types=["logits"], disable_shape_infer=True)
-    share(0.8)
+    from stillhouse.build.external import begin, put, values_of
+
     folder = Path(destination)
-    folder.mkdir(parents=True, exist_ok=True)
-    onnx.save(
-        half,
-        str(folder / "model.onnx"),
-        save_as_external_data=True,
-        location="model.onnx.data",
-        size_threshold=1024,
-    )
+    begin(folder)
+    model = onnx.load(str(Path(source) / "model.onnx"), load_external_data=False)
+    weights = _put_aside(model.graph, Path(source))
+    half = convert_float_to_float16(model, keep_io_types=["logits"], disable_shape_infer=True)
+    tensors = half.graph.initializer
+    for index, tensor in enumerate(tensors):
+        if tensor.name in weights:
+            values = values_of(weights[tensor.name], Path(source))
+            put(tensor, _in_half(values) if tensor.data_type == onnx.TensorProto.FLOAT16 else values, folder)
+        share((index + 1) / len(tensors))
+    onnx.save(half, str(folder / "model.onnx"))
     (folder / "genai_config.json").write_bytes((Path(source) / "genai_config.json").read_bytes())
-    share(1.0)
     return {}
+
+
+def _put_aside(graph: GraphProto, folder: Path) -> dict[str, TensorProto]:
+    """Empties the graph's large tensors and returns them by name: the converter needs to know their types alone."""
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    from stillhouse.build.external import LEAST_BYTES
+
+    aside: dict[str, TensorProto] = {}
+    for tensor in graph.initializer:
+        if not tensor.external_data:
+            continue
+        if prod(tensor.dims) * 4 < LEAST_BYTES:
+            load_external_data_for_tensor(tensor, str(folder))
+            continue
+        aside[tensor.name] = onnx.TensorProto.FromString(tensor.SerializeToString())
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+        tensor.dims[:] = [0]
+        tensor.raw_data = b""
+    return aside
+
+
+def _in_half(values: NDArray[Any]) -> NDArray[np.float16]:
+    """The converter's rounding to half precision, which keeps what is not zero from becoming zero, part by part."""
+    from onnxruntime.transformers.float16 import convert_np_to_float16
+
+    half = np.empty(values.size, np.float16)
+    flat = values.reshape(-1)
+    for start in range(0, values.size, _AT_ONCE):
+        half[start : start + _AT_ONCE] = convert_np_to_float16(flat[start : start + _AT_ONCE])
+    return half.reshape(values.shape)
