@@ -383,6 +383,9 @@ def test_a_cuda_version_is_half_precision_throughout_and_holds_the_same_integers
     model = onnx.load(str(tmp_path / "cuda" / "model.onnx"), load_external_data=False)
     types = {tensor.data_type for tensor in model.graph.initializer}
     assert onnx.TensorProto.FLOAT not in types
+    for target, provider in (("cpu", []), ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}])):
+        settings = json.loads((tmp_path / target / "genai_config.json").read_text())
+        assert settings["model"]["decoder"]["session_options"]["provider_options"] == provider
     runner = OrtRunner(tmp_path / "cuda" / "model.onnx", network=read_network(tiny_base), slots=1, max_len=32)
     assert runner.cache.dtype == np.float16
     other = OrtRunner(tmp_path / "cpu" / "model.onnx", network=read_network(tiny_base), slots=1, max_len=32)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.build.blocks import BlockWeight, bytes_of
-from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits, quantized_bytes, spare_bytes
+from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits, named, quantized_bytes, spare_bytes
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of
 from stillhouse.build.nbits import EMBEDDING, HEAD, QuantizedGraph, quantizable, quantized_as
@@ -88,7 +88,7 @@ def quantize(
         source = Path(graph)
         if target == "cuda":  # its kernels read and write half precision
             source = Path(scratch) / "half"
-            convert_fp16(lambda _: None, source=graph, destination=str(source))
+            convert_fp16(lambda _: None, source=graph, destination=str(source), target="cuda")
         shapes = quantizable(source / "model.onnx")
         kept = kept_at_8_bits(shapes, keep_int8 or []) if bits == 4 else set(shapes)
         own = taken(Path(checkpoint), list(shapes)) if method == "auto" and bits == 4 else {}
@@ -127,7 +127,7 @@ def quantize(
 def refuse_to_widen(own: dict[str, BlockWeight], shapes: dict[str, tuple[int, int]], asked: list[str]) -> None:
     """Raises StillhouseError where keep_int8 names a weight that the base brought in 4 bits."""
     for name in asked:
-        if both := sorted((kept_at_8_bits(shapes, [name]) - kept_at_8_bits(shapes, [])) & own.keys()):
+        if both := sorted(named(shapes, name) & own.keys()):
             raise StillhouseError(
                 f"keep_int8: {name!r} names {both[0]}, which the base brought in 4 bits",
                 hint="leave it out, or name the unquantized checkpoint as base",

@@ -19,12 +19,13 @@ from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
 from stillhouse.engine.directory import VersionDirectory, sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.engine.manifest import GateRecord, Precision
+from stillhouse.engine.manifest import GateRecord, Precision, Target
 
 # Raised when the same inputs would give other bytes or other figures than before.
 FORMAT = 5
 CALIBRATION_FORMAT = 1
 UNPACK_FORMAT = 2
+CUDA_FORMAT = 2
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -180,12 +181,11 @@ def _existing(folder: Path) -> Path:
 
 
 def _stage_key(
-    weights_key: str, target: str, method: Method, options: dict[str, Any], calibration_key: str | None
+    weights_key: str, target: Target, method: Method, options: dict[str, Any], calibration_key: str | None
 ) -> str:
     inputs = {
         "weights": weights_key,
-        # The converter works on the reference, whatever runs its result.
-        "target": "cpu" if method.stage == "convert_fp16" else target,
+        "target": target if target == "cpu" else [target, CUDA_FORMAT],
         "stage": method.stage,
         "method": method.name,
         "options": options,

@@ -5,6 +5,7 @@ The builder's own FP16 graph cannot decode on a CPU, so FP16 is converted. What 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,7 +106,7 @@ def calibrates(method: Method, options: QuantizeOptions) -> bool:
     return method.calibrated or (method.bits == 4 and budget)
 
 
-def convert_fp16(share: Share, *, source: str, destination: str) -> dict[str, Any]:
+def convert_fp16(share: Share, *, source: str, destination: str, target: Target = "cpu") -> dict[str, Any]:
     """The FP32 graph in `source` with half-precision weights and KV cache; `logits` stay float32.
 
     With the cache in half precision, past and present share one buffer and nothing is cast at a step.
@@ -127,8 +128,16 @@ def convert_fp16(share: Share, *, source: str, destination: str) -> dict[str, An
             put(tensor, _in_half(values) if tensor.data_type == onnx.TensorProto.FLOAT16 else values, folder)
         share((index + 1) / len(tensors))
     onnx.save(half, str(folder / "model.onnx"))
-    (folder / "genai_config.json").write_bytes((Path(source) / "genai_config.json").read_bytes())
+    settings = (Path(source) / "genai_config.json").read_text("utf-8")
+    (folder / "genai_config.json").write_text(settings if target == "cpu" else _for_cuda(settings), "utf-8")
     return {}
+
+
+def _for_cuda(settings: str) -> str:
+    """The text of a genai_config.json with the provider that the model builder names for CUDA."""
+    config = json.loads(settings)
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
+    return json.dumps(config, indent=4)
 
 
 def _put_aside(graph: GraphProto, folder: Path) -> dict[str, TensorProto]:
