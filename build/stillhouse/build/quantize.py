@@ -29,26 +29,24 @@ _AT_ONCE = 2**22  # values that are converted at a time
 class Method:
     """One way to make a precision: `stage` is the worker's; `bits` are those of the linears, 0 where they stay floats.
 
-    `calibrated` ones need text. `memory_factor` is the stage's peak, less 0.6 GB, over the FP32 weights' bytes
-    (measured on the demo), for `build --dry-run`.
+    `calibrated` ones need text.
     """
 
     name: str
     stage: str
     bits: int = 0
     calibrated: bool = False
-    memory_factor: float = 1.5
     targets: tuple[Target, ...] = ("cpu", "cuda")
 
 
 # The first row of a precision is what method = "auto" takes.
 METHODS: dict[Precision, tuple[Method, ...]] = {
-    "fp32": (Method("builder", "export", memory_factor=1.3, targets=("cpu",)),),
-    "fp16": (Method("converter", "convert_fp16", memory_factor=1.3),),
+    "fp32": (Method("builder", "export", targets=("cpu",)),),
+    "fp16": (Method("converter", "convert_fp16"),),
     "int8": (Method("rtn", "quantize", 8),),
     "int4": (
-        Method("auto", "quantize", 4, calibrated=True, memory_factor=2.2),
-        Method("gptq", "quantize", 4, calibrated=True, memory_factor=2.2),
+        Method("auto", "quantize", 4, calibrated=True),
+        Method("gptq", "quantize", 4, calibrated=True),
         Method("k_quant", "quantize", 4),
         Method("hqq", "quantize", 4),
         Method("rtn", "quantize", 4),
