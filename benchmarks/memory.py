@@ -11,6 +11,7 @@ table of all of them: a stage that was not run at the full depth lies on the lin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -127,19 +128,19 @@ def _anonymous_bytes(status: str) -> int:
 
 
 def measure(folder: Path, recipe: Path) -> list[Stage]:
-    """Builds the recipe; its stages that were not reused."""
-    command = [sys.executable, "-m", "stillhouse.cli.main", "build", str(recipe), "--json"]
+    """Builds the recipe; its stages that were not reused. Of a build that fails or is interrupted, those before."""
+    command = [sys.executable, "-m", "stillhouse.cli.main", "build", str(recipe)]
     command += ["--repository", str(folder / "repository")]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "STILLHOUSE_CACHE_BYTES": str(10**12)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as build:
+    with subprocess.Popen(command, stdout=sys.stderr, env=environment) as build:
         watch = Watch(build.pid)
-        answer = build.communicate()[0]
-    if build.returncode:
-        raise SystemExit(f"error: the build ended with {build.returncode}\nhint: what it said is above")
-    made = [stage for stage in json.loads(answer)["stages"] if not stage["reused"]]
+        with contextlib.suppress(KeyboardInterrupt):
+            build.wait()
+    logs = sorted((folder / "cache/stillhouse/builds").glob("*/build.json"))
+    made = [stage for stage in json.loads(logs[-1].read_text("utf-8"))["stages"] if not stage["reused"]]
     return [
         {"name": stage["name"], "rss": stage["peak_rss_bytes"], "anonymous": peak, "seconds": stage["seconds"]}
-        for stage, peak in zip(made, watch.peaks.values(), strict=True)
+        for stage, peak in zip(made, watch.peaks.values(), strict=False)  # the last process may have been stopped
     ]
 
 
@@ -156,7 +157,7 @@ def by_stage(runs: list[Run]) -> dict[str, tuple[Stage, bool]]:
     for run in sorted(runs, key=lambda run: -int(run["layers"])):
         for stage in run["stages"]:
             title = f"{stage['name']} by {run['int4']}" if stage["name"] == "make int4" else stage["name"]
-            points.setdefault(title, {}).setdefault(run["layers"], stage)
+            points.setdefault(title, {})[run["layers"]] = stage
     full = SHAPE["num_hidden_layers"]
     found: dict[str, tuple[Stage, bool]] = {}
     for title, depths in points.items():
