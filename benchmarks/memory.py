@@ -4,45 +4,72 @@
     python benchmarks/memory.py --layers 2           # to try it out
 
 It writes the base (bfloat16), a LoRA adapter on all linear modules and a recipe into a temporary folder (some 40 GB at
-the full shape), builds it with an empty cache, and prints the resident set's peak of every stage's process.
+the full shape), builds it with an empty cache, adds the peaks of every stage's process to the results, and prints the
+table of all of them: a stage that was not run at the full depth lies on the line through two depths at which it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from roster import ROOT
+from figures import publish
+from machine import describe
+from roster import HERE, ROOT
 from synthetic import SHAPE, TOKENIZER_FILES, write_checkpoint
 
+DOCS, BEGIN, END = ROOT / "docs/build.md", "<!-- memory: begin -->", "<!-- memory: end -->"
 LIMIT_BYTES = 12 * 2**30
+RUNTIME_BYTES = 300_000_000  # what the libraries take, whatever the model
+SHAPE_7B = SHAPE | {  # DeepSeek-R1-Distill-Qwen-7B's
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+Stage = dict[str, Any]  # {"name", "rss", "anonymous" (bytes, peaks), "seconds"}
+Run = dict[str, Any]  # {"layers", "int4", "measured", "machine", "stages"}
 
 
-def write_recipe(folder: Path, tokenizer: Path, shape: dict[str, Any], precisions: list[str]) -> Path:
-    """A base, an adapter and a recipe that asks for `precisions`, with gates that random weights hold."""
-    base, adapter = folder / "base", folder / "adapter"
-    for place in (base, adapter):
-        place.mkdir(parents=True)
-    write_checkpoint(base, shape)
+def write_inputs(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
+    """A base and an adapter."""
+    for name in ("base", "adapter"):
+        (folder / name).mkdir(parents=True)
+    write_checkpoint(folder / "base", shape)
     for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer / name, base)
-    write_adapter(adapter, shape)
-    gates = "".join(f"[gate.{precision}]\nperplexity_ratio = 1000.0\n" for precision in precisions)
+        shutil.copy(tokenizer / name, folder / "base")
+    write_adapter(folder / "adapter", shape)
+
+
+def write_recipe(folder: Path, precisions: list[str], int4: str) -> Path:
+    """A recipe that asks for `precisions`, INT4 by the method `int4`, with gates that random weights hold."""
+    more = "".join(f"[gate.{precision}]\nperplexity_ratio = 1000.0\n" for precision in precisions)
+    more += f'[quantize.int4]\nmethod = "{int4}"\n' if "int4" in precisions else ""
     recipe = folder / "recipe.toml"
     recipe.write_text(
-        f'name = "synthetic"\nbase = "base"\nadapters = ["adapter"]\nprecisions = {json.dumps(precisions)}\n{gates}',
+        f'name = "synthetic"\nbase = "base"\nadapters = ["adapter"]\nprecisions = {json.dumps(precisions)}\n{more}',
         encoding="utf-8",
     )
     return recipe
+
+
+def _kv_width(shape: dict[str, Any]) -> int:
+    return int(shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"])
 
 
 def write_adapter(folder: Path, shape: dict[str, Any], rank: int = 16) -> None:
@@ -51,7 +78,7 @@ def write_adapter(folder: Path, shape: dict[str, Any], rank: int = 16) -> None:
     from safetensors.torch import save_file
 
     hidden, width = shape["hidden_size"], shape["intermediate_size"]
-    kv_width = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    kv_width = _kv_width(shape)
     modules = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
     modules |= {f"self_attn.{name}_proj": (kv_width, hidden) for name in "kv"}
     modules |= {f"mlp.{name}_proj": (width, hidden) for name in ("gate", "up")} | {"mlp.down_proj": (hidden, width)}
@@ -68,6 +95,106 @@ def write_adapter(folder: Path, shape: dict[str, Any], rank: int = 16) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+class Watch(threading.Thread):
+    """The most anonymous memory of each stage's process, looked at ten times a second.
+
+    The resident set's peak, which the build itself records, counts the pages of mapped files too: the system takes
+    those back when memory is short, anonymous ones it cannot.
+    """
+
+    def __init__(self, build: int) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[int, int] = {}  # by the worker's process id, in the order of the stages
+        self._build = build
+        self.start()
+
+    def run(self) -> None:
+        children = Path(f"/proc/{self._build}/task/{self._build}/children")
+        while True:
+            try:
+                for child in map(int, children.read_text().split()):
+                    if b"stillhouse.build.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        now = _anonymous_bytes(Path(f"/proc/{child}/status").read_text())
+                        self.peaks[child] = max(self.peaks.get(child, 0), now)
+            except (FileNotFoundError, ProcessLookupError):
+                if not children.exists():
+                    return
+            time.sleep(0.1)
+
+
+def _anonymous_bytes(status: str) -> int:
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0  # a process that is ending has none
+
+
+def measure(folder: Path, recipe: Path) -> list[Stage]:
+    """Builds the recipe; its stages that were not reused. Of a build that fails or is interrupted, those before."""
+    command = [sys.executable, "-m", "stillhouse.cli.main", "build", str(recipe)]
+    command += ["--repository", str(folder / "repository")]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "STILLHOUSE_CACHE_BYTES": str(10**12)}
+    with subprocess.Popen(command, stdout=sys.stderr, env=environment) as build:
+        watch = Watch(build.pid)
+        with contextlib.suppress(KeyboardInterrupt):
+            build.wait()
+    logs = sorted((folder / "cache/stillhouse/builds").glob("*/build.json"))
+    made = [stage for stage in json.loads(logs[-1].read_text("utf-8"))["stages"] if not stage["reused"]]
+    return [
+        {"name": stage["name"], "rss": stage["peak_rss_bytes"], "anonymous": peak, "seconds": stage["seconds"]}
+        for stage, peak in zip(made, watch.peaks.values(), strict=False)  # the last process may have been stopped
+    ]
+
+
+def parameters(shape: dict[str, Any]) -> int:
+    """The weights of a Qwen2 of this shape, its biases and norms left out."""
+    hidden, kv_width = shape["hidden_size"], _kv_width(shape)
+    layer = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * shape["intermediate_size"]
+    return int(shape["num_hidden_layers"] * layer + 2 * shape["vocab_size"] * hidden)
+
+
+def by_stage(runs: list[Run]) -> dict[str, tuple[Stage, bool]]:
+    """Each stage at the full depth, and whether it was measured there: else it lies on the line through two depths."""
+    points: dict[str, dict[int, Stage]] = {}
+    for run in sorted(runs, key=lambda run: -int(run["layers"])):
+        for stage in run["stages"]:
+            title = f"{stage['name']} by {run['int4']}" if stage["name"] == "make int4" else stage["name"]
+            points.setdefault(title, {})[run["layers"]] = stage
+    full = SHAPE["num_hidden_layers"]
+    found: dict[str, tuple[Stage, bool]] = {}
+    for title, depths in points.items():
+        if full in depths:
+            found[title] = (depths[full], True)
+        elif len(depths) > 1:
+            low, high = min(depths), max(depths)
+            found[title] = (_on_line(depths[low], depths[high], (full - low) / (high - low)), False)
+    return found
+
+
+def _on_line(low: Stage, high: Stage, share: float) -> Stage:
+    keys = ("rss", "anonymous", "seconds")
+    return {"name": low["name"]} | {key: low[key] + share * (high[key] - low[key]) for key in keys}
+
+
+def markdown(runs: list[Run]) -> str:
+    """The stages' peaks for the 1.5B, and for the 7B by its parameters."""
+    scale = parameters(SHAPE_7B) / parameters(SHAPE)
+    lines = ["| stage | RSS, GiB | of it anonymous | minutes | 7B: RSS | 7B: anonymous |", "|---|--:|--:|--:|--:|--:|"]
+    stages = by_stage(runs)
+    for title, (stage, measured) in stages.items():
+        figures = [stage["rss"], stage["anonymous"]]
+        larger = [RUNTIME_BYTES + scale * max(0, figure - RUNTIME_BYTES) for figure in figures]
+        own, other = ([f"{figure / 2**30:.1f}" for figure in pair] for pair in (figures, larger))
+        minutes = f"{stage['seconds'] / 60:.1f}"
+        lines.append(f"| {title}{'' if measured else ' (computed)'} | {' | '.join([*own, minutes, *other])} |")
+    most = max(stage["rss"] for stage, _ in stages.values()) / 2**30
+    about, depths = runs[-1]["machine"], sorted({run["layers"] for run in runs})
+    lines += ["", f"The most: {most:.1f} GiB, of {LIMIT_BYTES / 2**30:.0f} that the 1.5B may take."]
+    lines += [
+        f"Machine: {about['processor']}, {about['cores']} cores, shared with other work. Runs of "
+        f"{', '.join(map(str, depths))} layers. Measured {runs[-1]['measured']}."
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -75,27 +202,24 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--precisions", default="fp16,int8,int4")
+    parser.add_argument("--int4", default="auto", help="the method of INT4; k_quant needs no calibration")
     parser.add_argument(
         "--folder", type=Path, help="where to work, kept afterwards; a second run finds the stages cached"
     )
+    parser.add_argument("--out", type=Path, default=HERE / "results/memory.json")
+    parser.add_argument("--write-docs", action="store_true", help="put the table of all runs into docs/build.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as temporary:
         folder = args.folder or Path(temporary)
-        recipe = folder / "recipe.toml"
-        if not recipe.is_file():
-            shape = SHAPE | {"num_hidden_layers": args.layers}
-            write_recipe(folder, args.tokenizer, shape, args.precisions.split(","))
-        command = [sys.executable, "-m", "stillhouse.cli.main", "build", str(recipe), "--json"]
-        command += ["--repository", str(folder / "repository")]
-        environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "STILLHOUSE_CACHE_BYTES": str(10**12)}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-        stages = json.loads(done.stdout)["stages"] if done.stdout else []
-    for stage in stages:
-        note = "reused" if stage["reused"] else f"{stage['peak_rss_bytes'] / 2**30:6.2f} GiB  {stage['seconds']:7.1f} s"
-        print(f"{stage['name']:16} {note}")
-    most = max((stage["peak_rss_bytes"] for stage in stages), default=0)
-    print(f"{'most':16} {most / 2**30:6.2f} GiB of {LIMIT_BYTES / 2**30:.0f}")
-    return done.returncode or int(most > LIMIT_BYTES)
+        if not (folder / "base").is_dir():
+            write_inputs(folder, args.tokenizer, SHAPE | {"num_hidden_layers": args.layers})
+        stages = measure(folder, write_recipe(folder, args.precisions.split(","), args.int4))
+    runs = json.loads(args.out.read_text("utf-8"))["runs"] if args.out.is_file() else []
+    measured = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    run = {"layers": args.layers, "int4": args.int4, "measured": measured, "machine": describe(), "stages": stages}
+    runs.append(run)
+    publish({"runs": runs}, markdown(runs), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
+    return int(max((stage["rss"] for stage in stages), default=0) > LIMIT_BYTES)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,9 @@ def test_a_fused_projection_is_taken_whole_or_refused_and_nothing_taken_is_widen
         StillhouseError, match=r"'qkv_proj' names /model/layers\.0/attn/qkv_proj/MatMul, which the base"
     ):
         refuse_to_widen(own, {node: own[node].integers.shape, HEAD: (1024, 128)}, ["qkv_proj"])
+    refuse_to_widen(own, {node: own[node].integers.shape, HEAD: (1024, 128)}, ["lm_head"])
+    with pytest.raises(StillhouseError, match=r"'lm_head' names /lm_head/MatMul, which the base"):
+        refuse_to_widen(own | {HEAD: own[node]}, {HEAD: (1024, 128)}, ["lm_head"])
     integers = load_file(str(tmp_path / "whole" / TAKEN))
     left = {name: tensor for name, tensor in integers.items() if "layers.0.self_attn.v_proj" not in name}
     assert len(left) == len(integers) - 3

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.build import auto, calibrated, pipeline
+from stillhouse.build import auto, calibrated, pipeline, rounding
+from stillhouse.build import quantize as quantizing
 from stillhouse.build.auto import quantize
 from stillhouse.build.blocks import BlockWeight, bytes_of
 from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits
 from stillhouse.build.calibrate import calibrate, own_samples, sampled
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of, output_error
-from stillhouse.build.nbits import EMBEDDING, HEAD, quantizable, read_quantized, write_quantized
+from stillhouse.build.nbits import EMBEDDING, HEAD, QuantizedGraph, quantizable, read_quantized
 from stillhouse.build.plan import plan
 from stillhouse.build.publish import FILES
-from stillhouse.build.quantize import METHODS, stage_options
+from stillhouse.build.quantize import METHODS, convert_fp16, stage_options
 from stillhouse.build.recipe import QuantizeOptions, load_recipe
 from stillhouse.build.rounding import ROUNDINGS, rounded
 from stillhouse.build.sensitivity import divergence_by_weight, place
@@ -83,6 +84,13 @@ def make(graph: Path, tiny_base: Path, calibration: Path) -> Quantize:
     return run
 
 
+def write_quantized(source: Path, destination: Path, weights: dict[str, BlockWeight]) -> None:
+    written = QuantizedGraph(source, destination, weights)
+    for node, weight in weights.items():
+        written.add(node, weight)
+    written.save()
+
+
 def correlated(columns: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (rows, columns), and inputs (2048, columns) that go together as a layer's do."""
     torch.manual_seed(seed)
@@ -101,6 +109,38 @@ def test_every_method_stays_within_half_a_step_of_what_its_range_holds(method: s
     assert own.integers.max() < 2**bits
     relative = np.linalg.norm(own.dequantized() - weight.numpy()) / np.linalg.norm(weight.numpy())
     assert relative < (0.25 if bits == 4 else 0.02)
+
+
+def test_a_large_weight_is_rounded_part_by_part_to_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = correlated(96, 50)
+    form: dict[str, Any] = {"bits": 8, "block_size": 32, "symmetric": True}
+    whole = rounded(weight, "rtn", **form)
+    monkeypatch.setattr(rounding, "_AT_ONCE", 700)  # seven rows
+    parts = rounded(weight, "rtn", **form)
+    assert np.array_equal(parts.integers, whole.integers)
+    assert np.array_equal(parts.scales, whole.scales)
+
+
+def test_half_precision_is_the_converters_own_weight_by_weight(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the converter over the whole graph, which takes the weights several times over in memory."""
+    import onnx
+    from onnx import numpy_helper
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    monkeypatch.setattr(quantizing, "_AT_ONCE", 1000)
+    convert_fp16(nothing, source=str(graph), destination=str(tmp_path))
+    ours = onnx.load(str(tmp_path / "model.onnx"))
+    theirs = convert_float_to_float16(
+        onnx.load(str(graph / "model.onnx")), keep_io_types=["logits"], disable_shape_infer=True
+    )
+    assert [node.SerializeToString() for node in ours.graph.node] == [
+        node.SerializeToString() for node in theirs.graph.node
+    ]
+    for own, other in zip(ours.graph.initializer, theirs.graph.initializer, strict=True):
+        assert own.data_type == other.data_type, own.name
+        assert np.array_equal(numpy_helper.to_array(own), numpy_helper.to_array(other)), own.name
 
 
 def test_gptq_halves_the_output_error_of_correlated_inputs() -> None:
@@ -129,9 +169,10 @@ def test_gptq_takes_a_last_block_that_is_short_and_inputs_that_never_move() -> N
 def test_gptq_beats_rounding_to_nearest_in_every_layer(tiny_base: Path, calibration: Path) -> None:
     stream, windows = LayerStream(tiny_base), json.loads(calibration.read_text())["windows"]
     bits = {f"/model/layers.{index}/{name}/MatMul": 4 for index in range(2) for name in LINEARS}
-    result = gptq_layers(nothing, stream, torch.tensor(windows), bits, block_size=32)
-    assert result.weights.keys() == result.errors.keys() == bits.keys()
-    for node, (ours, nearest) in result.errors.items():
+    weights: dict[str, BlockWeight] = {}
+    errors = gptq_layers(nothing, stream, torch.tensor(windows), bits, weights.__setitem__, block_size=32)
+    assert weights.keys() == errors.keys() == bits.keys()
+    for node, (ours, nearest) in errors.items():
         assert ours < 0.9 * nearest, node
 
 
@@ -147,10 +188,11 @@ def test_gptq_leaves_weights_alone_that_need_no_rounding(tiny_base: Path, calibr
     save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
     bits = {f"/model/layers.0/mlp/{name}_proj/MatMul": 4 for name in ("down", "gate")}
     windows = torch.tensor(json.loads(calibration.read_text())["windows"][:2])
-    result = gptq_layers(nothing, LayerStream(folder), windows, bits, block_size=32)
+    weights: dict[str, BlockWeight] = {}
+    errors = gptq_layers(nothing, LayerStream(folder), windows, bits, weights.__setitem__, block_size=32)
     for node, name in zip(bits, (down, gate), strict=True):
-        assert np.abs(result.weights[node].dequantized() - tensors[name].numpy()).max() < 1e-6
-        assert all(np.isfinite(result.errors[node]))
+        assert np.abs(weights[node].dequantized() - tensors[name].numpy()).max() < 1e-6
+        assert all(np.isfinite(errors[node]))
 
 
 LINEARS = ("attn/qkv_proj", "attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
@@ -164,10 +206,9 @@ def test_a_gptq_that_does_nothing_is_an_error(
 
     monkeypatch.setattr(calibrated, "gptq", nearest)
     windows = torch.tensor(json.loads(calibration.read_text())["windows"][:2])
+    bits, kept = {"/model/layers.0/mlp/down_proj/MatMul": 4}, dict[str, BlockWeight]()
     with pytest.raises(StillhouseError, match=r"GPTQ did nothing for /model/layers\.0/mlp/down_proj"):
-        gptq_layers(
-            nothing, LayerStream(tiny_base), windows, {"/model/layers.0/mlp/down_proj/MatMul": 4}, block_size=32
-        )
+        gptq_layers(nothing, LayerStream(tiny_base), windows, bits, kept.__setitem__, block_size=32)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -342,6 +383,9 @@ def test_a_cuda_version_is_half_precision_throughout_and_holds_the_same_integers
     model = onnx.load(str(tmp_path / "cuda" / "model.onnx"), load_external_data=False)
     types = {tensor.data_type for tensor in model.graph.initializer}
     assert onnx.TensorProto.FLOAT not in types
+    for target, provider in (("cpu", []), ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}])):
+        settings = json.loads((tmp_path / target / "genai_config.json").read_text())
+        assert settings["model"]["decoder"]["session_options"]["provider_options"] == provider
     runner = OrtRunner(tmp_path / "cuda" / "model.onnx", network=read_network(tiny_base), slots=1, max_len=32)
     assert runner.cache.dtype == np.float16
     other = OrtRunner(tmp_path / "cpu" / "model.onnx", network=read_network(tiny_base), slots=1, max_len=32)

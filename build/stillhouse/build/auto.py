@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from stillhouse.build.blocks import BlockWeight, bytes_of
-from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits, quantized_bytes, spare_bytes
+from stillhouse.build.budget import footprint, hold_budget, kept_at_8_bits, named, quantized_bytes, spare_bytes
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of
-from stillhouse.build.nbits import EMBEDDING, HEAD, quantizable, quantized_as, write_quantized
+from stillhouse.build.nbits import EMBEDDING, HEAD, QuantizedGraph, quantizable, quantized_as
 from stillhouse.build.prequantized import taken
 from stillhouse.build.quantize import convert_fp16
 from stillhouse.build.rounding import ROUNDINGS, rounded
@@ -88,7 +88,7 @@ def quantize(
         source = Path(graph)
         if target == "cuda":  # its kernels read and write half precision
             source = Path(scratch) / "half"
-            convert_fp16(lambda _: None, source=graph, destination=str(source))
+            convert_fp16(lambda _: None, source=graph, destination=str(source), target="cuda")
         shapes = quantizable(source / "model.onnx")
         kept = kept_at_8_bits(shapes, keep_int8 or []) if bits == 4 else set(shapes)
         own = taken(Path(checkpoint), list(shapes)) if method == "auto" and bits == 4 else {}
@@ -127,7 +127,7 @@ def quantize(
 def refuse_to_widen(own: dict[str, BlockWeight], shapes: dict[str, tuple[int, int]], asked: list[str]) -> None:
     """Raises StillhouseError where keep_int8 names a weight that the base brought in 4 bits."""
     for name in asked:
-        if both := sorted((kept_at_8_bits(shapes, [name]) - kept_at_8_bits(shapes, [])) & own.keys()):
+        if both := sorted(named(shapes, name) & own.keys()):
             raise StillhouseError(
                 f"keep_int8: {name!r} names {both[0]}, which the base brought in 4 bits",
                 hint="leave it out, or name the unquantized checkpoint as base",
@@ -249,22 +249,21 @@ def _estimate(job: _Job, costs: dict[str, dict[str, float]], method: str) -> flo
 
 def _make(share: Share, job: _Job, method: str, folder: Path) -> dict[str, Any]:
     """Writes the graph quantized by `method` into `folder`; what a table says of it."""
-    weights: dict[str, BlockWeight] = dict(job.taken)
+    graph = QuantizedGraph(job.source, folder, job.shapes)
     said: dict[str, Any] = {}
+    for node, weight in job.taken.items():
+        graph.add(node, weight)
     if method == "gptq":
         bits = {node: job.bits[node] for node in job.linears}
-        result = gptq_layers(
-            share, job.stream, torch.tensor(job.windows), bits, block_size=job.block_size, symmetric=job.symmetric
-        )
-        weights |= result.weights
-        said["output_error"] = float(np.mean([error for error, _ in result.errors.values()] or [0.0]))
-        said["output_error_to_nearest"] = float(np.mean([error for _, error in result.errors.values()] or [0.0]))
+        form: dict[str, Any] = {"block_size": job.block_size, "symmetric": job.symmetric}
+        errors = gptq_layers(share, job.stream, torch.tensor(job.windows), bits, graph.add, **form)
+        said["output_error"] = float(np.mean([error for error, _ in errors.values()] or [0.0]))
+        said["output_error_to_nearest"] = float(np.mean([error for _, error in errors.values()] or [0.0]))
+    by = method if method in ROUNDINGS else "rtn"
     for node in job.shapes:
-        if node not in weights:
-            weights[node] = _rounded(
-                job, job.stream.weight(node), method if method in ROUNDINGS else "rtn", job.bits[node]
-            )
-    write_quantized(job.source, folder, weights)
+        if node not in graph:
+            graph.add(node, _rounded(job, job.stream.weight(node), by, job.bits[node]))
+    graph.save()
     said["bytes"] = sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     return said
 

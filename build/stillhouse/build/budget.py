@@ -78,22 +78,24 @@ def kept_at_8_bits(nodes: Collection[str], asked: Collection[str]) -> set[str]:
 
     Raises StillhouseError for a name that matches nothing.
     """
-    kept = {HEAD, EMBEDDING} & set(nodes)
-    for name in asked:
-        stem, _, last = name.removeprefix("model.").removesuffix(".weight").rpartition(".")
-        stem = stem.replace("self_attn", "attn")
-        words = {"head": "lm_head"}.get(last, last)
-        names = {words} if any(f"/{words}/" in node for node in nodes) else {_FUSED.get(words, words)}
-        found = {
-            node
-            for node in nodes
-            if node.split("/")[-2] in names and (not stem or f".{stem}." in f".{node.replace('/', '.')}.")
-        }
-        if not found:
-            kinds = ", ".join(sorted({node.split("/")[-2] for node in nodes}))
-            raise StillhouseError(f"keep_int8: no weight is named {name!r}", hint=f"this model has: {kinds}")
-        kept |= found
-    return kept
+    return ({HEAD, EMBEDDING} & set(nodes)).union(*(named(nodes, name) for name in asked))
+
+
+def named(nodes: Collection[str], name: str) -> set[str]:
+    """The nodes that a name in keep_int8 means: a kind of weight, or a single one. Raises StillhouseError for none."""
+    stem, _, last = name.removeprefix("model.").removesuffix(".weight").rpartition(".")
+    stem = stem.replace("self_attn", "attn")
+    words = {"head": "lm_head"}.get(last, last)
+    names = {words} if any(f"/{words}/" in node for node in nodes) else {_FUSED.get(words, words)}
+    found = {
+        node
+        for node in nodes
+        if node.split("/")[-2] in names and (not stem or f".{stem}." in f".{node.replace('/', '.')}.")
+    }
+    if not found:
+        kinds = ", ".join(sorted({node.split("/")[-2] for node in nodes}))
+        raise StillhouseError(f"keep_int8: no weight is named {name!r}", hint=f"this model has: {kinds}")
+    return found
 
 
 def refuse_unknown(asked: Collection[str], tensors: Mapping[str, TensorInfo]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,16 +19,16 @@ from stillhouse.engine.errors import StillhouseError
 
 
 @dataclass(slots=True)
-class Calibrated:
-    """The linears of a model as they are rounded: 4 bits by GPTQ, 8 bits to nearest.
+class _Calibrated:
+    """The linears of a model as they are rounded: 4 bits by GPTQ, 8 bits to nearest; `keep` gets each.
 
-    `weights` by node; `errors` of those of 4 bits: the output's relative error by GPTQ, and rounded to nearest.
+    `errors` of those of 4 bits: the output's relative error by GPTQ, and rounded to nearest.
     """
 
     bits: Mapping[str, int]
+    keep: Callable[[str, BlockWeight], None]
     block_size: int
-    symmetric: bool = False
-    weights: dict[str, BlockWeight] = field(default_factory=dict)
+    symmetric: bool
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def round_readers(
@@ -57,7 +57,7 @@ class Calibrated:
                     hint='is the calibration text long enough? method = "k_quant" needs none',
                 )
             self.errors[node] = (errors[0], errors[1])
-        self.weights[node] = chosen
+        self.keep(node, chosen)
         parts = torch.from_numpy(chosen.dequantized()).split([len(module.weight) for module in modules])
         for module, part in zip(modules, parts, strict=True):
             module.weight = nn.Parameter(part, requires_grad=False)
@@ -68,15 +68,17 @@ def gptq_layers(
     stream: LayerStream,
     tokens: Tensor,
     bits: Mapping[str, int],
+    keep: Callable[[str, BlockWeight], None],
     *,
     block_size: int,
     symmetric: bool = False,
-) -> Calibrated:
-    """The linears of all layers that `bits` names, rounded; `tokens` (B, S) calibrate.
+) -> dict[str, tuple[float, float]]:
+    """Rounds the linears of all layers that `bits` names and hands each to `keep`; `tokens` (B, S) calibrate.
 
-    Raises StillhouseError where GPTQ did no better than rounding to nearest: that is a fault, not a result.
+    Returns the relative output error of each one of 4 bits: by GPTQ, and rounded to nearest. Raises StillhouseError
+    where GPTQ did no better: that is a fault, not a result.
     """
-    result = Calibrated(bits, block_size, symmetric)
+    result = _Calibrated(bits, keep, block_size, symmetric)
     hidden = stream.embed(tokens)
     for index in range(stream.layers):
         layer = stream.layer(index)
@@ -91,4 +93,4 @@ def gptq_layers(
             hook.remove()
         stream.release(index)
         share((index + 1) / stream.layers)
-    return result
+    return result.errors

@@ -8,54 +8,138 @@ loads the graph: half the bytes of a scale, and the kernels see the float32 that
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.build.blocks import BlockWeight
+from stillhouse.build.external import begin, put, values_of
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import NodeProto, TensorProto
 
 ACCURACY_LEVEL = 4  # int8 × int8 kernels; level 0 decodes 6 to 16 times slower for 0.6 points of perplexity
 HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
 _DOMAIN = "com.microsoft"
+_Proto = TypeVar("_Proto", "NodeProto", "TensorProto")
 
 
-def write_quantized(source: Path, destination: Path, weights: Mapping[str, BlockWeight]) -> None:
-    """The graph in `source` with the MatMul nodes that `weights` names quantized; others stay as they are.
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A quantized weight as operators find it: its shape and blocks, and the tensors that they read."""
 
-    A tied embedding is read from the head's integers where `weights` holds the head.
+    rows: int
+    columns: int
+    bits: int
+    block_size: int
+    names: tuple[str, ...]
+
+
+class QuantizedGraph:
+    """The graph in `source` with the weights of `nodes` quantized, written to `destination` weight by weight.
+
+    What `add` gets is written at once and not kept: memory holds the largest weight, not all of them. A tied embedding
+    is read from the head's integers where `nodes` holds the head.
     """
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_tensor
 
-    model = onnx.load(str(source / "model.onnx"), load_external_data=False)
-    _replace(model, weights)
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    for tensor in kept:
-        if tensor.external_data:
-            load_external_data_for_tensor(tensor, str(source))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-    copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(copies)
-    destination.mkdir(parents=True, exist_ok=True)
-    (destination / "model.onnx.data").unlink(missing_ok=True)  # onnx appends to what is there
-    onnx.save(
-        model,
-        str(destination / "model.onnx"),
-        save_as_external_data=True,
-        location="model.onnx.data",
-        size_threshold=1024,
-    )
-    shutil.copyfile(source / "genai_config.json", destination / "genai_config.json")
+    def __init__(self, source: Path, destination: Path, nodes: Collection[str]) -> None:
+        import onnx
+
+        self._source, self._folder = source, destination
+        self._model = onnx.load(str(source / "model.onnx"), load_external_data=False)
+        self._half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in self._model.graph.initializer)
+        self._stored: dict[str, _Stored] = {}
+        self._casts: list[NodeProto] = []  # of the scales; the embedding needs them before anything else
+        self._embedding = self._take_out(nodes)
+        begin(destination)
+        for tensor in self._model.graph.initializer:
+            if tensor.external_data:
+                put(tensor, values_of(tensor, source), destination)
+
+    def __contains__(self, node: str) -> bool:
+        return node in self._stored
+
+    def add(self, node: str, weight: BlockWeight) -> None:
+        """Writes the weight of `node`."""
+        from onnx import TensorProto, helper
+
+        rows, columns = weight.integers.shape
+        blocks = weight.scales.shape[1]
+        stem = f"{node.strip('/').replace('/', '.')}.weight"
+        padded = np.pad(weight.integers, ((0, 0), (0, blocks * weight.block_size - columns)))
+        self._put(f"{stem}_quantized", _packed(padded, weight.bits).reshape(rows, blocks, -1))
+        self._put(f"{stem}_scales", weight.scales)
+        names = [f"{stem}_quantized", f"{stem}_scales"]
+        if not self._half:
+            names[1] = f"{stem}_scales_float"
+            cast = helper.make_node("Cast", [f"{stem}_scales"], [names[1]], f"{node}/scales", to=TensorProto.FLOAT)
+            self._casts.append(cast)
+        if weight.zeros is not None:
+            self._put(f"{stem}_zeros", _packed(weight.zeros, weight.bits))
+            names.append(f"{stem}_zeros")
+        self._stored[node] = _Stored(rows, columns, weight.bits, weight.block_size, tuple(names))
+
+    def save(self) -> None:
+        """Writes the graph itself, once all of its weights are there."""
+        import onnx
+
+        graph = self._model.graph
+        nodes: list[NodeProto] = []
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.name in self._stored:
+                nodes.append(_matmul(node, self._stored[node.name], half=self._half))
+            elif node.name == EMBEDDING and self._embedding in self._stored:
+                nodes += self._lookup(node, self._stored[self._embedding])
+            else:
+                nodes.append(_copied(node))
+        del graph.node[:]
+        graph.node.extend([*self._casts, *nodes])
+        onnx.save(self._model, str(self._folder / "model.onnx"))
+        shutil.copyfile(self._source / "genai_config.json", self._folder / "genai_config.json")
+
+    def _take_out(self, nodes: Collection[str]) -> str:
+        """Takes the float weights of `nodes` from the graph; returns the node whose integers the embedding reads."""
+        graph = self._model.graph
+        constants = {tensor.name for tensor in graph.initializer}
+        own = any(node.name == EMBEDDING and node.input[0] in constants for node in graph.node)
+        embedding = EMBEDDING if own else HEAD
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.name in nodes:
+                del node.input[1]
+            elif node.name == EMBEDDING and embedding in nodes:
+                del node.input[0]
+        used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        # A tied embedding leaves its Transpose behind.
+        alive = [_copied(node) for node in graph.node if any(name in used for name in node.output)]
+        read = {name for node in alive for name in node.input}
+        kept = [_copied(tensor) for tensor in graph.initializer if tensor.name in read]
+        del graph.node[:]
+        graph.node.extend(alive)
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        return embedding
+
+    def _lookup(self, node: NodeProto, stored: _Stored) -> list[NodeProto]:
+        """Rows of the embedding from its integers, which are the head's own tensors where the two are tied."""
+        from onnx import helper
+
+        if stored.columns % stored.block_size:
+            raise ValueError(f"an embedding of width {stored.columns} cannot be read in blocks of {stored.block_size}")
+        stem = EMBEDDING.rpartition("/")[0]
+        self._put(f"{stem}/shape", np.array([stored.rows, stored.columns * stored.bits // 8], np.int64))
+        flat = helper.make_node("Reshape", [stored.names[0], f"{stem}/shape"], [f"{stem}/rows"], f"{stem}/Reshape")
+        inputs = [flat.output[0], node.input[0], *stored.names[1:]]
+        attributes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
+        operator = "GatherBlockQuantized"
+        return [flat, helper.make_node(operator, inputs, list(node.output), node.name, domain=_DOMAIN, **attributes)]
+
+    def _put(self, name: str, values: NDArray[Any]) -> None:
+        put(self._model.graph.initializer.add(name=name), values, self._folder)
 
 
 def quantizable(graph_file: Path) -> dict[str, tuple[int, int]]:
@@ -122,88 +206,22 @@ def quantized_as(graph_file: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _replace(model: ModelProto, weights: Mapping[str, BlockWeight]) -> None:
-    """Puts MatMulNBits and, for the embedding, GatherBlockQuantized where MatMul and Gather were."""
-    import onnx
-
-    graph = model.graph
-    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
-    stored: dict[str, list[str]] = {}
-    first: list[NodeProto] = []  # the scales' casts, which the embedding needs before anything else
-    for name, weight in weights.items():
-        stored[name], casts = _store(graph, name, weight, half=half)
-        first += casts
-    constants = {tensor.name for tensor in graph.initializer}
-    own = any(node.name == EMBEDDING and node.input[0] in constants for node in graph.node)
-    source = EMBEDDING if own else HEAD
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.name in weights:
-            nodes.append(_matmul(node, weights[node.name], stored[node.name], half=half))
-        elif node.name == EMBEDDING and source in weights:
-            nodes += _embedding(graph, node, weights[source], stored[source])
-        else:
-            nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
-    used = {name for node in nodes for name in node.input}
-    outputs = {output.name for output in graph.output}
-    alive = [node for node in nodes if any(name in used or name in outputs for name in node.output)]
-    del graph.node[:]
-    graph.node.extend([*first, *alive])  # a tied embedding leaves its Transpose behind
-
-
-def _store(graph: GraphProto, name: str, weight: BlockWeight, *, half: bool) -> tuple[list[str], list[NodeProto]]:
-    """Adds the weight's tensors to the graph; their names as operators read them, and the Cast of the scales."""
-    from onnx import TensorProto, helper
-
-    rows, columns = weight.integers.shape
-    blocks = weight.scales.shape[1]
-    stem = f"{name.strip('/').replace('/', '.')}.weight"
-    padded = np.pad(weight.integers, ((0, 0), (0, blocks * weight.block_size - columns)))
-    _add(graph, f"{stem}_quantized", _packed(padded, weight.bits).reshape(rows, blocks, -1))
-    _add(graph, f"{stem}_scales", weight.scales)
-    names = [f"{stem}_quantized", f"{stem}_scales"]
-    casts = []
-    if not half:
-        names[1] = f"{stem}_scales_float"
-        casts.append(helper.make_node("Cast", [f"{stem}_scales"], [names[1]], f"{name}/scales", to=TensorProto.FLOAT))
-    if weight.zeros is not None:
-        _add(graph, f"{stem}_zeros", _packed(weight.zeros, weight.bits))
-        names.append(f"{stem}_zeros")
-    return names, casts
-
-
-def _matmul(node: NodeProto, weight: BlockWeight, stored: list[str], *, half: bool) -> NodeProto:
+def _matmul(node: NodeProto, stored: _Stored, *, half: bool) -> NodeProto:
     from onnx import helper
 
-    rows, columns = weight.integers.shape
-    attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": weight.bits, "block_size": weight.block_size}
+    attributes: dict[str, Any] = {"K": stored.columns, "N": stored.rows, "bits": stored.bits}
+    attributes["block_size"] = stored.block_size
     if not half:  # levels are of the CPU's kernels
         attributes["accuracy_level"] = ACCURACY_LEVEL
-    inputs = [node.input[0], *stored]
+    inputs = [node.input[0], *stored.names]
     return helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=_DOMAIN, **attributes)
 
 
-def _embedding(graph: GraphProto, node: NodeProto, weight: BlockWeight, stored: list[str]) -> list[NodeProto]:
-    """Rows of the embedding from its integers, which are the head's own tensors where the two are tied."""
-    from onnx import helper, numpy_helper
-
-    rows, columns = weight.integers.shape
-    if columns % weight.block_size:
-        raise ValueError(f"an embedding of width {columns} cannot be read in blocks of {weight.block_size}")
-    stem = EMBEDDING.rpartition("/")[0]
-    shape = np.array([rows, columns * weight.bits // 8], np.int64)
-    graph.initializer.append(numpy_helper.from_array(shape, f"{stem}/shape"))
-    flat = helper.make_node("Reshape", [stored[0], f"{stem}/shape"], [f"{stem}/rows"], f"{stem}/Reshape")
-    inputs = [flat.output[0], node.input[1], *stored[1:]]
-    attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
-    operator = "GatherBlockQuantized"
-    return [flat, helper.make_node(operator, inputs, list(node.output), node.name, domain=_DOMAIN, **attributes)]
-
-
-def _add(graph: GraphProto, name: str, array: NDArray[Any]) -> None:
-    from onnx import numpy_helper
-
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+def _copied(proto: _Proto) -> _Proto:
+    """A copy that outlives the list that `proto` is taken from."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def _packed(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -135,7 +135,7 @@ class _Run:
             return fp32
         arguments: dict[str, Any]
         if version.method.stage == "convert_fp16":
-            arguments = {"source": str(fp32.path)}
+            arguments = {"source": str(fp32.path), "target": self.plan.recipe.target}
         else:
             arguments = {
                 "checkpoint": str(merged.path),

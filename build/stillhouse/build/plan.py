@@ -15,16 +15,18 @@ from stillhouse.build.cache import cache_root, is_cached, key_of
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
 from stillhouse.build.recipe import QuantizeOptions, Recipe
+from stillhouse.build.reckon import Sizes, disk, memory
 from stillhouse.build.tasks import Tasks, read_tasks
-from stillhouse.build.texts import LEAST_TOKENS, WINDOW_TOKENS, Text, evaluation_text, token_ids, token_windows
+from stillhouse.build.texts import Text, evaluation_text, token_ids, token_windows
 from stillhouse.engine.directory import VersionDirectory, sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.engine.manifest import GateRecord, Precision
+from stillhouse.engine.manifest import GateRecord, Precision, Target
 
 # Raised when the same inputs would give other bytes or other figures than before.
 FORMAT = 5
 CALIBRATION_FORMAT = 1
 UNPACK_FORMAT = 2
+CUDA_FORMAT = 2
 _MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
@@ -146,17 +148,14 @@ def _refuse_misfits(precision: Precision, method: Method, asked: QuantizeOptions
 
 
 def dry_run(plan_: Plan) -> dict[str, Any]:
-    """What `build` would do with this plan: stages, memory and disk in bytes (estimates from measured factors)."""
-    root = cache_root()
-    weights = 4 * plan_.base.parameters
-    vocabulary = int(plan_.base.config["vocab_size"])
+    """What `build` would do with this plan: stages, memory and disk in bytes (reckoned)."""
+    root, target = cache_root(), plan_.recipe.target
     wanted = [version for version in plan_.versions if version.existing is None]
-    stages = [] if not wanted else [("merge", plan_.merge_key, 2.7), ("fp32", plan_.reference_key, 1.3)]
-    stages += [("calibrate", v.calibration_key, 1.5) for v in wanted if v.calibration_key is not None]
-    stages += [(v.precision, v.stage_key, v.method.memory_factor) for v in wanted if v.precision != "fp32"]
-    runtime = 600_000_000  # torch, transformers and the interpreter
-    todo = [(name, factor) for name, key, factor in stages if not is_cached(root, name, key)]
-    spool = (LEAST_TOKENS + WINDOW_TOKENS) * vocabulary * 4
+    keys = [("merge", plan_.merge_key), ("fp32", plan_.reference_key)] if wanted else []
+    keys += [("calibrate", v.calibration_key) for v in wanted if v.calibration_key is not None]
+    keys += [(v.precision, v.stage_key) for v in wanted if v.precision != "fp32"]
+    todo = [name for name, key in keys if not is_cached(root, name, key)]
+    sizes, methods = Sizes.of(plan_.base), [version.method for version in wanted]
     return {
         "versions": [
             {
@@ -166,9 +165,9 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
             }
             for version in plan_.versions
         ],
-        "stages": [name for name, _ in todo],
-        "memory_bytes": max((int(runtime + factor * weights) for _, factor in todo), default=0),
-        "disk_bytes": (2 * weights + spool + int(2.2 * weights * len(wanted) / 3)) if wanted else 0,
+        "stages": todo,
+        "memory_bytes": memory(sizes, todo, methods) if wanted else 0,
+        "disk_bytes": disk(sizes, todo, methods, target) if wanted else 0,
         "disk_free_bytes": min(shutil.disk_usage(_existing(folder)).free for folder in (root, plan_.repository)),
         "cache": str(root),
     }
@@ -180,12 +179,11 @@ def _existing(folder: Path) -> Path:
 
 
 def _stage_key(
-    weights_key: str, target: str, method: Method, options: dict[str, Any], calibration_key: str | None
+    weights_key: str, target: Target, method: Method, options: dict[str, Any], calibration_key: str | None
 ) -> str:
     inputs = {
         "weights": weights_key,
-        # The converter works on the reference, whatever runs its result.
-        "target": "cpu" if method.stage == "convert_fp16" else target,
+        "target": target if target == "cpu" else [target, CUDA_FORMAT],
         "stage": method.stage,
         "method": method.name,
         "options": options,

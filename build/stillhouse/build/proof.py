@@ -11,6 +11,7 @@ from stillhouse.engine.errors import StillhouseError
 
 # Below this norm of the delta over norm of the weight nothing was changed: FP32's own rounding is 6e-8.
 LEAST_CHANGE = 1e-6
+_AT_ONCE = 2**22  # values that are summed up at a time: they are copied twice on the way
 
 
 def logits_of(model: Any, windows: list[Any]) -> list[Any]:
@@ -57,10 +58,11 @@ def fingerprints(model: Any) -> dict[str, int]:
     """The sum of each parameter's bits; adding 0.0 makes -0.0 and 0.0 the same, as they are to the model."""
     import torch
 
-    return {
-        name: int((parameter.detach() + 0.0).view(torch.int32).sum(dtype=torch.int64))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    def sum_of_bits(parameter: Any) -> int:
+        parts = parameter.detach().reshape(-1).split(_AT_ONCE)
+        return sum(int((part + 0.0).view(torch.int32).sum(dtype=torch.int64)) for part in parts)
+
+    return {name: sum_of_bits(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def changes(model: Any, base: Path) -> dict[str, Any]:

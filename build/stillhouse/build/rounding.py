@@ -6,17 +6,23 @@ A method gives scales and zero points; integers are rounded under the scales tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillhouse.build.blocks import BlockWeight, grouped, kept_scale, ungrouped
+from stillhouse.build.blocks import BlockWeight, grouped, kept_scale, stack, ungrouped
 
+_AT_ONCE = 2**24  # weights: what is made of them on the way takes several times their bytes
 Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def rounded(weight: Tensor, method: str, *, bits: int, block_size: int, symmetric: bool = False) -> BlockWeight:
     """The weight (N, K) in blocks, by the row `method` of ROUNDINGS; symmetric ones know round-to-nearest alone."""
+    form: dict[str, Any] = {"bits": bits, "block_size": block_size, "symmetric": symmetric}
+    if symmetric and weight.numel() > _AT_ONCE and len(weight) > 1:  # a head; hqq looks at a weight as a whole
+        parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))
+        return stack([rounded(part, method, **form) for part in parts])
     blocks = grouped(weight, block_size)
     rows, count, _ = blocks.shape
     flat = blocks.reshape(rows * count, block_size)

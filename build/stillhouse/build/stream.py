@@ -78,7 +78,8 @@ class LayerStream:
         """The weight (N, K) of a node of the graph: a linear of a layer, the head or the embedding."""
         if node == HEAD:
             return self.head()
-        return torch.cat([self.tensor(f"{module}.weight") for module in modules_of(node)])
+        parts = [self.tensor(f"{module}.weight") for module in modules_of(node)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states (B, S, D) that enter the first layer."""

@@ -1,0 +1,68 @@
+"""The memory benchmark: its shapes, its line through two depths, and whose memory it watches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stillhouse.build.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def memory(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("memory")
+
+
+def run_of(layers: int, int4: str, **peaks: float) -> dict[str, Any]:
+    stages = [
+        {"name": name.replace("_", " "), "rss": peak * 2**30, "anonymous": peak * 2**29, "seconds": 60 * peak}
+        for name, peak in peaks.items()
+    ]
+    machine = {"processor": "a processor", "cores": 2}
+    return {"layers": layers, "int4": int4, "measured": "2026-01-01", "machine": machine, "stages": stages}
+
+
+def test_the_shapes_have_as_many_parameters_as_the_models_are_named_after(memory: ModuleType) -> None:
+    assert memory.parameters(memory.SHAPE) == pytest.approx(1.777e9, rel=1e-3)
+    assert memory.parameters(memory.SHAPE_7B) == pytest.approx(7.615e9, rel=1e-3)
+
+
+def test_what_was_not_measured_at_the_full_depth_lies_on_the_line_through_two_depths(memory: ModuleType) -> None:
+    runs = [
+        run_of(2, "auto", merge=3.0, make_int4=2.0),
+        run_of(15, "auto", make_int4=3.0, calibrate=1.0),
+        run_of(28, "k_quant", merge=9.0, make_int4=1.5),
+    ]
+    stages = {title: (stage["rss"] / 2**30, measured) for title, (stage, measured) in memory.by_stage(runs).items()}
+    assert stages == {"merge": (9.0, True), "make int4 by k_quant": (1.5, True), "make int4 by auto": (4.0, False)}
+    table = memory.markdown(runs)
+    assert "| merge | 9.0 | 4.5 | 9.0 |" in table
+    assert "| make int4 by auto (computed) | 4.0 | 2.0 | 4.0 |" in table
+    assert "The most: 9.0 GiB, of 12 that the 1.5B may take." in table
+
+
+def test_the_anonymous_memory_of_a_stages_process_is_seen(memory: ModuleType, wait_until: Callable[..., float]) -> None:
+    held = "held = bytearray(b'x' * 60_000_000); print(flush=True); input()"
+    # The watch goes by the command line, and by whose child it is.
+    command = [sys.executable, "-c", held, "stillhouse.build.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        watch = memory.Watch(os.getpid())
+        wait_until(lambda: watch.peaks.get(child.pid, 0) > 60_000_000)
+        child.communicate(b"\n")
+    assert watch.peaks[child.pid] < 200_000_000
+
+
+def test_the_recipe_is_one_that_the_build_takes(memory: ModuleType, tmp_path: Path) -> None:
+    recipe = load_recipe(memory.write_recipe(tmp_path, ["fp16", "int4"], "k_quant"))
+    assert recipe.options("int4").method == "k_quant"
+    assert recipe.gate_of("fp16").perplexity_ratio == 1000.0
+    assert load_recipe(memory.write_recipe(tmp_path, ["fp16"], "auto")).precisions == ["fp16"]
