@@ -11,10 +11,10 @@ READY := .venv/.ready
 # How long make soak lasts.
 SECONDS := 600
 
-.PHONY: demo test test-all lint format serve bench soak clean help setup
+.PHONY: demo test test-all arm64 lint format serve bench soak clean help setup
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 	@$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ test: $(READY)  ## run the tests that take minutes (test-all: the slow ones too)
 
 test-all: $(READY)  ## run every test
 	@$(BIN)/pytest -q
+
+arm64: $(READY)  ## the engine and the edge on an emulated aarch64, against this machine (Debian; no board is needed)
+	@PYTHON=$(BIN)/python deploy/arm64.sh
+	@$(BIN)/pytest -q -m aarch64
 
 lint: $(READY)  ## ruff (format and lint) and mypy --strict
 	@$(BIN)/ruff format --check .
@@ -59,6 +63,6 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## remove caches, the environment and what the demo built (never build/: it is a room)
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out examples/*/base examples/*/run
+	rm -rf .venv .arm64 .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out examples/*/base examples/*/run
 	find $(ROOMS) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find model_repository -mindepth 1 ! -name .gitkeep -delete

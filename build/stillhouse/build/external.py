@@ -33,7 +33,10 @@ def values_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
         return numpy_helper.to_array(tensor)
     where = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(folder / where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims))
+    values: NDArray[Any] = np.memmap(
+        folder / where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims)
+    )
+    return values
 
 
 def put(tensor: TensorProto, values: NDArray[Any], folder: Path) -> None:

@@ -24,7 +24,8 @@ def set_up(level: int = logging.INFO) -> None:
 def add_log_options(app: typer.Typer) -> None:
     """Gives every command of `app`, and of the groups below it, --quiet and --verbose."""
     for command in app.registered_commands:
-        if command.callback:
+        # A group that is used once more in the same process has them already.
+        if command.callback and "quiet" not in inspect.signature(command.callback).parameters:
             command.callback = _with_log_options(command.callback)
     for group in app.registered_groups:
         if group.typer_instance:

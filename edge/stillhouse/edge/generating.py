@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from stillhouse.engine.answer import Chunk
@@ -12,6 +13,10 @@ from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
 from stillhouse.gateway.generator import Figure, ServedModel, describe
 
+log = logging.getLogger(__name__)
+
+# A request that came before a switch may still be reading its prompt: the old version stays at least so long.
+LINGER_S = 5.0
 _GAUGES = {
     "num_requests_running": "Requests that hold a slot",
     "num_requests_waiting": "Requests that wait for a slot",
@@ -27,12 +32,28 @@ class EngineGenerator:
     """Loaded models, asked directly; made on the event loop that uses it. Closes them at its end."""
 
     def __init__(self, models: Sequence[LanguageModel]) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._models = {model.version.manifest.model: model for model in models}
-        self._served = [describe(model.version, model.tokenizer, model.max_model_len) for model in models]
+        self._served = {name: _described(model) for name, model in self._models.items()}
+        self._retired: list[LanguageModel] = []
+        self._streams: Counter[LanguageModel] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def models(self) -> Sequence[ServedModel]:
-        return self._served
+        return list(self._served.values())
+
+    def version_of(self, name: str) -> int:
+        """The version of the model `name` that gets new requests; any thread may ask."""
+        return self._served[name].version
+
+    def replace(self, model: LanguageModel) -> None:
+        """New requests go to `model` from now on; what runs on the version before ends there, and that is closed."""
+        name = model.version.manifest.model
+        before, self._models[name], self._served[name] = self._models[name], model, _described(model)
+        self._retired.append(before)
+        task = self.loop.create_task(self._retire(before))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def missing(self) -> dict[str, str]:
         return {}
@@ -40,21 +61,11 @@ class EngineGenerator:
     async def stream(
         self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:
-        mailbox = _Mailbox(self._loop)
-        engine = self._models[model.name]
-        # A grammar may take a moment to compile; nothing else of submit() does.
-        if params.structured_outputs is not None:
-            submitting = self._loop.run_in_executor(None, engine.submit, prompt_ids, params, mailbox.put)
-            try:
-                submitted = await asyncio.shield(submitting)
-            except asyncio.CancelledError:
-                # Who asked has gone; the thread submits all the same.
-                submitting.add_done_callback(_cancel_what_it_submitted)
-                raise
-        else:
-            submitted = engine.submit(prompt_ids, params, mailbox.put)
-        ended = False
+        mailbox, engine, ended = _Mailbox(self.loop), self._engine_of(model), False
+        self._streams[engine] += 1
+        submitted = None
         try:
+            submitted = await self._submitted(engine, prompt_ids, params, mailbox)
             while not ended:
                 chunk = await mailbox.get()
                 ended = chunk.finish_reason is not None
@@ -64,8 +75,40 @@ class EngineGenerator:
                     raise Unavailable("the engine is shutting down")
                 yield chunk
         finally:
-            if not ended:
+            self._streams[engine] -= 1
+            if submitted is not None and not ended:
                 submitted.cancel()
+
+    async def _submitted(
+        self, engine: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams, mailbox: _Mailbox
+    ) -> Submitted:
+        # A grammar may take a moment to compile; nothing else of submit() does.
+        if params.structured_outputs is None:
+            return engine.submit(prompt_ids, params, mailbox.put)
+        submitting = self.loop.run_in_executor(None, engine.submit, prompt_ids, params, mailbox.put)
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            # Who asked has gone; the thread submits all the same.
+            submitting.add_done_callback(_cancel_what_it_submitted)
+            raise
+
+    def _engine_of(self, served: ServedModel) -> LanguageModel:
+        """The version that the prompt was read for. Raises Unavailable where it has gone by now."""
+        for model in (self._models[served.name], *self._retired):
+            manifest = model.version.manifest
+            if (manifest.model, manifest.version) == (served.name, served.version):
+                return model
+        raise Unavailable(f"version {served.version} of {served.name} was replaced meanwhile")
+
+    async def _retire(self, model: LanguageModel) -> None:
+        await asyncio.sleep(LINGER_S)
+        while self._streams[model]:
+            await asyncio.sleep(0.1)
+        self._retired.remove(model)
+        del self._streams[model]
+        await self.loop.run_in_executor(None, model.close)
+        log.info("version %d of %s is closed", model.version.manifest.version, model.version.manifest.model)
 
     def fault(self) -> str | None:
         broken = [name for name, model in self._models.items() if not model.healthy]
@@ -85,8 +128,14 @@ class EngineGenerator:
                 yield Figure(figure, description, name, version, values[figure])
 
     async def close(self) -> None:
-        for model in self._models.values():
-            await self._loop.run_in_executor(None, model.close)
+        for task in self._tasks:
+            task.cancel()
+        for model in (*self._models.values(), *self._retired):
+            await self.loop.run_in_executor(None, model.close)
+
+
+def _described(model: LanguageModel) -> ServedModel:
+    return describe(model.version, model.tokenizer, model.max_model_len)
 
 
 def _cancel_what_it_submitted(submitting: asyncio.Future[Submitted]) -> None:

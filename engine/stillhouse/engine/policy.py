@@ -27,22 +27,28 @@ def live_versions(model_directory: Path) -> list[int]:
     """
     there = version_numbers(model_directory)
     config = model_directory / CONFIG
-    policy, _ = _split_policy(config.read_text("utf-8") if config.is_file() else "")
+    text = config.read_text("utf-8") if config.is_file() else ""
+    policy, _ = _split_policy(text)
     if re.search(r"\ball\b", policy):
         return there
     latest = _LATEST.search(policy)
     if latest:
         return there[-int((re.findall(r"\d+", latest.group(1)) or ["1"])[0]) :]
-    specific = _SPECIFIC.search(policy)
-    if specific is None:
+    named = named_versions(text)
+    if named is None:
         return there[-1:]
-    named = sorted({int(number) for number in re.findall(r"\d+", specific.group(1))})
     if missing := [number for number in named if number not in there]:
         raise VersionError(
             f"{config} keeps version {missing[0]} live, but it does not exist",
             hint=f"versions there: {', '.join(map(str, there)) or 'none'}",
         )
     return named
+
+
+def named_versions(text: str) -> list[int] | None:
+    """The versions that the policy `specific` in the text of a config.pbtxt names; None where there is none."""
+    specific = _SPECIFIC.search(_split_policy(text)[0])
+    return sorted({int(number) for number in re.findall(r"\d+", specific.group(1))}) if specific else None
 
 
 def set_live_versions(model_directory: Path, versions: list[int], *, previous: int | None = None) -> None:

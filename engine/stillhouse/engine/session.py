@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.errors import EngineError
+from stillhouse.engine.providers import why_not
 from stillhouse.engine.weights_cache import is_packed, prepacked_model
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,18 @@ def _sharing_the_cpu() -> dict[str, str]:
 
 
 def choose_provider(wanted: str, target: str) -> str:
-    """The provider for a version built for `target`; a fall-back to the CPU is said by name, never silent."""
-    if wanted != "auto":
-        return wanted
-    if target == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
-        log.warning("built for CUDA, but ONNX Runtime %s has no CUDA provider: running on the CPU", ort.__version__)
+    """The provider for a version built for `target`, found by trying; a fall-back to the CPU is said by name.
+
+    One that is asked for is taken or, where it does not work, refused: EngineError.
+    """
+    provider = target if wanted == "auto" else wanted
+    reason = why_not(PROVIDERS[provider])
+    if reason is None:
+        return provider
+    if wanted == "auto" and provider != "cpu":
+        log.warning("built for %s, but %s: running on CPUExecutionProvider", provider.upper(), reason)
         return "cpu"
-    return target
+    raise EngineError(reason, hint="'stillhouse edge doctor' tells what works here and what to install")
 
 
 def model_to_load(version: VersionDirectory, provider: str) -> Path:

@@ -53,6 +53,10 @@ class Metrics:
             registry=registry,
         )
 
+    def add(self, collector: Collector) -> None:
+        """Figures of whoever serves through this gateway; collected whenever the page is asked for."""
+        self._registry.register(collector)
+
     def page(self) -> bytes:
         """The page in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# An aarch64 Linux without a board, in .arm64 (ignored by git): qemu's user mode, Debian's own arm64 packages, wheels
+# for aarch64. `make arm64` runs this and then the tests that need it; a second call finds it done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+place=$PWD/.arm64
+python=${PYTHON:-.venv/bin/python}
+wanted="bookworm python3.11 $(grep -E '^(onnxruntime|numpy|tokenizers|pydantic)==' constraints.txt | tr '\n' ' ')"
+[ "$(cat "$place/done" 2>/dev/null)" = "$wanted" ] && exit 0
+
+fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
+command -v apt-get >/dev/null || fail "apt-get is missing: the sysroot is made of Debian's packages" "use a Debian or Ubuntu"
+if ! command -v qemu-aarch64-static >/dev/null; then
+  [ "$(id -u)" = 0 ] || fail "qemu-aarch64-static is missing" "sudo apt-get install qemu-user-static"
+  apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user-static >/dev/null
+fi
+
+rm -rf "$place"
+mkdir -p "$place"/apt/{state/lists/partial,cache/archives/partial} "$place"/sysroot "$place"/site
+: >"$place/apt/status"
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+echo "deb [arch=arm64 signed-by=$keyring] http://deb.debian.org/debian bookworm main" >"$place/apt/sources.list"
+apt=(apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Sandbox::User=root
+  -o Dir::Etc::SourceList="$place/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
+  -o Dir::State="$place/apt/state" -o Dir::State::status="$place/apt/status" -o Dir::Cache="$place/apt/cache")
+echo "fetching Debian's arm64 packages"
+"${apt[@]}" update
+"${apt[@]}" install -y --no-install-recommends --download-only python3.11 libstdc++6 libgomp1 >/dev/null
+for package in "$place"/apt/cache/archives/*.deb; do dpkg -x "$package" "$place/sysroot"; done
+# onnxruntime from 1.29 on ends without the processor's parts: those of an Orin's Cortex-A78AE.
+mkdir -p "$place/sysroot/proc"
+for core in 0 1 2 3; do
+  printf 'processor\t: %s\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd42\nCPU revision\t: 1\n\n' "$core"
+done >"$place/sysroot/proc/cpuinfo"
+
+echo "fetching wheels for aarch64"
+"$python" -m pip install -q --disable-pip-version-check --no-compile --target "$place/site" -c constraints.txt \
+  --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
+  --implementation cp --python-version 3.11 --only-binary=:all: \
+  onnxruntime numpy pydantic tokenizers jinja2 llguidance typer rich
+echo "$wanted" >"$place/done"

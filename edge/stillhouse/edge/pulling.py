@@ -1,0 +1,263 @@
+"""`stillhouse edge pull`: a newer version from a static HTTP server, whole and tried, or nothing.
+
+A version is fetched into `.pull-N` beside the others, which a later pull goes on with; asked in a process of its own;
+renamed to its number; and made live by one rename of config.pbtxt. Whatever moment the power goes, what was live is
+live, or the new one is. A running `edge serve` of the model's directory sees the switch and follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stillhouse.edge.fetching import fetch_file, fetch_text
+from stillhouse.edge.memory import megabytes
+from stillhouse.edge.smoke import check_answers
+from stillhouse.engine.directory import MANIFEST, locked, version_numbers
+from stillhouse.engine.errors import NotThereError, StillhouseError, UsageError, VersionError
+from stillhouse.engine.manifest import Manifest
+from stillhouse.engine.options import ENGINE_JSON
+from stillhouse.engine.policy import (
+    CONFIG,
+    live_versions,
+    named_versions,
+    previous_version,
+    set_live_versions,
+    write_atomically,
+)
+
+_STAGED, _LOCK = ".pull-", ".pull.lock"
+_MARGIN_BYTES = 16 * 2**20  # left free on the disk
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+Tell = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # a file's name, its bytes so far and in all
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What is live now, what was before, and what the server offered; `new` where this call switched."""
+
+    model: str
+    version: int
+    previous: int | None
+    offered: int
+    new: bool
+
+
+def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune: bool = False) -> Pulled:
+    """Makes the version that `source` offers (…/MODEL: its live one; …/MODEL/N: that one) the live one here.
+
+    Nothing changes where it is live already, or where it is older than the live one and was not named. With `prune`,
+    versions other than the live one and the one before are removed afterwards. Raises StillhouseError, in a line,
+    where it cannot be had, does not fit on the disk, is not what its manifest says, or does not answer: then what was
+    live before stays live.
+    """
+    url, named = _split(source)
+    number = named or _offered(url)
+    text, manifest = _manifest(f"{url}/{number}", number)
+    directory = repository / manifest.model
+    with _sentences(directory), _alone(directory):
+        live = max(live_versions(directory), default=None)
+        if live is not None and (live == number or (named is None and number < live)):
+            _check_same(directory / str(number), text)
+            return Pulled(manifest.model, live, previous_version(directory), number, False)
+        target = directory / str(number)
+        if target.is_dir():
+            _check_same(target, text)
+            _ask(target, live, tell)
+        else:
+            staged = _fetched(f"{url}/{number}", directory, manifest, text, tell, progress)
+            _ask(staged, live, tell)
+            _publish(staged, target, live)
+        with locked(directory):
+            set_live_versions(directory, [number], previous=live)
+        _fsync(directory)
+        if prune:
+            _prune(directory, {number, live}, tell)
+    return Pulled(manifest.model, number, live, number, True)
+
+
+# What the server has
+
+
+def _split(source: str) -> tuple[str, int | None]:
+    """The address of the model, and the version where one is named; a folder here is as good as a server."""
+    url = Path(source).resolve().as_uri() if Path(source).is_dir() else source.rstrip("/")
+    if not re.match(r"(https?://[^/]+|file:///)", url):
+        raise UsageError(
+            f"{source!r} is neither an address nor a folder",
+            hint="e.g. http://host:8080/support-int4, or a version below it",
+        )
+    head, _, last = url.rpartition("/")
+    return (head, int(last)) if last.isdecimal() and int(last) > 0 else (url, None)
+
+
+def _offered(url: str) -> int:
+    """The version that is live on the server: by its config.pbtxt, else the newest that its listing shows."""
+    if (config := fetch_text(f"{url}/{CONFIG}")) is not None and (versions := named_versions(config)):
+        return versions[-1]
+    listing = fetch_text(f"{url}/") or ""
+    if found := [int(number) for number in re.findall(r"""href=["'](?:[^"']*/)?(\d+)/["']""", listing)]:
+        return max(found)
+    raise NotThereError(
+        f"{url} tells of no version: it has neither a {CONFIG} with a version_policy nor a listing",
+        hint=f"name the version: {url}/2",
+    )
+
+
+def _manifest(url: str, number: int) -> tuple[str, Manifest]:
+    """The version's manifest, as text and read; one that is not to be trusted with a name of ours is refused."""
+    text = fetch_text(f"{url}/{MANIFEST}")
+    if text is None:
+        raise NotThereError(f"{url} is no version: the server has no {MANIFEST} there")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise VersionError(f"{url}/{MANIFEST} does not follow schema 1: {error.errors()[0]['msg']}") from error
+    names = [manifest.model, *(record.path for record in manifest.files)]
+    if wrong := [name for name in names if not _SAFE_NAME.fullmatch(name) or name == MANIFEST]:
+        raise VersionError(f"{url}/{MANIFEST} holds a name that is none for a file here: {wrong[0]!r}")
+    if manifest.version != number:
+        raise VersionError(f"{url} says that it is version {manifest.version}: versions are not renamed")
+    return text, manifest
+
+
+# What comes here
+
+
+def _fetched(url: str, directory: Path, manifest: Manifest, text: str, tell: Tell, progress: Progress) -> Path:
+    """The version in a directory of its own beside the others, fsynced; goes on with what an earlier pull left."""
+    staged = directory / f"{_STAGED}{manifest.version}"
+    for other in directory.glob(f"{_STAGED}*"):
+        if other != staged or not _is(staged / MANIFEST, text):
+            shutil.rmtree(other)
+    staged.mkdir(exist_ok=True)
+    _write(staged / MANIFEST, text)
+    have = sum(_size(staged / record.path) for record in manifest.files)
+    need, free = sum(record.bytes for record in manifest.files) - have, shutil.disk_usage(directory).free
+    if need + _MARGIN_BYTES > free:
+        raise StillhouseError(
+            f"{manifest.model} version {manifest.version} needs {megabytes(need)} of disk in {directory},"
+            f" {megabytes(free)} are free",
+            hint="free some space, or pull with --prune; nothing has changed",
+        )
+    tell(f"fetching {manifest.model} version {manifest.version}, {megabytes(need)}" + (" more" if have else ""))
+    for record in manifest.files:
+        report = _report(progress, record.path, record.bytes)
+        fetch_file(f"{url}/{record.path}", staged / record.path, record, report)
+    _fsync(staged)
+    return staged
+
+
+def _report(progress: Progress, name: str, size: int) -> Callable[[int], None]:
+    return lambda have: progress(name, have, size)
+
+
+def _ask(version: Path, live: int | None, tell: Tell) -> None:
+    """Has the version answer. Raises VersionError, and removes what was only fetched."""
+    tell("asking it something")
+    try:
+        check_answers(version)
+    except VersionError as error:
+        if version.name.startswith(_STAGED):
+            shutil.rmtree(version)
+        stays = f"version {live} stays live" if live is not None else "nothing was installed"
+        raise VersionError(f"{error}; {stays}", hint="build it anew, or pull another version") from error
+
+
+def _publish(staged: Path, target: Path, live: int | None) -> None:
+    """Gives the fetched version its number; before, it is written down which one is live."""
+    directory = target.parent
+    with locked(directory):
+        for file, text in ((CONFIG, 'backend: "stillhouse"\n'), (ENGINE_JSON, "{}\n")):
+            if not (directory / file).is_file():
+                write_atomically(directory / file, text)
+        if live is not None:
+            # Without a policy the newest is live: a crash after the rename would have switched already.
+            set_live_versions(directory, live_versions(directory))
+        staged.rename(target)
+    _fsync(directory)
+    _fsync(directory.parent)
+
+
+def _prune(directory: Path, kept: set[int | None], tell: Tell) -> None:
+    for number in version_numbers(directory):
+        if number not in kept:
+            # A name with a dot is no version: what is half removed is none.
+            gone = directory / f"{_STAGED}removed-{number}"
+            (directory / str(number)).rename(gone)
+            shutil.rmtree(gone)
+            tell(f"removed version {number}")
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Only one pull of a model at a time; whoever died holds nothing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise StillhouseError(f"another pull into {directory} is at work", hint="wait for it") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _sentences(directory: Path) -> Iterator[None]:
+    """A full disk or a read-only file system becomes a line; on a full disk nothing of the fetched stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            for staged in directory.glob(f"{_STAGED}*"):
+                shutil.rmtree(staged, ignore_errors=True)
+            raise StillhouseError(
+                f"no space is left in {directory}", hint="free some; what was fetched is removed, nothing has changed"
+            ) from error
+        why = "is on a read-only file system" if error.errno == errno.EROFS else f"cannot be written: {error.strerror}"
+        raise StillhouseError(f"{directory} {why}", hint="name another place with --repository") from error
+
+
+def _check_same(version: Path, manifest_text: str) -> None:
+    if version.is_dir() and not _is(version / MANIFEST, manifest_text):
+        raise VersionError(
+            f"{version} is there, but differs from the server's version {version.name}: versions do not change",
+            hint="publish the server's under a new number",
+        )
+
+
+def _is(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _fsync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

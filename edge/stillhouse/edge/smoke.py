@@ -1,0 +1,57 @@
+"""Whether a version loads and answers: asked before it is given to anybody.
+
+`python -m stillhouse.edge.smoke DIR` asks in a process of its own, so that whatever a version does when it is loaded,
+a crash or all of the memory, happens to nobody else.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from stillhouse.engine.errors import StillhouseError, VersionError
+
+_CONTEXT_TOKENS = 256
+_ANSWER_TOKENS = 4
+_TIMEOUT_S = 600.0
+
+
+def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
+    """Raises VersionError, with the reason in a line, for a version that does not load and answer."""
+    command = [sys.executable, "-m", __name__, str(directory)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise VersionError(f"{directory} did not answer within {timeout_s:g} s") from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        how = f"killed by signal {-done.returncode}" if done.returncode < 0 else said
+        raise VersionError(f"{directory} does not answer: {how}")
+
+
+def ask(directory: Path) -> None:
+    """Loads the version and has it say a few tokens. Raises StillhouseError."""
+    from stillhouse.edge.loading import load
+    from stillhouse.engine.sampling import SamplingParams
+
+    # Not verified again: whoever asks has just hashed every file.
+    with load(directory, {"max_model_len": _CONTEXT_TOKENS, "prefix_slots": 0}) as model:
+        prompt_ids = model.prompt_ids(text="The quick brown fox")
+        answer = model.generate(prompt_ids, SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0.0))
+    if not answer.token_ids:
+        raise VersionError(f"{directory} answers with nothing")
+
+
+def main() -> None:
+    try:
+        ask(Path(sys.argv[1]))
+    except StillhouseError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

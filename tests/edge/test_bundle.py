@@ -1,0 +1,141 @@
+"""`stillhouse edge bundle`: everything in one tar that installs without a network."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from stillhouse.cli.main import run
+from stillhouse.edge import bundling
+from stillhouse.edge.wheels import Target, missing, own_wheel
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def wheel(folder: Path, name: str, *requires: str) -> Path:
+    file = folder / f"{name}-1.0-py3-none-any.whl"
+    lines = "".join(f"Requires-Dist: {each}\n" for each in requires)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}"
+        )
+    return file
+
+
+def test_what_only_an_older_python_needs_is_missed_on_that_python_alone(tmp_path: Path) -> None:
+    wheel(tmp_path, "stillhouse", "edge_server ; extra == 'edge'", "torch ; extra == 'build'")
+    wheel(tmp_path, "edge_server", "exceptiongroup>=1 ; python_version < '3.11'", "winapi ; sys_platform == 'win32'")
+    assert missing(tmp_path, "stillhouse", ["edge"], Target("3.10", "aarch64")) == ["exceptiongroup>=1"]
+    assert missing(tmp_path, "stillhouse", ["edge"], Target("3.12", "aarch64")) == []
+    assert missing(tmp_path, "stillhouse", [], Target("3.10", "aarch64")) == []
+
+
+def test_pip_is_told_of_every_glibc_that_the_device_has() -> None:
+    options = Target("3.10", "aarch64").pip_options()
+    assert "manylinux_2_35_aarch64" in options and "manylinux_2_17_aarch64" in options
+    assert "manylinux_2_36_aarch64" not in options
+    assert "manylinux_2_39_aarch64" in Target("3.12", "aarch64").pip_options()
+
+
+def test_the_projects_own_wheel_holds_the_install_script(tmp_path: Path) -> None:
+    with zipfile.ZipFile(own_wheel(tmp_path)) as archive:
+        names = archive.namelist()
+    assert any(name.endswith(".dist-info/METADATA") for name in names)
+    assert any(name.startswith("stillhouse/engine/") for name in names)
+
+
+@pytest.fixture
+def bundled(tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle for this machine and Python, its wheels none but empty ones of ours; unpacked."""
+
+    def no_network(folder: Path, extras: list[str], target: Target) -> str:
+        assert extras == ["edge", "cpu"] and target.machine == platform.machine()
+        folder.mkdir()
+        wheel(folder, "stillhouse")
+        return "1.0"
+
+    monkeypatch.setattr(bundling, "fetch_wheels", no_network)
+    version, tar = tiny_repository / "tiny-fp16" / "1", tmp_path / "tiny.tar"
+    options = ["-o", str(tar), "--python", PYTHON, "--machine", platform.machine()]
+    assert run(["edge", "bundle", str(version), *options]) == 0
+    with tarfile.open(tar) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "tiny-fp16-1"
+
+
+def test_the_tar_holds_the_version_the_wheels_and_their_sums(bundled: Path) -> None:
+    names = {str(file.relative_to(bundled)) for file in bundled.rglob("*") if file.is_file()}
+    assert {"install.sh", "stillhouse.service", "bundle.conf", "SHA256SUMS", "model/tiny-fp16/1/model.onnx"} <= names
+    sums = (bundled / "SHA256SUMS").read_text().splitlines()
+    assert {line.split("  ")[1] for line in sums} == names - {"SHA256SUMS"}
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=bundled, check=False).returncode == 0
+    assert "Type=notify" in (bundled / "stillhouse.service").read_text()
+
+
+def install(bundled: Path, prefix: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "PYTHON": sys.executable, **environment}
+    command = [str(bundled / "install.sh"), "--no-service"]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, check=False)
+
+
+def test_a_damaged_bundle_is_not_installed(bundled: Path, tmp_path: Path) -> None:
+    with (bundled / "model/tiny-fp16/1/tokenizer.json").open("a") as stream:
+        stream.write(" ")
+    done = install(bundled, tmp_path / "prefix")
+    assert done.returncode == 1
+    assert "this bundle is damaged" in done.stderr
+    assert not (tmp_path / "prefix").exists()
+
+
+def test_another_python_or_machine_is_refused_by_name(bundled: Path, tmp_path: Path) -> None:
+    for old, new, said in (
+        (f"PYTHON_VERSION={PYTHON}", "PYTHON_VERSION=3.9", "is Python"),
+        ("MACHINE=", "MACHINE=x", "this is"),
+    ):
+        conf = bundled / "bundle.conf"
+        before = conf.read_text()
+        conf.write_text(before.replace(old, new))
+        (bundled / "SHA256SUMS").write_text("")
+        subprocess.run("sha256sum bundle.conf > SHA256SUMS", shell=True, cwd=bundled, check=True)
+        done = install(bundled, tmp_path / "prefix")
+        assert done.returncode == 1 and said in done.stderr, done.stderr
+        conf.write_text(before)
+
+
+def test_a_bundle_is_not_written_over_another(tiny_repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.tar").write_text("mine")
+    version = str(tiny_repository / "tiny-fp16" / "1")
+    assert run(["edge", "bundle", version, "-o", str(tmp_path / "there.tar")]) == 2
+    assert run(["edge", "bundle", version, "-o", str(tmp_path / "x.tar"), "--python", "3.8"]) == 2
+    assert (tmp_path / "there.tar").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_bundle_installs_and_answers_without_a_network(tiny_repository: Path, tmp_path: Path) -> None:
+    """The real wheels for this machine; the network is cut off while it installs."""
+    tar, version = tmp_path / "tiny.tar", tiny_repository / "tiny-fp16" / "1"
+    options = ["-o", str(tar), "--python", PYTHON, "--machine", platform.machine()]
+    assert run(["edge", "bundle", str(version), *options]) == 0
+    with tarfile.open(tar) as archive:
+        archive.extractall(tmp_path, filter="data")
+    cut_off = ["unshare", "--net"] if shutil.which("unshare") and can_unshare() else []
+    prefix = tmp_path / "prefix"
+    command = [*cut_off, str(tmp_path / "tiny-fp16-1" / "install.sh"), "--no-service"]
+    variables = {"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "PYTHON": sys.executable, "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    program, model = prefix / "venv/bin/stillhouse", prefix / "model_repository/tiny-fp16/1"
+    ask = [*cut_off, str(program), "edge", "generate", str(model), "--prompt", "one two", "--max-tokens", "4"]
+    answer = subprocess.run(ask, capture_output=True, text=True, env=variables, timeout=120, check=False)
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+
+
+def can_unshare() -> bool:
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,106 @@
+"""`stillhouse edge doctor`: a table or JSON for boards and PCs; a tiny graph tells which provider works."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from stillhouse.cli.main import run
+from stillhouse.edge.device import Device
+from stillhouse.edge.doctor import Check, examine
+from stillhouse.edge.fatbin import kernels_of
+from stillhouse.engine import session
+from stillhouse.engine.errors import EngineError
+from stillhouse.engine.providers import why_not
+
+
+def checks(root: Path) -> dict[str, Check]:
+    return {check.name: check for check in examine(Device(root))}
+
+
+def test_a_hot_board_is_told_what_to_do(orin_nano: Path) -> None:
+    found = checks(orin_nano)
+    assert found["device"].found == "Jetson Orin Nano 8GB (developer kit)"
+    assert found["system"].found == "JetPack 6.2, L4T 36.4.3"
+    assert found["power mode"].found == "25W (mode 1)"
+    assert "VDD_IN 5.00 W" in found["power"].found
+    assert found["throttling"].state == "fail" and "cpu-throttle-alert" in found["throttling"].found
+    assert found["temperature"].state == "fail" and "nvpmodel" in found["temperature"].advice
+    # This machine's ONNX Runtime is for CPUs: on a Jetson that is worth a word.
+    assert found["CUDAExecutionProvider"].state == "fail" and "JetPack" in found["CUDAExecutionProvider"].advice
+    assert found["CPUExecutionProvider"].state == "ok"
+
+
+def test_json_has_the_same_and_names_the_providers_that_work(
+    agx_orin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["edge", "doctor", "--json", "--root", str(agx_orin)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["module"] == "Jetson AGX Orin 64GB"
+    assert found["power_mode"] == {"id": 3, "name": "MODE_50W"}
+    assert found["providers"] == ["CPUExecutionProvider"]
+    assert {check["name"] for check in found["checks"]} >= {"device", "memory", "power", "ONNX Runtime"}
+
+
+def test_the_table_goes_on_on_an_ordinary_pc(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_EDGE_ROOT", str(tmp_path))
+    assert run(["edge", "doctor"]) == 0
+    table = capsys.readouterr().out
+    assert "no Jetson: an ordinary PC" in table
+    assert "CPUExecutionProvider" in table
+
+
+def test_a_provider_that_is_not_there_is_refused_or_fallen_back_from_by_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert why_not("CPUExecutionProvider") is None
+    assert "has no CUDAExecutionProvider" in (why_not("CUDAExecutionProvider") or "")
+    with pytest.raises(EngineError, match="CUDAExecutionProvider"):
+        session.choose_provider("cuda", "cpu")
+    assert session.choose_provider("auto", "cuda") == "cpu"
+    assert "running on CPUExecutionProvider" in caplog.text
+
+
+def test_provider_cuda_ends_instead_of_falling_back(
+    support_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(support_repository / "support-int4" / "1")
+    assert run(["edge", "generate", directory, "--prompt", "x", "--provider", "cuda"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "has no CUDAExecutionProvider" in captured.err
+
+
+def entry(kind: int, architecture: int, body: bytes) -> bytes:
+    head = struct.pack("<HHIQIIHHI", kind, 0, 64, len(body), 0, 0, 0, 8, architecture)
+    return head.ljust(64, b"\0") + body
+
+
+def container(*entries: bytes) -> bytes:
+    body = b"".join(entries)
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_the_gpus_that_a_library_has_kernels_for(tmp_path: Path) -> None:
+    library = tmp_path / "libonnxruntime_providers_cuda.so"
+    desktop = container(entry(2, 80, b"code"), entry(2, 90, b"more code"), entry(1, 90, b"ptx"))
+    library.write_bytes(b"\x7fELF" + b"x" * 100 + desktop + b"y" * 7 + container(entry(2, 75, b"")))
+    kernels = kernels_of(library)
+    assert (kernels.code, kernels.ptx) == (frozenset({75, 80, 90}), frozenset({90}))
+    assert not kernels.fit(87), "a desktop's sm_80 does not run on a Tegra, nor does newer PTX"
+    library.write_bytes(container(entry(2, 87, b"code")))
+    assert kernels_of(library).fit(87)
+    library.write_bytes(container(entry(1, 72, b"ptx")))
+    assert kernels_of(library).fit(87)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x50\xed\x55\xba", container(b"\xff" * 80), container()[:-3]])
+def test_a_library_that_makes_no_sense_has_no_kernels(tmp_path: Path, content: bytes) -> None:
+    library = tmp_path / "odd.so"
+    library.write_bytes(content)
+    assert kernels_of(library).code == frozenset()
