@@ -27,6 +27,25 @@ def test_an_orin_nano_is_read_whole(orin_nano: Path) -> None:
     ]
 
 
+def test_a_board_is_read_below_a_relative_root_too(orin_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Device(orin_nano)
+    monkeypatch.chdir(orin_nano.parent)
+    device = Device(Path(orin_nano.name))
+    assert device.clocks() and device.clocks() == whole.clocks()
+    assert (device.rails(), device.temperatures()) == (whole.rails(), whole.temperatures())
+
+
+@pytest.mark.parametrize(("package", "release"), [("36.4.3-20250107174145", "36.4.3"), ("unknown", None)])
+def test_the_release_is_that_of_a_package_where_no_file_tells(
+    tmp_path: Path, package: str, release: str | None
+) -> None:
+    (tmp_path / "var/lib/dpkg").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status").write_text(f"Package: nvidia-l4t-core\nVersion: {package}\n")
+    device = Device(tmp_path)
+    assert device.l4t() == release
+    assert device.jetpack() == (release and "6.2")
+
+
 def test_the_input_rail_is_the_total_where_there_is_one(orin_nano: Path) -> None:
     rails = Device(orin_nano).rails()
     assert [rail.name for rail in rails] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]

@@ -90,7 +90,8 @@ class Device:
     """The machine below `root`: by default that of the variable STILLHOUSE_EDGE_ROOT, else this one."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or Path(os.environ.get(ROOT_VARIABLE) or "/")
+        # Absolute: what is found below it is read by its own path again.
+        self.root = (root or Path(os.environ.get(ROOT_VARIABLE) or "/")).absolute()
 
     # What it is
 
@@ -121,12 +122,12 @@ class Device:
     def l4t(self) -> str | None:
         """Jetson Linux's release, e.g. 36.4.3."""
         found = re.search(
-            r"R(\d+)\s*\(release\)\s*,\s*REVISION:\s*(\d+(?:\.\d+)*)", self._text("etc/nv_tegra_release") or ""
+            r"R(\d{1,9})\s*\(release\)\s*,\s*REVISION:\s*(\d+(?:\.\d+)*)", self._text("etc/nv_tegra_release") or ""
         )
         if found:
             return f"{found[1]}.{found[2]}"
-        package = self._package("nvidia-l4t-core")
-        return package.partition("-")[0] if package else None
+        package = re.match(r"\d{1,9}(?:\.\d+)*", self._package("nvidia-l4t-core") or "")
+        return package[0] if package else None
 
     def jetpack(self) -> str | None:
         """JetPack's version: its package's where that is installed, else as far as the L4T release tells it."""
@@ -142,8 +143,8 @@ class Device:
     def power_mode(self) -> PowerMode | None:
         """nvpmodel's mode: the one that it has stored, else the one that it begins with."""
         modes = self._text("etc/nvpmodel.conf") or ""
-        found = re.search(r"pmode:\s*(\d+)", self._text("var/lib/nvpmodel/status") or "") or re.search(
-            r"^\s*<\s*PM_CONFIG\s+DEFAULT=(\d+)", modes, re.MULTILINE
+        found = re.search(r"pmode:\s*(\d{1,9})", self._text("var/lib/nvpmodel/status") or "") or re.search(
+            r"^\s*<\s*PM_CONFIG\s+DEFAULT=(\d{1,9})", modes, re.MULTILINE
         )
         if found is None:
             return self._asked_power_mode()
@@ -173,7 +174,7 @@ class Device:
 
     def memory(self) -> Memory:
         lines = self._text("proc/meminfo") or ""
-        found = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", lines, re.MULTILINE)}
+        found = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d{1,18}) kB", lines, re.MULTILINE)}
         return Memory(found.get("MemTotal"), found.get("MemAvailable"))
 
     def rails(self) -> list[Rail]:
@@ -242,7 +243,7 @@ class Device:
             said = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10, check=False).stdout
         except (OSError, subprocess.TimeoutExpired):
             return None
-        found = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", said)
+        found = re.search(r"NV Power Mode:\s*(\S+)\s+(\d{1,9})", said)
         return PowerMode(int(found[2]), found[1]) if found else None
 
     def _compatible(self) -> str:
