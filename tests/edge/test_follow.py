@@ -10,14 +10,19 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from stillhouse.edge.following import Follower, Place, load_live
 from stillhouse.engine.directory import locked
+from stillhouse.engine.errors import VersionError
+from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.policy import live_versions, set_live_versions
 
 AddVersion = Callable[..., Path]
@@ -96,6 +101,30 @@ def test_a_switch_drops_no_request_and_a_version_that_does_not_answer_is_left_ag
         _, said = served.process.communicate(timeout=60)
     assert served.process.returncode == 0
     assert f"version 3 of {MODEL} is not taken" in said
+
+
+def test_an_asking_that_was_ended_says_nothing_against_a_version(
+    repository: Path, add_version: AddVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a systemd unit ends whoever asks the new version, too."""
+    add_version(repository, 2)
+    ended = subprocess.CompletedProcess[str]([], -signal.SIGTERM, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    place = Place(repository / MODEL, follows=True)
+    generator: Any = types.SimpleNamespace(version_of=lambda _: 1)
+    Follower({MODEL: place}, generator, pytest.fail)._look(MODEL, place)
+    assert live_versions(repository / MODEL) == [2]
+
+
+def test_where_neither_version_loads_the_live_ones_fault_is_told(repository: Path, add_version: AddVersion) -> None:
+    add_version(repository, 2)
+
+    def load(path: Path) -> LanguageModel:
+        raise VersionError(f"not {path.name}")
+
+    with pytest.raises(VersionError, match="not 2"):
+        load_live(Place(repository / MODEL, follows=True), load)
+    assert live_versions(repository / MODEL) == [2]
 
 
 def test_a_live_version_that_does_not_load_at_the_start_is_left_for_the_one_before(

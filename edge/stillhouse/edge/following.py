@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.edge.generating import EngineGenerator
-from stillhouse.edge.smoke import check_answers
+from stillhouse.edge.smoke import Interrupted, check_answers
 from stillhouse.engine.directory import MANIFEST, locked, version_numbers
 from stillhouse.engine.errors import NotThereError, StillhouseError
 from stillhouse.engine.model import LanguageModel
@@ -59,7 +59,11 @@ def load_live(place: Place, load: Load) -> LanguageModel:
         if before is None or str(before) == path.name or not (place.directory / str(before)).is_dir():
             raise
         log.error("version %s does not load: %s; going back to version %d", path.name, error, before)
-        model = load(place.directory / str(before))
+        try:
+            model = load(place.directory / str(before))
+        except StillhouseError as another:
+            log.error("nor does version %d: %s", before, another)
+            raise error from another
         go_back(place.directory, int(path.name), before)
         return model
 
@@ -115,6 +119,8 @@ class Follower:
         try:
             check_answers(path)
             model = self._load(path)
+        except Interrupted:  # with this service, it may be: that says nothing against the version
+            return
         except StillhouseError as error:
             self._refused[name] = path
             log.error("version %s of %s is not taken: %s; version %d goes on", path.name, name, error, current)

@@ -6,6 +6,7 @@ a crash or all of the memory, happens to nobody else.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,19 @@ from stillhouse.engine.errors import StillhouseError, VersionError
 _CONTEXT_TOKENS = 256
 _ANSWER_TOKENS = 4
 _TIMEOUT_S = 600.0
+# What a terminal's Ctrl-C and the end of a systemd unit send to every process of theirs, this one among them.
+_ENDED_FROM_OUTSIDE = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+
+
+class Interrupted(StillhouseError):
+    """The version was not heard to its end: nothing is known of it."""
 
 
 def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
-    """Raises VersionError, with the reason in a line, for a version that does not load and answer."""
+    """Raises VersionError, with the reason in a line, for a version that does not load and answer.
+
+    Raises Interrupted where somebody ended the process that asked.
+    """
     command = [sys.executable, "-m", __name__, str(directory)]
     try:
         done = subprocess.run(
@@ -27,6 +37,8 @@ def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise VersionError(f"{directory} did not answer within {timeout_s:g} s") from None
+    if done.returncode in _ENDED_FROM_OUTSIDE:
+        raise Interrupted(f"{directory} was not heard: whoever asked it was ended")
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word"])[-1]
         how = f"killed by signal {-done.returncode}" if done.returncode < 0 else said
@@ -35,11 +47,11 @@ def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
 
 def ask(directory: Path) -> None:
     """Loads the version and has it say a few tokens. Raises StillhouseError."""
-    from stillhouse.edge.loading import load
+    from stillhouse.edge.loading import ONE_ANSWER, load
     from stillhouse.engine.sampling import SamplingParams
 
-    # Not verified again: whoever asks has just hashed every file.
-    with load(directory, {"max_model_len": _CONTEXT_TOKENS, "prefix_slots": 0}) as model:
+    # As little memory as can be: another version may be serving beside it.
+    with load(directory, {**ONE_ANSWER, "max_model_len": _CONTEXT_TOKENS, "prefix_slots": 0}) as model:
         prompt_ids = model.prompt_ids(text="The quick brown fox")
         answer = model.generate(prompt_ids, SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0.0))
     if not answer.token_ids:
