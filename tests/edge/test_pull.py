@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from stillhouse.cli.main import run
-from stillhouse.edge import fetching, pulling
+from stillhouse.edge import pulling
 from stillhouse.engine.directory import open_version, version_numbers
 from stillhouse.engine.policy import live_versions, previous_version
 
@@ -248,15 +248,6 @@ def test_a_clock_in_1970_changes_nothing_over_http(
     monkeypatch.setattr(time, "time", lambda: 3600.0)
     assert pull(served, device) == 0
     assert truth(device)[1] == [2]
-
-
-def test_a_clock_in_1970_is_named_where_a_certificate_is_not_valid_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ssl
-
-    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((1970, 1, 1, 0, 0, 0, 3, 1, 0)))
-    error = fetching._untrusted("https://host/x", ssl.SSLCertVerificationError())
-    assert "this device's clock says" in str(error)
-    assert "date" in (error.hint or "")
 
 
 @pytest.mark.parametrize(

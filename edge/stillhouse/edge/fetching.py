@@ -65,6 +65,9 @@ def fetch_file(url: str, target: Path, record: FileRecord, progress: Progress) -
             f"{url} is not what its manifest says: sha256 {found[:12]}…, expected {record.sha256[:12]}…",
             hint="the file was changed on the server or on the way; nothing of it was kept",
         )
+    # Also of what an earlier call wrote, which may have been killed before it did this.
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _is_sound(target: Path, record: FileRecord) -> bool:
@@ -105,8 +108,6 @@ def _transfer(url: str, target: Path, begin: int, size: int, progress: Progress)
                 stream.write(piece)
                 have += len(piece)
                 progress(have)
-            stream.flush()
-            os.fsync(stream.fileno())
     if have < size:
         raise _Broken("the server ended the transfer")
 
@@ -123,7 +124,7 @@ def _opened(url: str, headers: dict[str, str]) -> Any:
     """The response to a GET. Raises NotThereError for 404, StillhouseError for other refusals, _Broken for the rest."""
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", **headers})
     try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 404:
@@ -143,6 +144,13 @@ def _opened(url: str, headers: dict[str, str]) -> Any:
         raise _Broken(str(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(str(error) or type(error).__name__) from error
+    if url.startswith("https:") and not response.url.startswith("https:"):
+        response.close()
+        raise StillhouseError(
+            f"{url}: the server leads to {response.url}, which is not encrypted",
+            hint="name that address itself where it is to be trusted",
+        )
+    return response
 
 
 def _untrusted(url: str, error: ssl.SSLCertVerificationError) -> StillhouseError:

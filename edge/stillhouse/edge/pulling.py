@@ -79,6 +79,7 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
             _ask(staged, live, tell)
             _publish(staged, target, live)
         with locked(directory):
+            _begin_config(directory)
             set_live_versions(directory, [number], previous=live)
         _fsync(directory)
         if prune:
@@ -98,7 +99,7 @@ def _split(source: str) -> tuple[str, int | None]:
             hint="e.g. http://host:8080/support-int4, or a version below it",
         )
     head, _, last = url.rpartition("/")
-    return (head, int(last)) if last.isdecimal() and int(last) > 0 else (url, None)
+    return (head, int(last)) if re.fullmatch(r"0*[1-9]\d{0,8}", last, re.ASCII) else (url, None)
 
 
 def _offered(url: str) -> int:
@@ -106,7 +107,7 @@ def _offered(url: str) -> int:
     if (config := fetch_text(f"{url}/{CONFIG}")) is not None and (versions := named_versions(config)):
         return versions[-1]
     listing = fetch_text(f"{url}/") or ""
-    if found := [int(number) for number in re.findall(r"""href=["'](?:[^"']*/)?(\d+)/["']""", listing)]:
+    if found := [int(number) for number in re.findall(r"""href=["'](?:[^"']*/)?(\d{1,9})/["']""", listing)]:
         return max(found)
     raise NotThereError(
         f"{url} tells of no version: it has neither a {CONFIG} with a version_policy nor a listing",
@@ -148,7 +149,7 @@ def _fetched(url: str, directory: Path, manifest: Manifest, text: str, tell: Tel
         raise StillhouseError(
             f"{manifest.model} version {manifest.version} needs {megabytes(need)} of disk in {directory},"
             f" {megabytes(free)} are free",
-            hint="free some space, or pull with --prune; nothing has changed",
+            hint="free some space: versions neither live nor the one before may go; nothing has changed",
         )
     tell(f"fetching {manifest.model} version {manifest.version}, {megabytes(need)}" + (" more" if have else ""))
     for record in manifest.files:
@@ -178,15 +179,20 @@ def _publish(staged: Path, target: Path, live: int | None) -> None:
     """Gives the fetched version its number; before, it is written down which one is live."""
     directory = target.parent
     with locked(directory):
-        for file, text in ((CONFIG, 'backend: "stillhouse"\n'), (ENGINE_JSON, "{}\n")):
-            if not (directory / file).is_file():
-                write_atomically(directory / file, text)
+        _begin_config(directory)
         if live is not None:
             # Without a policy the newest is live: a crash after the rename would have switched already.
             set_live_versions(directory, live_versions(directory))
         staged.rename(target)
     _fsync(directory)
     _fsync(directory.parent)
+
+
+def _begin_config(directory: Path) -> None:
+    """Writes what a model's directory needs beside its versions, where that is not there."""
+    for file, text in ((CONFIG, 'backend: "stillhouse"\n'), (ENGINE_JSON, "{}\n")):
+        if not (directory / file).is_file():
+            write_atomically(directory / file, text)
 
 
 def _prune(directory: Path, kept: set[int | None], tell: Tell) -> None:
