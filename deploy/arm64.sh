@@ -15,11 +15,18 @@ if ! command -v qemu-aarch64-static >/dev/null; then
   apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user-static >/dev/null
 fi
 
+# Where this Debian has its own packages from.
+mirror=${DEBIAN_MIRROR:-$(. /etc/os-release
+  [ "$ID" != debian ] || apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' |
+    awk -v main="$VERSION_CODENAME main" '$1 " " $2 == main && !found++ {print $3}')}
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+[ -n "$mirror" ] || fail "apt names no mirror of Debian here" "name one: DEBIAN_MIRROR=http://… make arm64"
+[ -f "$keyring" ] || fail "$keyring is missing" "sudo apt-get install debian-archive-keyring"
+
 rm -rf "$place"
 mkdir -p "$place"/apt/{state/lists/partial,cache/archives/partial} "$place"/sysroot "$place"/site
 : >"$place/apt/status"
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-echo "deb [arch=arm64 signed-by=$keyring] http://deb.debian.org/debian bookworm main" >"$place/apt/sources.list"
+echo "deb [arch=arm64 signed-by=$keyring] $mirror bookworm main" >"$place/apt/sources.list"
 apt=(apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Sandbox::User=root
   -o Dir::Etc::SourceList="$place/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
   -o Dir::State="$place/apt/state" -o Dir::State::status="$place/apt/status" -o Dir::Cache="$place/apt/cache")
