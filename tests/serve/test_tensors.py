@@ -112,6 +112,8 @@ def test_the_shortest_of_the_time_outs_holds() -> None:
     ("tensors", "words"),
     [
         ({"text_input": "a", "sampling_parameters": '{"timeout_s": 0}'}, "timeout_s must be above 0"),
+        # Triton's, in microseconds, is none of the sampling parameters: whoever writes it there means seconds.
+        ({"text_input": "a", "sampling_parameters": '{"timeout": 30}'}, "unknown sampling parameter 'timeout'"),
         ({"text_input": "a", "sampling_parameters": '{"timeout_s": "soon"}'}, "timeout_s must be a number"),
         ({"text_input": "a", "sampling_parameters": '{"priority": 0.5}'}, "priority must be a whole number"),
         ({}, "exactly one of text_input, messages, input_ids must be given, got none"),

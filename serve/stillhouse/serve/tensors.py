@@ -99,9 +99,10 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
     flags = {name: _read_flag(tensor, name, parameters.pop(name, None)) for name in FLAGS}
     text, messages, input_ids = _read_prompt(tensor)
 
+    timeout_us = parameters.pop("timeout", None) or timeout_us  # that of /generate; no sampling parameter
     given = _read_string(tensor, "sampling_parameters")
     sampling = parameters | (_json_object("sampling_parameters", given) if given else {})
-    timeout_s = _pop_timeout_s(sampling, timeout_us)
+    timeout_s = _shortest_s(timeout_us, sampling.pop("timeout_s", None))
     params = parse_params(sampling)
     if params.n != 1:
         raise InvalidRequest(f"n must be 1 here, got {params.n}", hint="send the request n times")
@@ -124,11 +125,9 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
     )
 
 
-def _pop_timeout_s(parameters: dict[str, Any], timeout_us: int) -> float | None:
-    """The shortest of the time-outs given: Triton's own, which /generate hands over as `timeout`, and `timeout_s`."""
-    given = {"timeout": parameters.pop("timeout", None) or timeout_us, "timeout_s": parameters.pop("timeout_s", None)}
-    if not given["timeout"]:  # 0 is Triton's word for none
-        given["timeout"] = None
+def _shortest_s(timeout_us: Any, timeout_s: Any) -> float | None:
+    """The shorter of the time-outs given: Triton's own, whose word for none is 0, and ours."""
+    given = {"timeout": timeout_us or None, "timeout_s": timeout_s}
     times = {name: read_number(name, value) for name, value in given.items() if value is not None}
     for name, value in times.items():
         if value <= 0:
