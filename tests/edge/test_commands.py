@@ -47,6 +47,14 @@ def test_a_prompt_is_read_from_standard_input(support_repository: Path) -> None:
     assert "return" in done.stdout
 
 
+def test_standard_input_that_is_no_utf8_is_refused_in_a_line(support_repository: Path) -> None:
+    command = [sys.executable, "-m", "stillhouse.cli.main", "edge", "generate"]
+    command += [str(support_repository / "support-int4" / "1"), "--prompt", "-"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert b"not text that UTF-8 can hold" in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_a_changed_byte_is_refused_by_name(support_repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "support-int4" / "1"
     copy.mkdir(parents=True)

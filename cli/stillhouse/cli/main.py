@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ EXTRAS = {"serve": "serve,triton,cpu", "edge": "edge,cpu", "bench": "dev"}
 
 def main() -> None:
     """Runs the command line and exits the process with its code."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is no UTF-8 is refused by who reads the text, in a line, and not by Python.
+        sys.stdin.reconfigure(errors="surrogateescape")
     sys.exit(run(sys.argv[1:]))
 
 
