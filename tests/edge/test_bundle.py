@@ -48,6 +48,7 @@ def test_the_projects_own_wheel_holds_the_install_script(tmp_path: Path) -> None
     with zipfile.ZipFile(own_wheel(tmp_path)) as archive:
         names = archive.namelist()
     assert any(name.endswith(".dist-info/METADATA") for name in names)
+    assert {"stillhouse/edge/bundle/install.sh", "stillhouse/edge/bundle/stillhouse.service"} <= set(names)
     assert any(name.startswith("stillhouse/engine/") for name in names)
 
 

@@ -76,10 +76,12 @@ def bench(
     cells = []
     for shape in shapes:
         tell(f"prompt {shape.prompt_tokens}, answer {shape.output_tokens} tokens")
-        for _ in range(warm_up):
-            _time_request(model, shape, seed=0)
+        # Made before: what that takes is no part of a request's energy.
+        prompts = [_random_prompt(model, shape.prompt_tokens, seed) for seed in range(warm_up + repeats)]
+        for prompt_ids in prompts[:warm_up]:
+            _time_request(model, prompt_ids, shape.output_tokens)
         with Recorder(device) as recorder:
-            timed = [_time_request(model, shape, seed=1 + turn) for turn in range(repeats)]
+            timed = [_time_request(model, prompt_ids, shape.output_tokens) for prompt_ids in prompts[warm_up:]]
         cells.append(_cell(shape, timed, recorder))
     return {
         "schema": SCHEMA,
@@ -108,7 +110,7 @@ def _cell(shape: Shape, timed: Sequence[Timed], recorder: Recorder) -> dict[str,
     }
 
 
-def _time_request(model: LanguageModel, shape: Shape, seed: int) -> Timed:
+def _time_request(model: LanguageModel, prompt_ids: Sequence[int], output_tokens: int) -> Timed:
     """One request; the moments are taken on the engine's thread, when a token is there."""
     moments: list[float] = []
     ended: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
@@ -119,8 +121,7 @@ def _time_request(model: LanguageModel, shape: Shape, seed: int) -> Timed:
         if chunk.finish_reason is not None:
             ended.put(chunk)
 
-    prompt_ids = _random_prompt(model, shape.prompt_tokens, seed)
-    params = SamplingParams(max_tokens=shape.output_tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
     begun_s = time.perf_counter()
     model.submit(prompt_ids, params, take)
     last = ended.get()

@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
     Raises UsageError for what is no size, or none above zero.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE | re.ASCII)
     unit = found[2].lower() if found else ""
     if found is None or unit not in _UNITS:
         raise UsageError(f"{text!r} is not a size of memory", hint="write it like 2GB, 1500M or 1.5GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import http.client
 import logging
 import signal
 import threading
@@ -116,6 +117,6 @@ def _is_well(url: str) -> bool:
     try:
         with _DIRECTLY.open(f"{url}/health", timeout=_PROBE_TIMEOUT_S) as response:
             return bool(response.status == 200)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         log.warning("the health check fails: %s", error)
         return False

@@ -19,6 +19,8 @@ class DeviceFigures(Collector):
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        # Asked once: on a PC it takes a look through dpkg's megabytes.
+        self._is_jetson = device.is_jetson
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -35,7 +37,7 @@ class DeviceFigures(Collector):
         yield from _gauges("temperature_celsius", "Temperature by thermal zone", "zone", device.temperatures())
         clocks = {clock.name: None if clock.mhz is None else clock.mhz * 1e6 for clock in device.clocks()}
         yield from _gauges("clock_hertz", "Clocks of CPU, GPU and memory", "clock", clocks)
-        if device.is_jetson:
+        if self._is_jetson:
             alerts = device.alerts()
             yield from _gauge("throttled", "Whether heat slows the device down: 0 or 1", float(bool(alerts)))
         if (events := device.over_current_events()) is not None:

@@ -35,6 +35,6 @@ def why_not(provider: str) -> str | None:
         doubled = session.run(None, {"x": np.ones(2, np.float32)})[0]
         return None if doubled.tolist() == [2.0, 2.0] else f"{provider} computes 1 + 1 = {doubled[0]}"
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        return f"{provider} fails: {str(error).splitlines()[0][:300]}"
+        return f"{provider} fails: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
     finally:
         ort.set_default_logger_severity(_ORT_DEFAULT)
