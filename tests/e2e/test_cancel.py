@@ -74,10 +74,11 @@ def test_a_request_out_of_time_ends_by_name_over_grpc(
     asked: dict[str, Any],
 ) -> None:
     """Running; then one that waits for the only slot."""
-    with open_stream(narrow_triton, "support-int4", ENDLESS, **asked) as endless:
-        endless.next()
-        with pytest.raises(InferenceServerException, match=r"no answer within 1 s \(\d+ tokens"):
-            list(endless.until_final())
+    with (
+        open_stream(narrow_triton, "support-int4", ENDLESS, **asked) as endless,
+        pytest.raises(InferenceServerException, match=r"no answer within 1 s \(\d+ tokens"),
+    ):
+        list(endless.until_final())
     with open_stream(narrow_triton, "support-int4", ENDLESS) as endless:
         endless.next()
         with (

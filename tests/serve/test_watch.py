@@ -69,7 +69,7 @@ def test_a_server_that_ends_refuses_at_once_and_cuts_after_the_grace_time(
     watcher = Watcher(lambda: False, ending)
     watcher.add(request)
     assert ending.refusal is None
-    file.write_text(f"{time.monotonic() + 0.5}\n")
+    file.write_text(f"{time.monotonic() + 1.5}\n")
     wait_until(lambda: ending.refusal is not None)
     assert "shutting down" in str(ending.refusal)
     assert not request.reasons
