@@ -57,6 +57,10 @@ def _make(version: VersionDirectory, pack: Callable[[Path, Path], None], entry: 
     beside = Path(tempfile.mkdtemp(prefix=f".{entry.name[:12]}-", dir=entry.parent))
     try:
         pack(version.model_path, beside / MODEL)
+        for name in (MODEL, DATA):
+            # Whose power is lost now must not find weights of the right size and another content.
+            with (beside / name).open("rb") as file:
+                os.fsync(file.fileno())
         stamp = {"key": key, "sizes": _sizes(beside), "graph_sha256": sha256_of(beside / MODEL)}
         (beside / STAMP).write_text(json.dumps(stamp), "utf-8")
         if entry.exists() and not _is_whole(entry, key):
