@@ -86,6 +86,7 @@ class Follower:
         self._generator = generator
         self._load = load
         self._refused: dict[str, Path] = {}
+        self._unclear: dict[str, str] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stillhouse-follower", daemon=True)
 
@@ -104,8 +105,12 @@ class Follower:
     def _look(self, name: str, place: Place) -> None:
         try:
             self._follow(name, place)
+            self._unclear.pop(name, None)
         except (StillhouseError, OSError) as error:
-            log.warning("cannot tell which version of %s is live: %s", name, error)
+            # Once, and not every second.
+            if self._unclear.get(name) != str(error):
+                log.warning("cannot tell which version of %s is live: %s", name, error)
+            self._unclear[name] = str(error)
 
     def _follow(self, name: str, place: Place) -> None:
         current = self._generator.version_of(name)
