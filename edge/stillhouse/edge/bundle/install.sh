@@ -4,12 +4,13 @@
 #   PREFIX=~/stillhouse ./install.sh --no-service
 # PYTHON names the interpreter, HOST and PORT what the service listens on, SERVICE_USER who it runs as.
 set -eu
+PREFIX=${PREFIX:-/opt/stillhouse}
+case $PREFIX in /*) ;; *) PREFIX=$PWD/$PREFIX ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . ./bundle.conf
 
 PYTHON=${PYTHON:-python$PYTHON_VERSION}
-PREFIX=${PREFIX:-/opt/stillhouse}
 HOST=${HOST:-127.0.0.1}
 PORT=${PORT:-9000}
 SERVICE_USER=${SERVICE_USER:-stillhouse}
@@ -30,12 +31,20 @@ machine=$("$PYTHON" -c 'import platform; print(platform.machine())')
 mkdir -p "$PREFIX" 2>/dev/null && [ -w "$PREFIX" ] ||
   fail "$PREFIX cannot be written" "run it with sudo, or name another place: PREFIX=~/stillhouse ./install.sh"
 
-echo "making $PREFIX/venv"
-"$PYTHON" -m venv --without-pip --clear $VENV_OPTIONS "$PREFIX/venv"
-set -- wheels/pip-*.whl
-# pip runs out of its own wheel: the device's Python needs neither pip nor ensurepip.
-"$PREFIX/venv/bin/python" "$1/pip" install --quiet --no-index --find-links wheels --disable-pip-version-check \
-  "stillhouse[$EXTRAS]==$STILLHOUSE_VERSION" $FURTHER_WHEELS
+# Each bundle's environment has a folder of its own: one that serves goes on until the new one is whole.
+venv=$PREFIX/venvs/$(sha256sum SHA256SUMS | cut -c 1-12)
+if [ ! -e "$venv/whole" ]; then
+  echo "making $venv"
+  "$PYTHON" -m venv --without-pip --clear $VENV_OPTIONS "$venv"
+  set -- wheels/pip-*.whl
+  # pip runs out of its own wheel: the device's Python needs neither pip nor ensurepip.
+  "$venv/bin/python" "$1/pip" install --quiet --no-index --find-links wheels --disable-pip-version-check \
+    "stillhouse[$EXTRAS]==$STILLHOUSE_VERSION" $FURTHER_WHEELS
+  sync
+  touch "$venv/whole"
+fi
+ln -sfn "$venv" "$PREFIX/venv.new"
+mv -T "$PREFIX/venv.new" "$PREFIX/venv"
 
 echo "installing $MODEL version $VERSION"
 "$PREFIX/venv/bin/stillhouse" edge pull "$here/model/$MODEL/$VERSION" --repository "$PREFIX/model_repository"
@@ -57,3 +66,6 @@ else
   echo "installed: $PREFIX/venv/bin/stillhouse edge serve $PREFIX/model_repository/$MODEL"
   echo "a unit for systemd is $PREFIX/stillhouse.service"
 fi
+for other in "$PREFIX"/venvs/*; do
+  [ "$other" = "$venv" ] || rm -rf "$other"
+done
