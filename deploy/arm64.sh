@@ -12,7 +12,7 @@ fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
 command -v apt-get >/dev/null || fail "apt-get is missing: the sysroot is made of Debian's packages" "use a Debian or Ubuntu"
 if ! command -v qemu-aarch64-static >/dev/null; then
   [ "$(id -u)" = 0 ] || fail "qemu-aarch64-static is missing" "sudo apt-get install qemu-user-static"
-  apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user-static >/dev/null
+  apt-get -o APT::Sandbox::User=root update -qq && apt-get install -y -qq --no-install-recommends qemu-user-static >/dev/null
 fi
 
 # Where this Debian has its own packages from.

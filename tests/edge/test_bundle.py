@@ -44,6 +44,7 @@ def test_pip_is_told_of_every_glibc_that_the_device_has() -> None:
     assert "manylinux_2_39_aarch64" in Target("3.12", "aarch64").pip_options()
 
 
+@pytest.mark.slow  # pip fetches the build's own requirements
 def test_the_projects_own_wheel_holds_the_install_script(tmp_path: Path) -> None:
     with zipfile.ZipFile(own_wheel(tmp_path)) as archive:
         names = archive.namelist()

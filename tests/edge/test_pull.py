@@ -285,7 +285,7 @@ def test_killed_at_any_moment_a_whole_version_is_live_and_the_next_pull_goes_on(
     served.bytes_per_s = 2e6
     command = [sys.executable, "-m", "stillhouse.cli.main", "edge", "pull", f"{served.url}/{MODEL}"]
     choose = random.Random(7)
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen([*command, "--repository", str(device)], stderr=subprocess.DEVNULL)
         time.sleep(choose.uniform(0.3, 2.5))
         process.kill()
