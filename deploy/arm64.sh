@@ -41,8 +41,10 @@ for core in 0 1 2 3; do
 done >"$place/sysroot/proc/cpuinfo"
 
 echo "fetching wheels for aarch64"
+platforms=(--platform manylinux2014_aarch64)
+# Bookworm's glibc is 2.36.
+for minor in $(seq 17 36); do platforms+=(--platform "manylinux_2_${minor}_aarch64"); done
 "$python" -m pip install -q --disable-pip-version-check --no-compile --target "$place/site" -c constraints.txt \
-  --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-  --implementation cp --python-version 3.11 --only-binary=:all: \
+  "${platforms[@]}" --implementation cp --python-version 3.11 --only-binary=:all: \
   onnxruntime numpy pydantic tokenizers jinja2 llguidance typer rich
 echo "$wanted" >"$place/done"

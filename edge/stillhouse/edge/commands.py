@@ -183,6 +183,11 @@ def serve(
     }
     typer.echo(f"loading {', '.join(map(str, directories))} ...", err=True)
     places = [Place.of(directory) for directory in directories]
+    for place in places:
+        if not place.follows:
+            typer.echo(
+                f"{place.directory} and no other version; updates are followed of {place.directory.parent}", err=True
+            )
     loading = functools.partial(load, overrides=options, limit_bytes=limit_bytes)
     run(places, loading, host, port, Access(keys, tuple(cors_origin or ())), grace_s, _announce)
 
