@@ -18,7 +18,7 @@ import pytest
 
 from stillhouse.engine.text import Tokenizer
 
-pytestmark = [pytest.mark.aarch64, pytest.mark.slow]
+pytestmark = [pytest.mark.aarch64, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / ".arm64"
@@ -39,7 +39,7 @@ def emulated() -> list[str]:
 def run_program(command: list[str], version: Path, out: Path, tokens: list[int], **variables: str) -> dict[str, Any]:
     arguments = [*command, str(PROGRAM), str(version), str(out), ",".join(map(str, tokens)), "16"]
     done = subprocess.run(
-        arguments, capture_output=True, text=True, env=os.environ | variables, timeout=280, check=False
+        arguments, capture_output=True, text=True, env=os.environ | variables, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
@@ -76,7 +76,7 @@ def test_edge_generate_answers_on_aarch64(emulated: list[str], support_repositor
     variables = emulation() | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
         [*emulated, *command, "--max-tokens", "8", "--threads", "1"], capture_output=True, text=True,
-        env=os.environ | variables, timeout=280, check=False,
+        env=os.environ | variables, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout

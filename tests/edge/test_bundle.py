@@ -120,6 +120,7 @@ def test_a_bundle_is_not_written_over_another(tiny_repository: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_bundle_installs_and_answers_without_a_network(tiny_repository: Path, tmp_path: Path) -> None:
     """The real wheels for this machine; the network is cut off while it installs."""
     tar, version = tmp_path / "tiny.tar", tiny_repository / "tiny-fp16" / "1"
@@ -131,7 +132,7 @@ def test_a_bundle_installs_and_answers_without_a_network(tiny_repository: Path, 
     prefix = tmp_path / "prefix"
     command = [*cut_off, str(tmp_path / "tiny-fp16-1" / "install.sh"), "--no-service"]
     variables = {"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "PYTHON": sys.executable, "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     program, model = prefix / "venv/bin/stillhouse", prefix / "model_repository/tiny-fp16/1"
     ask = [*cut_off, str(program), "edge", "generate", str(model), "--prompt", "one two", "--max-tokens", "4"]
