@@ -3,36 +3,43 @@
     python benchmarks/memory.py                      # DeepSeek-R1-Distill-Qwen-1.5B's shape, all three precisions
     python benchmarks/memory.py --layers 2           # to try it out
 
-It writes the base (bfloat16), a LoRA adapter on all linear modules and a recipe into a temporary folder (some 40 GB at
-the full shape), builds it with an empty cache, adds the peaks of every stage's process to the results, and prints the
-table of all of them: a stage that was not run at the full depth lies on the line through two depths at which it was.
+It writes the base (bfloat16) and a LoRA adapter on all linear modules into a temporary folder (some 35 GB at the full
+shape), runs each stage of a build on them in a process of its own, as the build does, adds the processes' peaks to the
+results, and prints the table of all of them: a stage that was not run at the full depth lies on the line through two
+depths at which it was. "ask" and "publish" open the sessions that "verify" opens.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from figures import publish
+from figures import publish, save
 from machine import describe
 from roster import HERE, ROOT
 from synthetic import SHAPE, TOKENIZER_FILES, write_checkpoint
 
+from stillhouse.build.quantize import method_of, stage_options
+from stillhouse.build.recipe import QuantizeOptions
+from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
+from stillhouse.build.verify import read_network
+from stillhouse.build.worker import run_stage
+
 DOCS, BEGIN, END = ROOT / "docs/build.md", "<!-- memory: begin -->", "<!-- memory: end -->"
+WINDOWS = 2
 LIMIT_BYTES = 12 * 2**30
 RUNTIME_BYTES = 300_000_000  # what the libraries take, whatever the model
 SHAPE_7B = SHAPE | {  # DeepSeek-R1-Distill-Qwen-7B's
@@ -54,18 +61,6 @@ def write_inputs(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder / "base")
     write_adapter(folder / "adapter", shape)
-
-
-def write_recipe(folder: Path, precisions: list[str], int4: str) -> Path:
-    """A recipe that asks for `precisions`, INT4 by the method `int4`, with gates that random weights hold."""
-    more = "".join(f"[gate.{precision}]\nperplexity_ratio = 1000.0\n" for precision in precisions)
-    more += f'[quantize.int4]\nmethod = "{int4}"\n' if "int4" in precisions else ""
-    recipe = folder / "recipe.toml"
-    recipe.write_text(
-        f'name = "synthetic"\nbase = "base"\nadapters = ["adapter"]\nprecisions = {json.dumps(precisions)}\n{more}',
-        encoding="utf-8",
-    )
-    return recipe
 
 
 def _kv_width(shape: dict[str, Any]) -> int:
@@ -127,21 +122,58 @@ def _anonymous_bytes(status: str) -> int:
     return int(found[1]) * 1024 if found else 0  # a process that is ending has none
 
 
-def measure(folder: Path, recipe: Path) -> list[Stage]:
-    """Builds the recipe; its stages that were not reused. Of a build that fails or is interrupted, those before."""
-    command = [sys.executable, "-m", "stillhouse.cli.main", "build", str(recipe)]
-    command += ["--repository", str(folder / "repository")]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "STILLHOUSE_CACHE_BYTES": str(10**12)}
-    with subprocess.Popen(command, stdout=sys.stderr, env=environment) as build:
-        watch = Watch(build.pid)
-        with contextlib.suppress(KeyboardInterrupt):
-            build.wait()
-    logs = sorted((folder / "cache/stillhouse/builds").glob("*/build.json"))
-    made = [stage for stage in json.loads(logs[-1].read_text("utf-8"))["stages"] if not stage["reused"]]
-    return [
-        {"name": stage["name"], "rss": stage["peak_rss_bytes"], "anonymous": peak, "seconds": stage["seconds"]}
-        for stage, peak in zip(made, watch.peaks.values(), strict=False)  # the last process may have been stopped
-    ]
+def stages(folder: Path, precisions: list[str], int4: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The stages of a build as its pipeline runs them: title, the worker's function, its arguments.
+
+    Of the evaluation text there are WINDOWS windows, which go through one at a time: more would only take longer.
+    """
+    merged, fp32 = folder / "merge", folder / "fp32"
+    text = evaluation_text(None)
+    adapters = [{"path": str(folder / "adapter"), "weight": 1.0}]
+    base: dict[str, Any] = {"base": str(folder / "base"), "adapters": adapters, "probe_texts": excerpts(text)}
+    yield "merge", "merge", base | {"destination": str(merged)}
+    export = {"checkpoint": str(merged), "precision": "fp32", "target": "cpu", "options": {}}
+    yield "export fp32", "export", export | {"destination": str(fp32)}
+    network = read_network(merged)
+    windows = token_windows(token_ids(text, merged / "tokenizer.json"), network.context_length)[:WINDOWS]
+    measured = {"network": network.model_dump(), "windows": windows, "spool": str(folder / "reference.f32")}
+    yield "reference", "reference", measured | {"model": str(fp32 / "model.onnx")}
+    quantized = {"checkpoint": str(merged), "graph": str(fp32), "network": network.model_dump()}
+    for precision in precisions:
+        method = method_of(precision, QuantizeOptions(method=int4 if precision == "int4" else "auto"), "cpu")
+        title, arguments = f"make {precision}", {"source": str(fp32)}
+        if method.bits:
+            title += f" by {method.name}"
+            arguments = quantized | stage_options(method, QuantizeOptions(method=method.name))
+        if method.calibrated:
+            model = {"model": str(fp32 / "model.onnx"), "checkpoint": str(merged), "network": network.model_dump()}
+            yield "calibrate", "calibrate", model | {"destination": str(folder / "calibrate")}
+            arguments |= {"calibration": str(folder / "calibrate" / "calibration.json")}
+        yield title, method.stage, arguments | {"destination": str(folder / title.replace(" ", "-"))}
+        model_file = str(folder / title.replace(" ", "-") / "model.onnx")
+        yield f"verify {precision}", "fidelity", measured | {"model": model_file}
+
+
+def measure(folder: Path, run: Run, precisions: list[str]) -> Iterator[Run]:
+    """Runs the stages, and gives `run` after each with the stage's peaks; what `folder` holds is not made again."""
+    watch = Watch(os.getpid())
+    for title, stage, arguments in stages(folder, precisions, run["int4"]):
+        destination = arguments.get("destination")
+        if destination is not None and Path(destination).is_dir():
+            continue
+        began = time.perf_counter()
+        if destination is not None:  # what a killed run left is not taken for whole
+            arguments |= {"destination": f"{destination}.part"}
+            shutil.rmtree(f"{destination}.part", ignore_errors=True)
+        done = run_stage(stage, arguments, log=folder / f"{title.replace(' ', '-')}.log", share=lambda _: None)
+        if destination is not None:
+            Path(f"{destination}.part").rename(destination)
+        anonymous = list(watch.peaks.values())[-1]
+        seconds = time.perf_counter() - began
+        print(f"{title}: {done.peak_rss_bytes / 2**30:.2f} GiB, {seconds:.0f} s", file=sys.stderr, flush=True)
+        figures = {"rss": done.peak_rss_bytes, "anonymous": anonymous, "seconds": seconds}
+        run["stages"].append({"name": title} | figures)
+        yield run
 
 
 def parameters(shape: dict[str, Any]) -> int:
@@ -156,8 +188,7 @@ def by_stage(runs: list[Run]) -> dict[str, tuple[Stage, bool]]:
     points: dict[str, dict[int, Stage]] = {}
     for run in sorted(runs, key=lambda run: -int(run["layers"])):
         for stage in run["stages"]:
-            title = f"{stage['name']} by {run['int4']}" if stage["name"] == "make int4" else stage["name"]
-            points.setdefault(title, {})[run["layers"]] = stage
+            points.setdefault(stage["name"], {})[run["layers"]] = stage
     full = SHAPE["num_hidden_layers"]
     found: dict[str, tuple[Stage, bool]] = {}
     for title, depths in points.items():
@@ -209,17 +240,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results/memory.json")
     parser.add_argument("--write-docs", action="store_true", help="put the table of all runs into docs/build.md")
     args = parser.parse_args()
+    runs = json.loads(args.out.read_text("utf-8"))["runs"] if args.out.is_file() else []
+    measured = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    run = {"layers": args.layers, "int4": args.int4, "measured": measured, "machine": describe(), "stages": []}
     with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "base").is_dir():
             write_inputs(folder, args.tokenizer, SHAPE | {"num_hidden_layers": args.layers})
-        stages = measure(folder, write_recipe(folder, args.precisions.split(","), args.int4))
-    runs = json.loads(args.out.read_text("utf-8"))["runs"] if args.out.is_file() else []
-    measured = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    run = {"layers": args.layers, "int4": args.int4, "measured": measured, "machine": describe(), "stages": stages}
+        for so_far in measure(folder, run, args.precisions.split(",")):
+            save({"runs": [*runs, so_far]}, args.out)
     runs.append(run)
     publish({"runs": runs}, markdown(runs), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
-    return int(max((stage["rss"] for stage in stages), default=0) > LIMIT_BYTES)
+    return int(max((stage["rss"] for stage in run["stages"]), default=0) > LIMIT_BYTES)
 
 
 if __name__ == "__main__":

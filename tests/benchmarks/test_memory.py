@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.build.recipe import load_recipe
+from stillhouse.build.worker import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +23,13 @@ def memory(script: Callable[[str], ModuleType]) -> ModuleType:
     return script("memory")
 
 
-def run_of(layers: int, int4: str, **peaks: float) -> dict[str, Any]:
+def run_of(layers: int, peaks: dict[str, float]) -> dict[str, Any]:
     stages = [
-        {"name": name.replace("_", " "), "rss": peak * 2**30, "anonymous": peak * 2**29, "seconds": 60 * peak}
+        {"name": name, "rss": peak * 2**30, "anonymous": peak * 2**29, "seconds": 60 * peak}
         for name, peak in peaks.items()
     ]
     machine = {"processor": "a processor", "cores": 2}
-    return {"layers": layers, "int4": int4, "measured": "2026-01-01", "machine": machine, "stages": stages}
+    return {"layers": layers, "measured": "2026-01-01", "machine": machine, "stages": stages}
 
 
 def test_the_shapes_have_as_many_parameters_as_the_models_are_named_after(memory: ModuleType) -> None:
@@ -36,9 +39,9 @@ def test_the_shapes_have_as_many_parameters_as_the_models_are_named_after(memory
 
 def test_what_was_not_measured_at_the_full_depth_lies_on_the_line_through_two_depths(memory: ModuleType) -> None:
     runs = [
-        run_of(2, "auto", merge=3.0, make_int4=2.0),
-        run_of(15, "auto", make_int4=3.0, calibrate=1.0),
-        run_of(28, "k_quant", merge=9.0, make_int4=1.5),
+        run_of(2, {"merge": 3.0, "make int4 by auto": 2.0}),
+        run_of(15, {"make int4 by auto": 3.0, "calibrate": 1.0}),
+        run_of(28, {"merge": 9.0, "make int4 by k_quant": 1.5}),
     ]
     stages = {title: (stage["rss"] / 2**30, measured) for title, (stage, measured) in memory.by_stage(runs).items()}
     assert stages == {"merge": (9.0, True), "make int4 by k_quant": (1.5, True), "make int4 by auto": (4.0, False)}
@@ -61,8 +64,15 @@ def test_the_anonymous_memory_of_a_stages_process_is_seen(memory: ModuleType, wa
     assert watch.peaks[child.pid] < 200_000_000
 
 
-def test_the_recipe_is_one_that_the_build_takes(memory: ModuleType, tmp_path: Path) -> None:
-    recipe = load_recipe(memory.write_recipe(tmp_path, ["fp16", "int4"], "k_quant"))
-    assert recipe.options("int4").method == "k_quant"
-    assert recipe.gate_of("fp16").perplexity_ratio == 1000.0
-    assert load_recipe(memory.write_recipe(tmp_path, ["fp16"], "auto")).precisions == ["fp16"]
+def test_the_stages_are_those_of_a_build_with_the_arguments_that_they_take(
+    memory: ModuleType, tiny_base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "merge")
+    titles = []
+    for title, stage, arguments in memory.stages(tmp_path, ["fp16", "int8", "int4"], "auto"):
+        module, _, function = STAGES[stage].partition(":")
+        inspect.signature(getattr(importlib.import_module(module), function)).bind(lambda _: None, **arguments)
+        titles.append(title)
+    own = ["fp16", "verify fp16", "int8 by rtn", "verify int8", "calibrate", "int4 by auto", "verify int4"]
+    expected = [f"make {title}" if title[0] in "fi" else title for title in own]
+    assert titles == ["merge", "export fp32", "reference", *expected]
