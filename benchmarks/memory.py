@@ -33,10 +33,11 @@ from roster import HERE, ROOT
 from synthetic import SHAPE, TOKENIZER_FILES, write_checkpoint
 
 from stillhouse.build.quantize import method_of, stage_options
-from stillhouse.build.recipe import QuantizeOptions
+from stillhouse.build.recipe import PRECISIONS, QuantizeOptions
 from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
 from stillhouse.build.verify import read_network
 from stillhouse.build.worker import run_stage
+from stillhouse.engine.manifest import Precision
 
 DOCS, BEGIN, END = ROOT / "docs/build.md", "<!-- memory: begin -->", "<!-- memory: end -->"
 WINDOWS = 2
@@ -122,7 +123,7 @@ def _anonymous_bytes(status: str) -> int:
     return int(found[1]) * 1024 if found else 0  # a process that is ending has none
 
 
-def stages(folder: Path, precisions: list[str], int4: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def stages(folder: Path, precisions: list[Precision], int4: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The stages of a build as its pipeline runs them: title, the worker's function, its arguments.
 
     Of the evaluation text there are WINDOWS windows, which go through one at a time: more would only take longer.
@@ -141,7 +142,8 @@ def stages(folder: Path, precisions: list[str], int4: str) -> Iterator[tuple[str
     quantized = {"checkpoint": str(merged), "graph": str(fp32), "network": network.model_dump()}
     for precision in precisions:
         method = method_of(precision, QuantizeOptions(method=int4 if precision == "int4" else "auto"), "cpu")
-        title, arguments = f"make {precision}", {"source": str(fp32)}
+        title = f"make {precision}"
+        arguments: dict[str, Any] = {"source": str(fp32)}
         if method.bits:
             title += f" by {method.name}"
             arguments = quantized | stage_options(method, QuantizeOptions(method=method.name))
@@ -154,7 +156,7 @@ def stages(folder: Path, precisions: list[str], int4: str) -> Iterator[tuple[str
         yield f"verify {precision}", "fidelity", measured | {"model": model_file}
 
 
-def measure(folder: Path, run: Run, precisions: list[str]) -> Iterator[Run]:
+def measure(folder: Path, run: Run, precisions: list[Precision]) -> Iterator[Run]:
     """Runs the stages, and gives `run` after each with the stage's peaks; what `folder` holds is not made again."""
     watch = Watch(os.getpid())
     for title, stage, arguments in stages(folder, precisions, run["int4"]):
@@ -232,7 +234,7 @@ def main() -> int:
         "--tokenizer", type=Path, default=ROOT / "examples/smollm2/base", help="a folder to borrow from"
     )
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--precisions", default="fp16,int8,int4")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp16", "int8", "int4"])
     parser.add_argument("--int4", default="auto", help="the method of INT4; k_quant needs no calibration")
     parser.add_argument(
         "--folder", type=Path, help="where to work, kept afterwards; a second run finds the stages cached"
@@ -247,7 +249,7 @@ def main() -> int:
         folder = args.folder or Path(temporary)
         if not (folder / "base").is_dir():
             write_inputs(folder, args.tokenizer, SHAPE | {"num_hidden_layers": args.layers})
-        for so_far in measure(folder, run, args.precisions.split(",")):
+        for so_far in measure(folder, run, args.precisions):
             save({"runs": [*runs, so_far]}, args.out)
     runs.append(run)
     publish({"runs": runs}, markdown(runs), args.out, [DOCS] if args.write_docs else [], BEGIN, END)

@@ -30,7 +30,8 @@ def values_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
     from onnx import helper, numpy_helper
 
     if not tensor.external_data:
-        return numpy_helper.to_array(tensor)
+        values: NDArray[Any] = numpy_helper.to_array(tensor)
+        return values
     where = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     values: NDArray[Any] = np.memmap(
