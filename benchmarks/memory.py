@@ -50,7 +50,7 @@ SHAPE_7B = SHAPE | {  # DeepSeek-R1-Distill-Qwen-7B's
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
-Stage = dict[str, Any]  # {"name", "rss", "anonymous" (bytes, peaks), "seconds"}
+Stage = dict[str, Any]  # {"name", "rss", "anonymous" (bytes, peaks), "seconds" (None: it was stopped)}
 Run = dict[str, Any]  # {"layers", "int4", "measured", "machine", "stages"}
 
 
@@ -216,11 +216,13 @@ def markdown(runs: list[Run]) -> str:
         figures = [stage["rss"], stage["anonymous"]]
         larger = [RUNTIME_BYTES + scale * max(0, figure - RUNTIME_BYTES) for figure in figures]
         own, other = ([f"{figure / 2**30:.1f}" for figure in pair] for pair in (figures, larger))
-        minutes = f"{stage['seconds'] / 60:.1f}"
+        minutes = f"{stage['seconds'] / 60:.1f}" if stage["seconds"] else "stopped"
         lines.append(f"| {title}{'' if measured else ' (computed)'} | {' | '.join([*own, minutes, *other])} |")
     most = max(stage["rss"] for stage, _ in stages.values()) / 2**30
     about, depths = runs[-1]["machine"], sorted({run["layers"] for run in runs})
     lines += ["", f"The most: {most:.1f} GiB, of {LIMIT_BYTES / 2**30:.0f} that the 1.5B may take."]
+    if any(stage["seconds"] is None for stage, _ in stages.values()):
+        lines += ["A stage that was stopped had its graph loaded and a window through; the others are alike."]
     lines += [
         f"Machine: {about['processor']}, {about['cores']} cores, shared with other work. Runs of "
         f"{', '.join(map(str, depths))} layers. Measured {runs[-1]['measured']}."
