@@ -24,7 +24,7 @@ R1_7B = sizes_of(7_615_000_000, 152_064, 3584, 18_944)
 
 
 def test_the_1_5b_is_reckoned_within_12_gib_and_the_7b_beyond_24() -> None:
-    assert R1_1_5B.weights < memory(R1_1_5B, ALL, [HALF, INT8, AUTO]) < 12 * GIB
+    assert 10.3 * GIB < memory(R1_1_5B, ALL, [HALF, INT8, AUTO]) < 12 * GIB  # 10.3 were measured
     assert memory(R1_7B, ALL, [HALF, INT8, AUTO]) > 24 * GIB
 
 

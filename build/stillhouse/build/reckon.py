@@ -42,16 +42,16 @@ class Sizes:
 def memory(sizes: Sizes, stages: Collection[str], methods: Collection[Method]) -> int:
     """The most that a stage's process holds: of `stages` ("merge", "fp32") and of making, running `methods`' graphs.
 
-    The merge holds the base in FP32, beside its mapped files while it loads them and copies of an embedding later.
+    The merge holds the base in FP32 beside its mapped files while it loads them, beside logits and copies later.
     The export maps what was merged. A session of FP32 or FP16 packs FP32 weights. Quantizing and converting go weight
     by weight; GPTQ has its widest input's Hessian in several forms.
     """
     peaks = [sizes.weights + 2 * WINDOW_TOKENS * sizes.logits]
     if "merge" in stages:
-        peaks.append(sizes.weights + max(sizes.files, 2 * sizes.vocabulary) + 3 * _PROBE_TOKENS * sizes.logits)
+        peaks.append(sizes.weights + max(sizes.files, 2 * sizes.vocabulary + 3 * _PROBE_TOKENS * sizes.logits))
     if "fp32" in stages:
         peaks.append(sizes.weights + 3 * sizes.vocabulary // 2)
-    peaks += [3 * sizes.vocabulary + (6 * sizes.hessian if method.calibrated else 0) for method in methods]
+    peaks += [2 * sizes.vocabulary + (6 * sizes.hessian if method.calibrated else 0) for method in methods]
     return RUNTIME_BYTES + max(peaks)
 
 
