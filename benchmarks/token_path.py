@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,10 +80,15 @@ OTHERS = "other"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a process did for a while: py-spy's lines "frame;frame;… count", and CPU seconds by thread's number."""
+    """What a process did for `seconds`: py-spy's lines "frame;frame;… count", and CPU seconds by thread's number.
+
+    `sample_s`: what a sample stands for; the profiler looks on for a little less than all of the time.
+    """
 
     lines: list[str]
     cpu_s: dict[int, float]
+    seconds: float
+    sample_s: float = 1 / RATE_HZ
 
 
 def record(server: Served, roles: Sequence[str], seconds: float) -> dict[str, Recording]:
@@ -91,7 +97,7 @@ def record(server: Served, roles: Sequence[str], seconds: float) -> dict[str, Re
     processes = {role: server.processes()[role] for role in roles}
     with tempfile.TemporaryDirectory() as folder:
         files = {role: Path(folder) / f"{role}.txt" for role in roles}
-        before = {role: thread_cpu_s(process) for role, process in processes.items()}
+        before, begun_s = {role: thread_cpu_s(process) for role, process in processes.items()}, time.perf_counter()
         spies = [
             subprocess.Popen(
                 ["py-spy", "record", "--pid", str(process.pid), *options, "--full-filenames", "-o", str(files[role])],
@@ -102,12 +108,18 @@ def record(server: Served, roles: Sequence[str], seconds: float) -> dict[str, Re
         ]
         if any(spy.wait() for spy in spies):
             raise SystemExit("py-spy failed: it has to be allowed to read other processes (ptrace)")
+        after, window_s = (
+            {role: thread_cpu_s(process) for role, process in processes.items()},
+            time.perf_counter() - begun_s,
+        )
         return {
             role: Recording(
                 files[role].read_text("utf-8").splitlines(),
-                {thread: spent - before[role].get(thread, 0.0) for thread, spent in thread_cpu_s(process).items()},
+                {thread: spent - before[role].get(thread, 0.0) for thread, spent in after[role].items()},
+                window_s,
+                window_s / seconds / RATE_HZ,
             )
-            for role, process in processes.items()
+            for role in roles
         }
 
 
@@ -125,9 +137,9 @@ def parts_of(role: str, recording: Recording) -> dict[str, float]:
         thread, *frames = stack.split(";")
         number, name = _THREAD.findall(thread)[0]
         part = next((part for frame in reversed(frames) for part, rule in rules if rule.search(frame)), OTHERS)
-        found[part] += int(count) / RATE_HZ
+        found[part] += int(count) * recording.sample_s
         names[int(number)] = name
-        unlocked_s[int(number)] = unlocked_s.get(int(number), 0.0) - int(count) / RATE_HZ
+        unlocked_s[int(number)] = unlocked_s.get(int(number), 0.0) - int(count) * recording.sample_s
     for number, left_s in unlocked_s.items():
         # Sampling is not exact: of a thread that is nearly always in Python a little less than nothing may be left.
         found[UNLOCKED[role].get(names.get(number, ""), OTHERS)] += max(0.0, left_s)
@@ -151,11 +163,13 @@ def profile(server: Served, client: Asker, prompts: list[str], args: argparse.Na
     if args.stacks:
         for role, recording in recorded.items():
             (args.stacks / f"{way}-{role}.txt").write_text("\n".join(recording.lines), "utf-8")
-    tokens = args.seconds * answer["tokens"] / answer["elapsed_s"]
+    tokens_per_s = answer["tokens"] / answer["elapsed_s"]
     return {
-        "tokens_per_s": answer["tokens"] / answer["elapsed_s"],
+        "tokens_per_s": tokens_per_s,
         "parts_us": {
-            role: {part: 1e6 * seconds / tokens for part, seconds in parts_of(role, recording).items()}
+            role: {
+                part: 1e6 * cpu / recording.seconds / tokens_per_s for part, cpu in parts_of(role, recording).items()
+            }
             for role, recording in recorded.items()
         },
         "cpu_us": {role: 1e6 * seconds / answer["tokens"] for role, seconds in spent.items()},
@@ -197,7 +211,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     lines = ["| process | what | CPU µs a token | of all without the gateway |", "|---|---|--:|--:|"]
     before = ""
-    for process, part, cost_us in rows:
+    for process, part, cost_us in (row for row in rows if round(row[2])):
         share = f"{cost_us / through_grpc_us:.1%}"
         lines.append(f"| {process if process != before else ''} | {part} | {cost_us:,.0f} | {share} |")
         before = process

@@ -121,7 +121,7 @@ def test_a_sample_counts_for_the_part_that_is_closest_to_the_running_line_and_th
         f"{loop} 20",
         "thread (2): stillhouse-engine;step (engine/core.py:160);choose (engine/sampler.py:50) 40",
     ]
-    found = token_path.parts_of("model", token_path.Recording(lines, {1: 1.5, 2: 9.0, 3: 8.0}))
+    found = token_path.parts_of("model", token_path.Recording(lines, {1: 1.5, 2: 9.0, 3: 8.0}, seconds=10.0))
     assert found == pytest.approx(
         {
             "ONNX Runtime, the engine's thread": 8.8,
