@@ -150,3 +150,12 @@ def test_run_directories_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.close(lock)
     assert run.stat().st_mode & 0o077 == 0
     assert run.parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_servers_threads_have_room_for_deep_json(run_directory: Path, shm_file: Path) -> None:
+    told = ["sh", "-c", 'ulimit -s > "$0/stack"; echo "$$" > "$0/child.pid"; sleep 301', "RUN"]
+    process = start(run_directory, shm_file, told)
+    assert int((run_directory / "stack").read_text()) * 1024 == guard._STACK_BYTES
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(10) == 128 + signal.SIGTERM
