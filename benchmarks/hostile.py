@@ -117,6 +117,7 @@ def _attack(sender: Sender, attack: Attack, seen: Seen, lock: threading.Lock) ->
         seen.outcomes[attack.kind, attack.door, outcome] += 1
         if outcome == "bad":
             seen.bad.append({"door": attack.door, "kind": attack.kind, "about": attack.about, "came": said})
+            print(seen.bad[-1], file=sys.stderr, flush=True)
 
 
 # The report
@@ -214,8 +215,6 @@ def main() -> int:
     options = parser.parse_args()
     report = measure(options)
     publish(report, markdown(report), options.out, [DOCS] if options.write_docs else [], BEGIN, END)
-    for bad in report["bad"]:
-        print(bad, file=sys.stderr)
     return 1 if report["bad"] or report["crashed"] or report["control"]["changed"] else 0
 
 

@@ -183,8 +183,8 @@ def _triton_deep(door: str, random: Random, model: str) -> Attack:
 
 def _triton_utf8(door: str, random: Random, model: str) -> Attack:
     bad = random.choice((*values.BROKEN_UTF8, b"\\ud800"))
-    where = random.choice(("text_input", "messages", "parameters", "outside"))
-    if where == "outside" and door == "http":
+    where = random.choice(("text_input", "messages", "parameters", *(("outside",) if door == "http" else ())))
+    if where == "outside":
         body = b'{"text_input": "Hi", ' + random.choice((b'"temperature": "' + bad + b'"}', b'"' + bad + b'": 1}'))
         return posted(f"/v2/models/{model}/generate", body, told(body), "refusal")
     prompt: dict[str, Any] = {"text_input": b"Hi " + bad if where == "text_input" else "Hi"}

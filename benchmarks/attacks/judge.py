@@ -20,7 +20,7 @@ _LONGEST = 1500  # of a message, in characters
 _REFUSING_CODES = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
 # What Triton's own HTTP and gRPC answer before any of it reaches a model: their words and statuses are theirs.
 _FRAMING = ("broken frames", "wrong paths and methods")
-_TRITONS = re.compile(r"(?:[Uu]nable|[Ff]ailed) to parse|doesn't support models with decoupled|^unexpected|^attempt to")
+_TRITONS = re.compile(r"(?:[Uu]nable|[Ff]ailed) to parse|doesn't support models with decoupled|attempt to access JSON")
 
 
 class Verdict(NamedTuple):

@@ -46,7 +46,7 @@ class Reply:
 class Sender:
     """One client, for one thread; a context manager."""
 
-    def __init__(self, targets: Targets, limit_s: float = 60.0) -> None:
+    def __init__(self, targets: Targets, limit_s: float = 40.0) -> None:
         self._targets = targets
         self._limit_s = limit_s
         self._channel = grpc.insecure_channel(targets.grpc.removeprefix("grpc://"), options=_OPTIONS)
