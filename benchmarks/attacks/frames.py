@@ -119,7 +119,7 @@ def _grpc_bytes(random: Random, model: str) -> Attack:
 
 def _http_shapes(random: Random, model: str) -> Attack:
     texts: tuple[Any, ...] = (5, None, True, [], ["a", "b"], {"a": 1}, [5], [None], 1e400)
-    ids: tuple[Any, ...] = ([], [-1], [10**6], [1.5], ["a"], [[1, 2]], [2**40], "x", {}, [None])
+    ids: tuple[Any, ...] = ([], [-1], [10**6], [1.5], ["a"], [[1, 2]], "x", {}, [None])
     flags: tuple[Any, ...] = ("maybe", [True, False], {}, [], [None], "x" * 1000)
     body: dict[str, Any] = random.choice(
         (
@@ -239,7 +239,9 @@ def _frame(door: str, random: Random, model: str) -> Attack:
         "random": random.randbytes(3000) + b"\r\n\r\n",
         "newlines": b"\r\n" * 3000,
     }
-    name = random.choice(list(frames))
+    # After a request line without a version Triton waits for more, and for a body it does so without an end.
+    waits = ("HTTP 0.9", "chunk of endless size") if door == "http" else ()
+    name = random.choice([name for name in frames if name not in waits])
     return Attack(path=path, about=name, body=frames[name], frame=True)
 
 
