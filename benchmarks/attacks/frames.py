@@ -239,8 +239,8 @@ def _frame(door: str, random: Random, model: str) -> Attack:
         "random": random.randbytes(3000) + b"\r\n\r\n",
         "newlines": b"\r\n" * 3000,
     }
-    # After a request line without a version Triton waits for more, and for a body it does so without an end.
-    waits = ("HTTP 0.9", "chunk of endless size") if door == "http" else ()
+    # For the rest of what may yet become a request Triton waits without an end.
+    waits = ("HTTP 0.9", "newlines", "chunk of endless size") if door == "http" else ()
     name = random.choice([name for name in frames if name not in waits])
     return Attack(path=path, about=name, body=frames[name], frame=True)
 

@@ -43,7 +43,7 @@ def judge(attack: Attack, reply: Reply) -> Verdict:
 def _judge(attack: Attack, reply: Reply) -> Verdict:
     if reply.fault == "left":
         return Verdict("left", "")
-    if reply.fault.startswith("closed") and attack.frame:
+    if reply.fault.startswith("closed") and (attack.frame or (attack.door == "http" and attack.kind in _FRAMING)):
         return Verdict("refusal", "the connection was closed")
     if reply.fault:
         return Verdict("bad", reply.fault)
