@@ -2,10 +2,13 @@
 
 Started by path with the standard library alone: `python guard.py RUN_DIRECTORY SHM_PREFIX GRACE_S -- COMMAND…`.
 Its standard input is a pipe from the launcher: a line `stop` drains the server, `kill` ends it at once, and the end
-of the pipe (the launcher is gone, by whatever signal) drains it too. To drain is to write RUN_DIRECTORY/drain, for the
-models' processes to refuse what is new and to cut what still runs after GRACE_S, and to send SIGTERM; who has not ended
-soon after is killed. The server dies with the guard (PDEATHSIG); the server's children, orphaned when it is killed,
-become the guard's (subreaper) and are ended by it.
+of the pipe (the launcher is gone, by whatever signal) drains it too. The server dies with the guard (PDEATHSIG); the
+server's children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
+
+To drain: at SIGTERM Triton 2.51 answers at once that it knows no such model, to clients who are to come again. So the
+models' processes are told first, by a file RUN_DIRECTORY/drain: they refuse what is new, cut what still runs after
+GRACE_S, and have a file RUN_DIRECTORY/busy-PID while something runs. When none is there, SIGTERM goes out; who has not
+ended soon after GRACE_S is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-_LAST_WORDS_S = 2.0  # from the end of the grace time to SIGKILL: the errors are sent, the models unloaded
+_HEARD_S = 0.2  # until every model has heard of the end, and has said whether it is busy
+_LAST_WORDS_S = 3.0  # from the end of the grace time to SIGKILL: the errors are sent, the models unloaded
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # Triton 2.51 parses JSON by recursion, and keeps a chunked body's pieces on the stack: at the usual 8 MiB a body of
@@ -43,7 +47,7 @@ def main(arguments: list[str]) -> int:
         arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_prepare_server
     )
     (run_directory / "server.pid").write_text(f"{server.pid}\n")
-    _attend(server, told, grace_s, run_directory / "drain")
+    _attend(server, told, grace_s, run_directory)
     _end_orphans()
     remove_shared_memory(shm_prefix)
     shutil.rmtree(run_directory, ignore_errors=True)
@@ -57,24 +61,30 @@ def remove_shared_memory(prefix: str) -> None:
             file.unlink()
 
 
-def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, drain_file: Path) -> None:
-    """Waits for the server's end; asks for it when told to, and forces it soon after `grace_s` have passed."""
-    listening, kill_at = True, float("inf")
+def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, run_directory: Path) -> None:
+    """Waits for the server's end; once told to, has it drain, asks it to end, and forces it soon after `grace_s`."""
+    listening, asked, drained_at, kill_at = True, False, float("inf"), float("inf")
     while server.poll() is None:
         if listening:
             listening = _listen(told)
         else:
             time.sleep(0.05)
-        if "kill" in told or time.monotonic() > kill_at:
+        now = time.monotonic()
+        if "kill" in told or now > kill_at:
             server.kill()
         elif told and kill_at == float("inf"):
-            cut_at = time.monotonic() + grace_s
-            with contextlib.suppress(OSError):  # a full disk: then nobody is told, and ends all the same
-                beside = drain_file.with_suffix(".new")
-                beside.write_text(f"{cut_at}\n")
-                beside.rename(drain_file)
+            _tell_models(run_directory, now + grace_s)
+            drained_at, kill_at = now + _HEARD_S, now + grace_s + _LAST_WORDS_S
+        elif not asked and now > drained_at and not any(run_directory.glob("busy-*")):
             server.terminate()
-            kill_at = cut_at + _LAST_WORDS_S
+            asked = True
+
+
+def _tell_models(run_directory: Path, cut_at: float) -> None:
+    with contextlib.suppress(OSError):  # a full disk: then nobody is told, and the server drains by itself
+        beside = run_directory / "drain.new"
+        beside.write_text(f"{cut_at}\n")
+        beside.rename(run_directory / "drain")
 
 
 def _listen(told: list[str]) -> bool:

@@ -9,7 +9,8 @@ BACKEND = "stillhouse"
 OPTIONS_VARIABLE = "STILLHOUSE_ENGINE_OPTIONS"
 
 # Launcher to backend: the path of a file that is there once the server ends. It holds the moment, on the clock of
-# time.monotonic(), at which what still runs is cut; see guard.py, which writes it.
+# time.monotonic(), at which what still runs is cut; see guard.py, which writes it, and takes it from busy-PID beside it
+# that something still runs.
 DRAIN_VARIABLE = "STILLHOUSE_DRAIN_FILE"
 DRAIN_FILE = "drain"
 
