@@ -63,19 +63,19 @@ def remove_shared_memory(prefix: str) -> None:
 
 def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, run_directory: Path) -> None:
     """Waits for the server's end; once told to, has it drain, asks it to end, and forces it soon after `grace_s`."""
-    listening, asked, drained_at, kill_at = True, False, float("inf"), float("inf")
+    listening, asked, heard_at, cut_at = True, False, float("inf"), float("inf")
     while server.poll() is None:
         if listening:
             listening = _listen(told)
         else:
             time.sleep(0.05)
         now = time.monotonic()
-        if "kill" in told or now > kill_at:
+        if "kill" in told or now > cut_at + _LAST_WORDS_S:
             server.kill()
-        elif told and kill_at == float("inf"):
-            _tell_models(run_directory, now + grace_s)
-            drained_at, kill_at = now + _HEARD_S, now + grace_s + _LAST_WORDS_S
-        elif not asked and now > drained_at and not any(run_directory.glob("busy-*")):
+        elif told and cut_at == float("inf"):
+            heard_at, cut_at = now + _HEARD_S, now + grace_s
+            _tell_models(run_directory, cut_at)
+        elif not asked and now > heard_at and (now > cut_at + 1.0 or not any(run_directory.glob("busy-*"))):
             server.terminate()
             asked = True
 
