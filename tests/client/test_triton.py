@@ -86,15 +86,18 @@ def test_models_and_ready(client: Client) -> None:
 
 
 def test_locust_measures_the_real_server(triton: Server) -> None:
+    from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.run import run_locust
 
-    result = run_locust(triton.grpc_url, MODEL, users=2, duration_s=5, max_tokens=4, metrics_url=triton.metrics_url)
+    load = Load(users=2, duration_s=5, max_tokens=4, ignore_eos=True)
+    result = run_locust(triton.grpc_url, MODEL, load, metrics_url=triton.metrics_url)
     assert result.summary.failures == {}
     assert result.summary.requests > 0
     assert result.summary.tokens_per_answer == 4
     assert result.summary.counted_by_server
     assert result.memory_bytes is not None
     assert 50e6 < result.memory_bytes < 5e9
+    assert result.queue is not None and result.queue.count > 0
 
 
 def test_the_command_prints_the_answer_alone(triton: Server) -> None:

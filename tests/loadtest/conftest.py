@@ -23,6 +23,11 @@ class SmallServer:
     process: subprocess.Popen[str]
     grpc_port: int
     http_port: int
+    openai_port: int
+
+    @property
+    def openai_host(self) -> str:
+        return f"http://127.0.0.1:{self.openai_port}"
 
     @property
     def grpc_host(self) -> str:
@@ -42,15 +47,26 @@ class SmallServer:
             self.process.kill()
 
 
-@pytest.fixture
-def server() -> Iterator[SmallServer]:
+def start_server(*arguments: str) -> SmallServer:
     """First token after 200 ms, then one every 20 ms, 11 tokens: 400 ms in all."""
     script = TESTS / "client" / "small_server.py"
-    command = [sys.executable, str(script), "--tokens", "11", "--first-s", "0.2", "--gap-s", "0.02"]
+    command = [sys.executable, str(script), "--tokens", "11", "--first-s", "0.2", "--gap-s", "0.02", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    ports = json.loads(process.stdout.readline())
-    server = SmallServer(process, ports["grpc_port"], ports["http_port"])
+    return SmallServer(process, **json.loads(process.stdout.readline()))
+
+
+@pytest.fixture
+def server() -> Iterator[SmallServer]:
+    server = start_server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def guarded_server() -> Iterator[SmallServer]:
+    """One whose OpenAI API wants the key "secret"."""
+    server = start_server("--api-key", "secret")
     yield server
     server.kill()
 

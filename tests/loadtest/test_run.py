@@ -13,8 +13,10 @@ import pytest
 
 from stillhouse.loadtest.compare import compare_models, comparison_table, precision_of
 from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.run import LoadResult, run_locust
-from stillhouse.loadtest.samples import Summary
+from stillhouse.loadtest.samples import Sample
+from stillhouse.loadtest.tally import Summary, summarize
 
 
 def test_a_comparison_has_throughput_latencies_memory_and_size(server: Any, tmp_path: Path) -> None:
@@ -38,10 +40,13 @@ def test_a_comparison_has_throughput_latencies_memory_and_size(server: Any, tmp_
     for one in compared:
         assert one.load.summary.ttft.p50_ms == pytest.approx(200, abs=100)
         assert one.load.summary.tokens_per_answer == 5
+        assert one.load.queue is not None
+        assert one.load.queue.mean_ms == pytest.approx(4)
     header, rule, fp16, int4 = comparison_table(compared).splitlines()
     assert [cell.strip() for cell in header.split("|")] == [
         "precision",
         "tokens/s",
+        "× fp16",
         "TTFT ms p50/p95",
         "between tokens ms p50/p95",
         "end to end ms p50/p95",
@@ -64,18 +69,16 @@ def test_a_result_goes_through_json_and_back() -> None:
 
 
 def summary_without_answers() -> Summary:
-    from stillhouse.loadtest.samples import Sample, summarize
-
     (summary,) = summarize([Sample("m", 0.0, 1.0, None, None, 0, False, "TimedOut")])
     return summary
 
 
 def test_what_cannot_be_tested_is_told_by_the_parent_too(server: Any) -> None:
     with pytest.raises(BadInput, match="no model 'nobody'") as caught:
-        run_locust(server.grpc_host, "nobody", duration_s=1)
+        run_locust(server.grpc_host, "nobody", Load(duration_s=1))
     assert "support-int4" in (caught.value.hint or "")
     with pytest.raises(BadInput, match="cannot reach localhost:1"):
-        run_locust("localhost:1", duration_s=1)
+        run_locust("localhost:1", "", Load(duration_s=1))
     with pytest.raises(BadInput, match="no model 'nobody'"):
         compare_models(server.grpc_host, ["support-int4", "nobody"], duration_s=1)
 
@@ -86,7 +89,7 @@ def test_the_current_folders_locust_configuration_does_not_matter(
     (tmp_path / "locust.conf").write_text("users = 9\nmodel = nobody\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCUST_USERS", "9")
-    result = run_locust(server.http_host, "support-fp16", users=2, duration_s=1)
+    result = run_locust(server.http_host, "support-fp16", Load(users=2, duration_s=1))
     assert result.users == 2
     assert result.summary.cut == 2
 

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from stillhouse.loadtest.run import LoadResult
+    from stillhouse.loadtest.timeline import Step
+
 app = typer.Typer(no_args_is_help=True)
 
-_URL = Annotated[str, typer.Argument(help="host:port or grpc://host:port for gRPC, http://host:port for HTTP.")]
-_USERS = Annotated[int, typer.Option(min=1, help="Users that ask at the same time.")]
+_URL = Annotated[
+    str, typer.Argument(help="host:port for Triton's gRPC; http://host:port for its HTTP or an OpenAI API, found out.")
+]
+_MODEL = Annotated[str, typer.Option(help="Model to ask.", show_default="the first ending in -int4")]
+_USERS = Annotated[int, typer.Option(min=1, help="Closed loop: users that ask at the same time.")]
+_RATE = Annotated[float, typer.Option(min=0, help="Open loop: requests a second, whatever the server does.")]
+_ARRIVALS = Annotated[str, typer.Option(help="Of an open loop: poisson or constant.")]
 _DURATION = Annotated[str, typer.Option(help="How long: 15s, 2m.")]
 _MAX_TOKENS = Annotated[int, typer.Option(min=1, help="Tokens of an answer.")]
-_PROMPTS = Annotated[Path | None, typer.Option(help="JSONL of prompts or messages.", show_default="our own")]
-_SEED = Annotated[int, typer.Option(help="Seed of the prompts' order.")]
-_METRICS = Annotated[str | None, typer.Option(help="The server's metrics page.", show_default="port 8002 of its host")]
+_IGNORE_EOS = Annotated[bool, typer.Option(help="Let every answer have exactly --max-tokens tokens.")]
+_PROMPTS = Annotated[
+    Path | None, typer.Option(help="JSONL of prompts or messages, ShareGPT, or a trace.", show_default="our own")
+]
+_SYNTHETIC = Annotated[str, typer.Option(help='Made-up prompts: "input=256, output=normal(64, 16)".')]
+_SYSTEM = Annotated[str, typer.Option(help="A system prompt before every prompt; @FILE reads it from a file.")]
+_SEED = Annotated[int, typer.Option(help="Seed of prompts, arrivals and sampling.")]
+_SLO = Annotated[str, typer.Option(help='Objective: "ttft_p95<200ms, itl_p95<50ms, errors<1%".')]
+_KEY = Annotated[str, typer.Option(help="Key of an OpenAI API.", envvar="OPENAI_API_KEY", show_envvar=True)]
+_PROTOCOL = Annotated[str, typer.Option(help="triton or openai.", show_default="found out from the URL")]
+_PROCESSES = Annotated[int, typer.Option(min=1, help="Processes that make the load.")]
+_METRICS = Annotated[
+    str | None, typer.Option(help="The server's metrics page.", show_default="Triton: port 8002; OpenAI API: /metrics")
+]
+_SAVE = Annotated[Path | None, typer.Option(help="Write NAME.json, NAME.csv and NAME.html.", metavar="NAME")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -30,35 +52,152 @@ def loadtest() -> None:
 @app.command()
 def run(
     url: _URL,
-    model: Annotated[str, typer.Option(help="Model to ask.", show_default="the first ending in -int4")] = "",
+    model: _MODEL = "",
     users: _USERS = 4,
-    duration: _DURATION = "15s",
+    rate: _RATE = 0.0,
+    arrivals: _ARRIVALS = "poisson",
+    duration: Annotated[
+        str | None, typer.Option(help="How long: 15s, 2m.", show_default="15s; a trace: as long as it is")
+    ] = None,
     max_tokens: _MAX_TOKENS = 64,
-    ignore_eos: Annotated[bool, typer.Option(help="Let every answer have exactly --max-tokens tokens.")] = False,
+    ignore_eos: _IGNORE_EOS = False,
+    stream: Annotated[bool, typer.Option(help="Ask for streams; else for whole answers, without TTFT.")] = True,
     prompts: _PROMPTS = None,
+    synthetic: _SYNTHETIC = "",
+    system_prompt: _SYSTEM = "",
     seed: _SEED = 0,
+    slo: _SLO = "",
+    api_key: _KEY = "",
+    protocol: _PROTOCOL = "",
+    processes: _PROCESSES = 1,
+    metrics_url: _METRICS = None,
+    save: _SAVE = None,
     json_output: _JSON = False,
 ) -> None:
     """Drive one model and print tokens/s, time to first token, time between tokens, end to end.
 
-    Example: stillhouse loadtest run localhost:8001 --model support-int4 --users 8 --duration 30s
+    Example: stillhouse loadtest run localhost:8001 --rate 4 --duration 60s --slo "ttft_p95<200ms" --save monday
+    """
+    from stillhouse.loadtest.load import Load
+    from stillhouse.loadtest.run import run_locust
+    from stillhouse.loadtest.words import duration_of
+
+    load = Load(
+        users=users,
+        rate=rate,
+        arrivals=arrivals,
+        duration_s=duration_of(duration, prompts),
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        stream=stream,
+        prompts=prompts,
+        synthetic=synthetic,
+        system_prompt=system_prompt,
+        seed=seed,
+        slo=slo,
+        protocol=protocol,
+        processes=processes,
+    )
+    _show(run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=_progress), save, json_output)
+
+
+@app.command()
+def shape(
+    stages: Annotated[str, typer.Argument(help="ramp, steps, spike, soak, or a TOML file of stages.")],
+    url: _URL,
+    model: _MODEL = "",
+    rate: Annotated[float, typer.Option(min=0, help="The level of ramp, steps, spike and soak, in requests/s.")] = 0.0,
+    arrivals: _ARRIVALS = "poisson",
+    max_tokens: _MAX_TOKENS = 64,
+    ignore_eos: _IGNORE_EOS = False,
+    prompts: _PROMPTS = None,
+    synthetic: _SYNTHETIC = "",
+    seed: _SEED = 0,
+    slo: _SLO = "",
+    api_key: _KEY = "",
+    protocol: _PROTOCOL = "",
+    metrics_url: _METRICS = None,
+    save: _SAVE = None,
+    json_output: _JSON = False,
+) -> None:
+    """Drive one model with a load that changes, and print the figures of each stage.
+
+    Example: stillhouse loadtest shape steps localhost:8001 --rate 4 --save steps
+    """
+    from stillhouse.loadtest.load import Load
+    from stillhouse.loadtest.page import samples_of, stage_steps
+    from stillhouse.loadtest.report import step_table
+    from stillhouse.loadtest.run import run_locust
+    from stillhouse.loadtest.shapes import load_shape
+
+    found = load_shape(stages, rate or None)
+    load = Load(
+        rate=rate,
+        stages=stages,
+        arrivals=arrivals,
+        duration_s=found.duration_s,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        prompts=prompts,
+        synthetic=synthetic,
+        seed=seed,
+        slo=slo,
+        protocol=protocol,
+    )
+    result = run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=_progress)
+    steps = stage_steps(samples_of(result), found)
+    _show(result, save, json_output, steps, also="" if json_output else step_table(steps))
+
+
+@app.command()
+def capacity(
+    url: _URL,
+    slo: _SLO,
+    model: _MODEL = "",
+    start: Annotated[float, typer.Option(help="The rate that the search begins with, in requests/s.")] = 1.0,
+    duration: Annotated[str, typer.Option(help="How long one rate is tried (and for 40 requests at least).")] = "20s",
+    max_tokens: _MAX_TOKENS = 64,
+    ignore_eos: _IGNORE_EOS = False,
+    prompts: _PROMPTS = None,
+    synthetic: _SYNTHETIC = "",
+    system_prompt: _SYSTEM = "",
+    seed: _SEED = 0,
+    api_key: _KEY = "",
+    protocol: _PROTOCOL = "",
+    processes: _PROCESSES = 1,
+    metrics_url: _METRICS = None,
+    save: _SAVE = None,
+    json_output: _JSON = False,
+) -> None:
+    """Find the highest rate of requests at which the server keeps an objective, and the goodput there.
+
+    Example: stillhouse loadtest capacity localhost:8001 --slo "ttft_p95<200ms, itl_p95<50ms"
     """
     import json
 
-    from stillhouse.loadtest.report import token_table
-    from stillhouse.loadtest.run import run_locust
+    from stillhouse.loadtest.capacity import capacity_table, find_capacity
+    from stillhouse.loadtest.load import Load
+    from stillhouse.loadtest.page import step_of
+    from stillhouse.loadtest.save import save_run
+    from stillhouse.loadtest.words import parse_duration_s
 
-    result = run_locust(
-        url,
-        model,
-        users=users,
+    load = Load(
         duration_s=parse_duration_s(duration),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
         prompts=prompts,
+        synthetic=synthetic,
+        system_prompt=system_prompt,
         seed=seed,
+        slo=slo,
+        protocol=protocol,
+        processes=processes,
     )
-    print(json.dumps(result.to_json(), indent=2) if json_output else token_table([result.summary]))
+    found = find_capacity(url, model, load, start=start, metrics_url=metrics_url, api_key=api_key, progress=_tell)
+    if save is not None:
+        probes = sorted(found.probes, key=lambda probe: probe.load.rate)
+        save_run(save, found.repeats[-1], [step_of(f"{p.load.rate:.2f}/s", p.summary) for p in probes], found.to_json())
+    print(json.dumps(found.to_json(), indent=2) if json_output else capacity_table(found))
 
 
 @app.command()
@@ -66,23 +205,26 @@ def compare(
     url: _URL,
     models: Annotated[str, typer.Option(help="Models, separated by commas.", show_default="all that are ready")] = "",
     users: _USERS = 4,
-    duration: _DURATION = "15s",
+    duration: Annotated[str, typer.Option(help="How long each model is driven in one round.")] = "15s",
+    rounds: Annotated[int, typer.Option(min=1, help="How often; the models take turns.")] = 1,
     max_tokens: _MAX_TOKENS = 64,
     prompts: _PROMPTS = None,
     seed: _SEED = 0,
+    api_key: _KEY = "",
     metrics_url: _METRICS = None,
     repository: Annotated[Path, typer.Option(help="The server's repository, for the sizes.")] = Path(
         "model_repository"
     ),
     json_output: _JSON = False,
 ) -> None:
-    """Drive one model after another and print precision, throughput, latencies, memory and size.
+    """Drive models in turns and print precision, throughput, ratio to FP16, latencies, memory and size.
 
-    Example: stillhouse loadtest compare localhost:8001 --models support-fp16,support-int8,support-int4
+    Example: stillhouse loadtest compare localhost:8001 --models support-fp16,support-int8,support-int4 --rounds 3
     """
     import json
 
     from stillhouse.loadtest.compare import compare_models, comparison_table
+    from stillhouse.loadtest.words import parse_duration_s
 
     compared = compare_models(
         url,
@@ -92,19 +234,71 @@ def compare(
         max_tokens=max_tokens,
         prompts=prompts,
         seed=seed,
+        rounds=rounds,
+        api_key=api_key,
         metrics_url=metrics_url,
         repository=repository,
-        progress=lambda line: typer.echo(line, err=True),
+        progress=_tell,
     )
     print(json.dumps([c.to_json() for c in compared], indent=2) if json_output else comparison_table(compared))
 
 
-def parse_duration_s(text: str) -> float:
-    """Seconds in "15", "15s", "2m" or "1h". Raises BadInput."""
-    from stillhouse.loadtest.errors import BadInput
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="JSON of loadtest run --save: before.")],
+    b: Annotated[Path, typer.Argument(help="JSON of loadtest run --save: after.")],
+    fail_over: Annotated[str, typer.Option(help="Exit 1 where B is worse by more than this, and not by chance.")] = "",
+    json_output: _JSON = False,
+) -> None:
+    """Show what changed between two runs, with bootstrap intervals.
 
-    units = {"s": 1, "m": 60, "h": 3600}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    if not number.isdecimal() or int(number) < 1:
-        raise BadInput(f"a duration is a whole number of s, m or h, got {text!r}", hint="for example 15s or 2m")
-    return float(int(number) * unit)
+    Example: stillhouse loadtest diff monday.json tuesday.json --fail-over 10%
+    """
+    import json
+
+    from stillhouse.loadtest.diff import changes, diff_table, read_samples, worse
+    from stillhouse.loadtest.errors import Missed
+    from stillhouse.loadtest.words import parse_share
+
+    share = parse_share(fail_over) if fail_over else None
+    found = changes(read_samples(a), read_samples(b))
+    print(json.dumps([one.to_json() for one in found], indent=2) if json_output else diff_table(found))
+    if share is not None and (beyond := worse(found, share)):
+        named = ", ".join(f"{one.metric} {one.ratio:.2f}" for one in beyond)
+        raise Missed(f"worse by more than {fail_over}: {named} (B / A)")
+
+
+def _show(
+    result: LoadResult, save: Path | None, json_output: bool, steps: list[Step] | None = None, also: str = ""
+) -> None:
+    import json
+
+    from stillhouse.loadtest.errors import RunFailed
+    from stillhouse.loadtest.report import token_table
+    from stillhouse.loadtest.save import save_run
+
+    if sys.stderr.isatty():
+        _tell("")  # below the progress
+    if save is not None:
+        save_run(save, result, steps or [])
+    print(json.dumps(result.to_json(), indent=2) if json_output else token_table([result.summary]))
+    if also:
+        print(also)
+    if not json_output and result.queue is not None and result.queue.count > 0:
+        print(
+            f"queue time on the server: mean {result.queue.mean_ms:.1f} ms, p95 {result.queue.percentile_ms(95):.1f} ms"
+        )
+    for problem in result.problems:
+        _tell(f"INVALID: the load generator could not keep up: {problem}")
+    if result.ended_early:
+        raise RunFailed(result.ended_early, hint="the figures above are of what came before")
+
+
+def _progress(line: str) -> None:
+    """One line that is written over again and again, where a person looks at it."""
+    if sys.stderr.isatty():
+        typer.echo(f"\r{line}\x1b[K", err=True, nl=False)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)

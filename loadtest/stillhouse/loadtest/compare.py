@@ -1,31 +1,45 @@
-"""The same load on one model after another, and the table that comes of it."""
+"""The same load on several models, in turns, and the table that comes of it."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.client import Client, ModelEntry
-from stillhouse.loadtest.errors import BadInput
-from stillhouse.loadtest.memory import version_size_bytes
+from stillhouse.loadtest.errors import BadInput, RunFailed
+from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.report import align, number
-from stillhouse.loadtest.run import LoadResult, run_locust
+from stillhouse.loadtest.run import LoadResult, merged, run_locust
+from stillhouse.loadtest.server_metrics import version_size_bytes
+from stillhouse.loadtest.target import OPENAI, Target, find_protocol, open_target
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One line of the table."""
+    """One line of the table: `load` is all rounds together."""
 
     precision: str  # or the model's name, where it ends in none
     load: LoadResult
     size_bytes: int | None
+    rounds: tuple[LoadResult, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> list[float]:
+        """Of each round."""
+        return [one.summary.tokens_per_s for one in self.rounds or (self.load,)]
 
     def to_json(self) -> dict[str, Any]:
-        return {"precision": self.precision, "size_bytes": self.size_bytes, **self.load.to_json()}
+        return {
+            "precision": self.precision,
+            "size_bytes": self.size_bytes,
+            "tokens_per_s_of_rounds": self.tokens_per_s,
+            **self.load.to_json(),
+        }
 
 
 def precision_of(model: str) -> str:
@@ -42,77 +56,122 @@ def compare_models(
     max_tokens: int = 64,
     prompts: Path | None = None,
     seed: int = 0,
+    rounds: int = 1,
+    protocol: str = "",
+    api_key: str = "",
     metrics_url: str | None = None,
     repository: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Compared]:
-    """Drives the models (all that are ready, where none is named) one after the other, `duration_s` each.
+    """Drives the models (all that are ready, where none is named) in turns: `rounds` times each, `duration_s` a time.
 
-    Answers have `max_tokens` tokens each, greedily, from the same prompts in the same order. `repository` is the
-    server's, where it is on this machine, for the sizes. Raises ClientError or LoadtestError.
+    Taking turns lets what the machine does meanwhile fall on all of them alike. Answers have `max_tokens` tokens each,
+    greedily, from the same prompts in the same order. `repository` is the server's, where it is on this machine, for
+    the sizes. Raises ClientError or LoadtestError.
     """
-    with Client(url) as client:
-        versions = _ready_versions(client.models())
-        missing = [model for model in models if model not in versions]
-        if missing:
-            raise BadInput(f"no model {missing[0]!r} on {client.address.authority}", hint=_ready_hint(versions))
-        chosen = list(models) or sorted(versions, key=_place)
-        if not chosen:
-            raise BadInput(f"{client.address.authority} has no model that is ready", hint="look at the server's log")
-        compared = []
+    protocol = protocol or find_protocol(url)
+    load = Load(
+        users=users,
+        duration_s=duration_s,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        prompts=prompts,
+        seed=seed,
+        protocol=protocol,
+    )
+    target = open_target(url, protocol, api_key=api_key)
+    try:
+        chosen = _choose(target, models)
+        versions = {} if protocol == OPENAI else _ready_versions(url)
+        for model in chosen:
+            # The first request of a process pays for what is done once; no user should.
+            _warm_up(target, model, chat=protocol == OPENAI)
+    finally:
+        target.close()
+    results: dict[str, list[LoadResult]] = {model: [] for model in chosen}
+    for turn in range(rounds):
         for model in chosen:
             if progress:
-                progress(f"{model}: {users} users, {duration_s:g} s")
-            # The first request of a process pays for what is done once; no user should.
-            client.generate(model, "Hello", max_tokens=8, temperature=0.0)
-            load = run_locust(
-                url,
-                model,
-                users=users,
-                duration_s=duration_s,
-                max_tokens=max_tokens,
-                prompts=prompts,
-                seed=seed,
-                metrics_url=metrics_url,
-            )
-            size_bytes = version_size_bytes(repository, model, versions[model]) if repository else None
-            compared.append(Compared(precision_of(model), load, size_bytes))
-    return compared
+                which = f", round {turn + 1} of {rounds}" if rounds > 1 else ""
+                progress(f"{model}: {users} users, {duration_s:g} s{which}")
+            result = run_locust(url, model, replace(load, seed=seed + turn), metrics_url=metrics_url, api_key=api_key)
+            if result.ended_early:
+                raise RunFailed(result.ended_early)
+            results[model].append(result)
+    return [
+        Compared(
+            precision_of(model),
+            merged(results[model]),
+            version_size_bytes(repository, model, versions.get(model, "")) if repository else None,
+            tuple(results[model]),
+        )
+        for model in chosen
+    ]
 
 
 def comparison_table(compared: Sequence[Compared]) -> str:
-    """precision | throughput | latencies p50/p95 | memory | size; a GB is 10^9 bytes."""
+    """precision | throughput | ratio to FP16 | latencies p50/p95 | memory | size; a GB is 10^9 bytes.
+
+    After several rounds, the throughput's is the median round's, and beside it half the distance between the lowest
+    and the highest.
+    """
     latencies = ("TTFT", "between tokens", "end to end")
-    header = ["precision", "tokens/s", *(f"{name} ms p50/p95" for name in latencies), "memory GB", "size GB"]
+    several = any(len(one.rounds) > 1 for one in compared)
+    reference = next((one for one in compared if one.precision == "fp16"), None) if len(compared) > 1 else None
+    header = ["precision", "tokens/s", *(["±"] if several else []), *(["× fp16"] if reference else [])]
+    header += [*(f"{name} ms p50/p95" for name in latencies), "memory GB", "size GB"]
     rows = []
     for one in compared:
+        rates = one.tokens_per_s
+        row = [one.precision, number(statistics.median(rates), 1)]
+        row += [number((max(rates) - min(rates)) / 2, 1)] if several else []
+        row += [_ratio(one, reference)] if reference else []
         s = one.load.summary
-        row = [one.precision, number(s.tokens_per_s, 1)]
         row += [
             f"{number(spread.p50_ms, digits)} / {number(spread.p95_ms, digits)}"
             for spread, digits in ((s.ttft, 0), (s.itl, 1), (s.e2e, 0))
         ]
         rows.append([*row, _gigabytes(one.load.memory_bytes), _gigabytes(one.size_bytes)])
     lines = [align(header, rows)]
-    lines += [
-        f"{one.precision}: {sum(one.load.summary.failures.values())} requests failed"
-        for one in compared
-        if one.load.summary.failures
-    ]
+    for one in compared:
+        failed = sum(one.load.summary.failures.values())
+        lines += [f"{one.precision}: {failed} requests failed"] if failed else []
+        problems = dict.fromkeys(problem for run in one.rounds for problem in run.problems)
+        lines += [f"{one.precision}: INVALID, the load generator could not keep up: {problem}" for problem in problems]
     return "\n".join(lines)
 
 
-def _ready_versions(entries: Sequence[ModelEntry]) -> dict[str, str]:
+def _ratio(one: Compared, reference: Compared) -> str:
+    """The median over rounds of the throughput's ratio to the reference's in the same round."""
+    pairs = zip(one.tokens_per_s, reference.tokens_per_s, strict=True)
+    return number(statistics.median(own / its if its else float("nan") for own, its in pairs), 2)
+
+
+def _warm_up(target: Target, model: str, *, chat: bool) -> None:
+    prompt = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+    for _ in target.ask(model, "", prompt, {"max_tokens": 8, "temperature": 0.0}, stream=True):
+        pass
+
+
+def _choose(target: Target, models: Sequence[str]) -> list[str]:
+    ready = target.models()
+    missing = [model for model in models if model not in ready]
+    if missing:
+        raise BadInput(f"no model {missing[0]!r} on this server", hint=f"ready there: {', '.join(ready) or 'none'}")
+    if not ready:
+        raise BadInput("the server has no model that is ready", hint="look at its log")
+    return list(models) or sorted(ready, key=_place)
+
+
+def _ready_versions(url: str) -> dict[str, str]:
     """The highest ready version of each model: the one that requests without a version go to."""
     versions: dict[str, str] = {}
+    with Client(url) as client:
+        entries: Sequence[ModelEntry] = client.models()
     for entry in entries:
         if entry.ready and int(entry.version or 0) >= int(versions.get(entry.name) or 0):
             versions[entry.name] = entry.version
     return versions
-
-
-def _ready_hint(versions: dict[str, str]) -> str:
-    return f"ready there: {', '.join(sorted(versions)) or 'none'}"
 
 
 def _place(model: str) -> tuple[str, int]:

@@ -2,10 +2,18 @@
 
 LoadtestError           anything a person can do something about; `hint` says what
 ├── BadInput            a prompt file, an option or a model that cannot be used
-└── RunFailed           Locust ended without a result
+├── RunFailed           Locust ended without a result, or the server died during the run
+└── Missed              the figures are not what was asked for (an objective, a comparison)
+
+What a request may fail with is a ClientError of stillhouse.client, and one more:
+
+RequestRejected
+└── WrongContent        what came back is not what was asked for: another protocol, no token, too many
 """
 
 from __future__ import annotations
+
+from stillhouse.client import RequestRejected
 
 
 class LoadtestError(Exception):
@@ -21,4 +29,12 @@ class BadInput(LoadtestError):
 
 
 class RunFailed(LoadtestError):
-    """Locust ended without a result."""
+    """Locust ended without a result, or the server died during the run."""
+
+
+class Missed(LoadtestError):
+    """The figures are not what was asked for."""
+
+
+class WrongContent(RequestRejected):
+    """What came back is not what was asked for."""

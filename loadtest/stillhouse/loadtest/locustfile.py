@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from stillhouse.loadtest.users import TritonUser
+from stillhouse.loadtest.users import LlmUser, OpenAiUser, TritonUser
 
-__all__ = ["TritonUser"]
+__all__ = ["LlmUser", "OpenAiUser", "TritonUser"]

@@ -1,16 +1,24 @@
-"""The prompts that users send: a JSONL file's, or a small set of our own."""
+"""What users send, as data: a file of prompts, a trace with arrival times, made-up lengths, or a small set of our own.
+
+A file is JSONL with a line `{"prompt": …}` or `{"messages": […]}` each, or ShareGPT's layout (a JSON list, or JSONL, of
+`{"conversations": [{"from": "human", "value": …}, …]}`, of which the first question is asked). A line may say more:
+`"max_tokens"`, and `"at_s"`, its arrival in seconds from the start; where the lines have it, the file is a trace.
+A line `{"timestamp": ms, "input_length": n, "output_length": m}` (Mooncake's traces) is one with a made-up text.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.synthetic import Synthetic, words
 
-# The arguments of Client.stream that differ from request to request: {"prompt": …} or {"messages": […]}.
+# The arguments of a request that differ from one to another: "prompt" or "messages", and perhaps "max_tokens".
 Prompt = dict[str, Any]
 
 _FORM = 'every line is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
@@ -35,20 +43,31 @@ DEFAULT_PROMPTS: tuple[Prompt, ...] = tuple(
 )
 
 
+@dataclass(frozen=True)
+class Workload:
+    """The prompts; of a trace also when each is sent, in seconds from the start."""
+
+    prompts: list[Prompt]
+    times_s: list[float] | None = None
+
+
+def load_workload(
+    path: Path | None, synthetic: Synthetic | None = None, system_prompt: str = "", seed: int = 0, size: int = 256
+) -> Workload:
+    """The prompts of a file, or `size` made-up ones, or the default ones. Raises BadInput naming the file and line."""
+    if path is not None and synthetic is not None:
+        raise BadInput("prompts come from a file or are made up, not both", hint="leave out --prompts or --synthetic")
+    workload = Workload(load_prompts(path)) if path is None else _read_file(path, seed)
+    if synthetic is not None:
+        workload = Workload(synthetic.prompts(size, seed))
+    if system_prompt:
+        return Workload([_with_system(prompt, system_prompt) for prompt in workload.prompts], workload.times_s)
+    return workload
+
+
 def load_prompts(path: Path | None) -> list[Prompt]:
-    """The prompts of a JSONL file, or the default ones. Raises BadInput naming the file and line."""
-    if path is None:
-        return list(DEFAULT_PROMPTS)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise BadInput(f"cannot read the prompt file {path}: {error.strerror}", hint=_FORM) from None
-    except UnicodeDecodeError:
-        raise BadInput(f"the prompt file {path} is not UTF-8 text", hint=_FORM) from None
-    prompts = [_read_line(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise BadInput(f"the prompt file {path} holds no prompt", hint=_FORM)
-    return prompts
+    """The prompts of a file, or the default ones. Raises BadInput naming the file and line."""
+    return list(DEFAULT_PROMPTS) if path is None else _read_file(path, 0).prompts
 
 
 def shuffled(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
@@ -58,15 +77,82 @@ def shuffled(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     return order
 
 
-def _read_line(line: str, where: str) -> Prompt:
+def _read_file(path: Path, seed: int) -> Workload:
     try:
-        value = json.loads(line)
-    except ValueError:
-        raise BadInput(f"{where}: not JSON: {line[:60]!r}", hint=_FORM) from None
-    if isinstance(value, dict):
-        prompt, messages = value.get("prompt"), value.get("messages")
-        if isinstance(prompt, str) and prompt and messages is None:
-            return {"prompt": prompt}
-        if isinstance(messages, list) and messages and prompt is None:
-            return {"messages": messages}
-    raise BadInput(f"{where}: neither a prompt nor messages: {line[:60]!r}", hint=_FORM)
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read the prompt file {path}: {error.strerror}", hint=_FORM) from None
+    except UnicodeDecodeError:
+        raise BadInput(f"the prompt file {path} is not UTF-8 text", hint=_FORM) from None
+    chance = random.Random(seed)
+    entries = [_read_entry(value, where, chance) for value, where in _values(text, path)]
+    if not entries:
+        raise BadInput(f"the prompt file {path} holds no prompt", hint=_FORM)
+    times_s = [at_s for _, at_s in entries if at_s is not None]
+    if not times_s:
+        return Workload([prompt for prompt, _ in entries])
+    if len(times_s) < len(entries):
+        raise BadInput(
+            f"{path}: only {len(times_s)} of {len(entries)} lines have an arrival time", hint="give all or none at_s"
+        )
+    entries.sort(key=lambda entry: entry[1] or 0.0)
+    return Workload([prompt for prompt, _ in entries], [at_s - min(times_s) for at_s in sorted(times_s)])
+
+
+def _values(text: str, path: Path) -> list[tuple[Any, str]]:
+    """The entries of a JSON list or of JSONL, and where each stands."""
+    if text.lstrip().startswith("["):
+        try:
+            listed = json.loads(text)
+        except ValueError:
+            listed = None  # perhaps JSONL after all, and then its bad line is named
+        if isinstance(listed, list):
+            return [(value, f"{path}, entry {n}") for n, value in enumerate(listed, start=1)]
+    values = []
+    for n, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                values.append((json.loads(line), f"{path}, line {n}"))
+            except ValueError:
+                raise BadInput(f"{path}, line {n}: not JSON: {line[:60]!r}", hint=_FORM) from None
+    return values
+
+
+def _read_entry(value: Any, where: str, chance: random.Random) -> tuple[Prompt, float | None]:
+    prompt = _read_prompt(value, chance) if isinstance(value, dict) else None
+    if prompt is None:
+        raise BadInput(f"{where}: neither a prompt nor messages: {json.dumps(value)[:60]!r}", hint=_FORM)
+    limit = value.get("max_tokens", value.get("output_length"))
+    if limit is not None:
+        if not isinstance(limit, int) or limit < 1:
+            raise BadInput(f"{where}: max_tokens is a whole number from 1, got {limit!r}", hint=_FORM)
+        prompt["max_tokens"] = limit
+    at = value.get("at_s", value["timestamp"] / 1e3 if isinstance(value.get("timestamp"), (int, float)) else None)
+    if at is not None and not (isinstance(at, (int, float)) and at >= 0):
+        raise BadInput(f"{where}: at_s is seconds from the start, got {at!r}", hint=_FORM)
+    return prompt, at
+
+
+def _read_prompt(value: dict[str, Any], chance: random.Random) -> Prompt | None:
+    text, messages = value.get("prompt"), value.get("messages")
+    if isinstance(text, str) and text and messages is None:
+        return {"prompt": text}
+    if isinstance(messages, list) and messages and text is None:
+        return {"messages": messages}
+    turns = value.get("conversations")
+    if isinstance(turns, list):
+        asked = [
+            turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") in ("human", "user")
+        ]
+        if asked and isinstance(asked[0], str) and asked[0]:
+            return {"messages": [{"role": "user", "content": asked[0]}]}
+    length = value.get("input_length")
+    if isinstance(length, int) and length > 0:
+        return {"messages": [{"role": "user", "content": words(length, chance)}]}
+    return None
+
+
+def _with_system(prompt: Prompt, system_prompt: str) -> Prompt:
+    if "prompt" in prompt:
+        return {**prompt, "prompt": f"{system_prompt}\n\n{prompt['prompt']}"}
+    return {**prompt, "messages": [{"role": "system", "content": system_prompt}, *prompt["messages"]]}

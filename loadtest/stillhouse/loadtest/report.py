@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stillhouse.loadtest.samples import Summary
+from stillhouse.loadtest.tally import Summary, Verdict
+from stillhouse.loadtest.timeline import Step
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,7 +30,7 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, digits: int = 0) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def token_table(summaries: Sequence[Summary]) -> str:
@@ -49,9 +50,33 @@ def token_table(summaries: Sequence[Summary]) -> str:
         for s in summaries
         if s.failures
     ]
+    lines += [line for s in summaries for line in _more(s)]
     if any(not s.counted_by_server for s in summaries):
         lines.append("this server does not count tokens: every response is counted as one")
     return "\n".join(lines)
+
+
+def step_table(steps: Sequence[Step]) -> str:
+    """load | throughput | latencies, a row a stage."""
+    rows = [[s.label, number(s.tokens_per_s, 1), number(s.ttft_p95_ms, 1), number(s.itl_p95_ms, 1)] for s in steps]
+    return align(["load", "tokens/s", "TTFT p95 ms", "ITL p95 ms"], rows)
+
+
+def _more(summary: Summary) -> list[str]:
+    """What not every run has: thoughts before the answer, an objective."""
+    lines = []
+    answer = summary.answer
+    if answer.p50_ms > summary.ttft.p50_ms:
+        lines.append(f"{summary.model}: first answer token p50 {answer.p50_ms:.1f} ms, p95 {answer.p95_ms:.1f} ms")
+    if summary.verdicts:
+        said = ", ".join(f"{v.limit} {'met' if v.met else 'MISSED'} ({_valued(v)})" for v in summary.verdicts)
+        lines.append(f"{summary.model}: {said}; goodput {number(summary.goodput_per_s or 0.0, 2)} requests/s")
+    return lines
+
+
+def _valued(verdict: Verdict) -> str:
+    unit = "%" if verdict.limit.startswith("errors") else " ms"
+    return f"{verdict.value:.1f}{unit}" if math.isfinite(verdict.value) else "some never came"
 
 
 def write_csv(path: Path, summaries: Sequence[Summary]) -> None:
@@ -73,8 +98,12 @@ def _flat(summary: Summary) -> dict[str, Any]:
     for name, value in asdict(summary).items():
         if name == "failures":
             row["failures"] = sum(value.values())
+        elif name == "verdicts":
+            row["slo_met"] = "" if not value else summary.slo_met
         elif isinstance(value, dict):
             row |= {f"{name}_{key}": "" if math.isnan(v) else round(v, 3) for key, v in value.items()}
+        elif value is None:
+            row[name] = ""
         else:
             row[name] = round(value, 3) if isinstance(value, float) else value
     return row

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.client import ClientError
 from stillhouse.client.address import parse_url
 from stillhouse.loadtest.errors import BadInput, RunFailed
-from stillhouse.loadtest.memory import read_memory_bytes
-from stillhouse.loadtest.samples import Summary
+from stillhouse.loadtest.load import Load, environment_facts, locust_arguments
+from stillhouse.loadtest.server_metrics import QueueTime, gauge_of, queue_of, read_page
+from stillhouse.loadtest.tally import Summary, Tally, without_nan
+from stillhouse.loadtest.target import choose_model, find_protocol, open_target
 
-_LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _START_AND_END_S = 60.0  # what Locust may need beyond the run itself
+_ASK_S = 1.0  # how often the server's metrics and Locust's progress are read
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -30,89 +36,187 @@ class LoadResult:
     users: int
     summary: Summary
     memory_bytes: int | None  # the largest that the server reported; None where it reports none
+    queue: QueueTime | None = None  # the server's own, of the requests during the run
+    load: Load = field(default_factory=Load)
+    host: str = ""
+    details: dict[str, Any] = field(default_factory=dict)  # what Locust's process wrote: curves, client, samples
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the figures cannot be believed; empty where they can."""
+        return list(self.details.get("client", {}).get("problems", []))
+
+    @property
+    def ended_early(self) -> str:
+        return str(self.details.get("ended_early", ""))
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "users": self.users,
+        queue = self.queue
+        server = {
             "memory_bytes": self.memory_bytes,
-            "summary": self.summary.to_json(),
+            "queue_mean_ms": queue.mean_ms if queue else None,
+            "queue_p95_ms": queue.percentile_ms(95) if queue else None,
         }
+        value: dict[str, Any] = without_nan(
+            {
+                "model": self.model,
+                "users": self.users,
+                "memory_bytes": self.memory_bytes,
+                "summary": self.summary.to_json(),
+                "server": server,
+                "settings": {"host": self.host, **self.load.to_json()},
+                "environment": environment_facts(),
+                **{name: value for name, value in self.details.items() if name != "summaries"},
+            }
+        )
+        return value
 
 
-def default_metrics_url(host: str) -> str:
-    """The metrics page of a Triton server at its default port, on the host that is asked."""
-    return f"http://{parse_url(host).host}:8002/metrics"
+def default_metrics_url(host: str, protocol: str = "") -> str:
+    """The metrics page of Triton at its default port; of an OpenAI API at /metrics beside its /v1."""
+    address = parse_url(host)
+    if protocol == "openai" or (not address.is_grpc and address.path.endswith("/v1")):
+        return address.base_url.removesuffix("/v1") + "/metrics"
+    return f"http://{address.host}:8002/metrics"
 
 
 def run_locust(
     host: str,
     model: str = "",
+    load: Load | None = None,
     *,
-    users: int = 4,
-    duration_s: float = 15.0,
-    max_tokens: int = 64,
-    ignore_eos: bool = True,
-    prompts: Path | None = None,
-    seed: int = 0,
     metrics_url: str | None = None,
+    api_key: str = "",
+    progress: Progress | None = None,
 ) -> LoadResult:
-    """Drives `model` at `host` with `users` users for `duration_s` (whole seconds), each asking as soon as it can.
+    """Drives `model` (the server's int4 where it is empty) at `host` as `load` says.
 
-    With `ignore_eos` every answer has `max_tokens` tokens, so that runs compare. Without `model` the server's int4 is
-    asked. Raises BadInput where it cannot be tested at all, RunFailed where Locust gave no result.
+    A server that goes away ends the run; what came before is in the result, and why in its `ended_early`. Raises
+    BadInput where it cannot be tested at all, RunFailed where Locust gave no result.
     """
-    if users < 1 or duration_s < 1:
-        raise BadInput(f"a run has 1 user and 1 second at least, got {users} users and {duration_s:g} s")
-    with tempfile.TemporaryDirectory(prefix="stillhouse-loadtest-") as folder:
-        result_path = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), "--headless", "--only-summary"]
-        command += ["--host", host, "--users", str(users), "--spawn-rate", str(users)]
-        command += ["--run-time", f"{math.ceil(duration_s)}s", "--loglevel", "WARNING", "--result", str(result_path)]
-        command += ["--model", model, "--max-tokens", str(max_tokens), "--seed", str(seed)]
-        command += ["--prompts", str(prompts.resolve()) if prompts else ""]
-        command += ["--ignore-eos"] if ignore_eos else []
-        log_path = Path(folder) / "log.txt"
-        memory_bytes = _run(command, log_path, duration_s, metrics_url or default_metrics_url(host), model)
-        result = _read_result(result_path, log_path)
-    summaries = [Summary.from_json(value) for value in result["summaries"]]
-    if len(summaries) != 1:
-        raise RunFailed(f"a run measures one model, got {len(summaries)}")
-    return LoadResult(summaries[0].model, users, summaries[0], memory_bytes)
+    load = (load or Load()).checked()
+    load, model = _ask_first(host, model, load, api_key)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-loadtest-") as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "locust", *locust_arguments(host, model, load, folder)]
+        watch = _Watch(metrics_url or default_metrics_url(host, load.protocol), model, folder, load, progress)
+        _run(command, folder, load, api_key, watch)
+        result = _read_result(folder)
+    tallies = [Tally.from_json(value) for value in result.pop("tallies")]
+    if len(tallies) != 1:
+        raise RunFailed(f"a run measures one model, got {len(tallies)}", hint=result.get("ended_early") or None)
+    summary = Summary.from_json(result["summaries"][0])
+    result["tally"] = tallies[0].to_json()
+    return LoadResult(summary.model, load.users, summary, watch.memory_bytes, watch.queue, load, host, result)
 
 
-def _run(command: list[str], log_path: Path, duration_s: float, metrics_url: str, model: str) -> int | None:
-    """Runs Locust to its end; returns the largest memory that the server reported meanwhile."""
+def _ask_first(host: str, model: str, load: Load, api_key: str) -> tuple[Load, str]:
+    """Finds out protocol and model, so that what cannot be tested is known before a process is started."""
+    try:
+        protocol = load.protocol or find_protocol(host)
+        target = open_target(host, protocol, api_key=api_key or os.environ.get("OPENAI_API_KEY", ""))
+        try:
+            return replace(load, protocol=protocol), choose_model(target, model)
+        finally:
+            target.close()
+    except ClientError as error:
+        raise BadInput(str(error), hint=error.hint) from None
+
+
+def merged(results: Sequence[LoadResult]) -> LoadResult:
+    """Several runs of the same load as one: latencies over all requests, rates over the time of the runs alone."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    tally = Tally.from_json(first.details["tally"])
+    for result in results[1:]:
+        tally.merge(Tally.from_json(result.details["tally"]))
+    duration_s = sum(result.summary.duration_s for result in results)
+    summary = replace(
+        tally.summary(),
+        duration_s=duration_s,
+        tokens_per_s=tally.tokens / duration_s if duration_s else 0.0,
+        requests_per_s=tally.requests / duration_s if duration_s else 0.0,
+    )
+    memory_bytes = max((result.memory_bytes for result in results if result.memory_bytes is not None), default=None)
+    return replace(first, summary=summary, memory_bytes=memory_bytes, details={"tally": tally.to_json()})
+
+
+class _Watch:
+    """Reads the server's metrics page and Locust's progress while the run goes on."""
+
+    def __init__(self, metrics_url: str, model: str, folder: Path, load: Load, progress: Progress | None) -> None:
+        self.memory_bytes: int | None = None
+        self.queue: QueueTime | None = None
+        self._before: QueueTime | None = None
+        self._metrics_url, self._model, self._folder, self._load, self._progress = (
+            metrics_url,
+            model,
+            folder,
+            load,
+            progress,
+        )
+
+    def look(self) -> None:
+        page = read_page(self._metrics_url)
+        if page is not None:
+            now_bytes, queue = gauge_of(page, self._model), queue_of(page, self._model)
+            self.memory_bytes = max(filter(None, (self.memory_bytes, now_bytes)), default=None)
+            if queue is not None and self._before is None:
+                self._before = queue
+            elif queue is not None and self._before is not None:
+                self.queue = queue.since(self._before)
+        if self._progress:
+            try:
+                told = json.loads((self._folder / "progress.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return  # not begun yet, or half written
+            self._progress(
+                f"  {told['elapsed_s']:.0f} of {self._load.duration_s:.0f} s: {told['answers']} answers, "
+                f"{told['failed']} failed, {told['tokens']} tokens"
+            )
+
+
+def _run(command: list[str], folder: Path, load: Load, api_key: str, watch: _Watch) -> None:
+    """Runs Locust to its end; an interrupt ends the test, and its figures are kept."""
     # Neither a locust.conf of the current folder nor Locust's variables shall change the run.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST")}
-    memory_bytes: int | None = None
-    with log_path.open("wb") as log:
+    if api_key:
+        environment["OPENAI_API_KEY"] = api_key  # not an argument: those can be read by every user of the machine
+    with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=log_path.parent, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment
         )
-    ends_s = time.monotonic() + duration_s + _START_AND_END_S
+    ends_s = time.monotonic() + load.duration_s + load.drain_s + _START_AND_END_S
     try:
-        while process.poll() is None:
-            now_bytes = read_memory_bytes(metrics_url, model)
-            memory_bytes = max(filter(None, (memory_bytes, now_bytes)), default=None)
-            if time.monotonic() > ends_s:
-                raise RunFailed(f"Locust did not end within {_START_AND_END_S:g} s after its run time")
-            try:
-                process.wait(timeout=1.0)
-            except subprocess.TimeoutExpired:
-                continue
+        try:
+            _wait(process, watch, ends_s)
+        except KeyboardInterrupt:
+            # The terminal has told Locust too: it ends its test and writes what came.
+            _wait(process, watch, time.monotonic() + 15.0)
+        watch.look()
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-    return memory_bytes
 
 
-def _read_result(result_path: Path, log_path: Path) -> dict[str, Any]:
-    if not result_path.exists():
-        lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RunFailed(f"Locust gave no result: {lines[-1] if lines else 'it said nothing'}")
-    result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+def _wait(process: subprocess.Popen[bytes], watch: _Watch, ends_s: float) -> None:
+    while process.poll() is None:
+        watch.look()
+        if time.monotonic() > ends_s:
+            raise RunFailed(f"Locust did not end within {_START_AND_END_S:g} s after its run time")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_ASK_S)
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    path = folder / "result.json"
+    if not path.exists():
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        raise RunFailed(f"Locust gave no result: {said.removeprefix('error: ') or 'it said nothing'}")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "error" in result:
         raise BadInput(result["error"], hint=result["hint"])
     return result

@@ -1,0 +1,165 @@
+"""The highest rate of requests at which a server still keeps an objective, found by search.
+
+The rate is doubled until the objective is missed (or halved until it is met), then the gap between the highest rate
+that met it and the lowest that missed it is halved on a logarithmic scale until they are 10 % apart. The end point is
+repeated; where a repeat misses, it is lowered by 10 % and repeated again. Every probe is an open loop with Poisson
+arrivals: a closed loop would slow down with the server and hide that it is too slow.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stillhouse.loadtest.errors import BadInput, Missed, RunFailed
+from stillhouse.loadtest.load import Load
+from stillhouse.loadtest.report import align, number
+from stillhouse.loadtest.run import LoadResult, run_locust
+from stillhouse.loadtest.slo import parse_slo
+
+PRECISION = 1.1  # the search ends when the rates on both sides are this close
+REPEATS = 2
+_LOWEST = 0.05  # requests a second
+_LEAST_REQUESTS = 40  # a probe asks so many at least, or its 95th percentile says nothing
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The end point of a search, and everything that was tried on the way."""
+
+    rate: float  # requests a second
+    goodput_per_s: float  # the median of the repeats there
+    tokens_per_s: float
+    repeats: tuple[LoadResult, ...]
+    probes: tuple[LoadResult, ...]  # in the order they were made
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rate": self.rate,
+            "goodput_per_s": self.goodput_per_s,
+            "tokens_per_s": self.tokens_per_s,
+            "repeats": [repeat.to_json() for repeat in self.repeats],
+            "probes": [_probe_json(probe) for probe in self.probes],
+        }
+
+
+Probe = Callable[[float], LoadResult]
+
+
+def find_capacity(
+    url: str,
+    model: str,
+    load: Load,
+    *,
+    start: float = 1.0,
+    metrics_url: str | None = None,
+    api_key: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> Capacity:
+    """Searches from `start` requests a second. Raises BadInput without an objective, Missed where no rate meets it."""
+    if parse_slo(load.slo) is None:
+        raise BadInput("a capacity is of an objective", hint='for example --slo "ttft_p95<200ms, itl_p95<50ms"')
+    if not start > 0:
+        raise BadInput(f"the search starts at a rate above 0, got {start:g}")
+
+    def probe(rate: float) -> LoadResult:
+        duration_s = max(load.duration_s, _LEAST_REQUESTS / rate)
+        result = run_locust(
+            url, model, replace(load, rate=rate, duration_s=duration_s), metrics_url=metrics_url, api_key=api_key
+        )
+        if result.ended_early:
+            raise RunFailed(result.ended_early, hint=f"it was at {rate:.3g} requests/s")
+        if progress:
+            progress(_said(rate, result))
+        return result
+
+    return search(probe, start)
+
+
+def search(probe: Probe, start: float) -> Capacity:
+    """The search itself, over anything that measures a rate."""
+    probes: list[LoadResult] = []
+
+    def holds(rate: float) -> bool:
+        result = probe(rate)
+        probes.append(result)
+        if result.problems and result.summary.slo_met is False:
+            # Whose fault it was cannot be told.
+            hint = "start it on a faster or quieter machine, or with --processes"
+            raise RunFailed(
+                f"the load generator cannot keep up at {rate:.3g} requests/s: {result.problems[0]}", hint=hint
+            )
+        return result.summary.slo_met
+
+    low, high = _bracket(holds, start)
+    while high / low > PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    while True:
+        if all(holds(low) for _ in range(REPEATS)):
+            break
+        low /= PRECISION
+        if low < _LOWEST:
+            raise _never(low, probes[-1])
+    repeats = tuple(probes[-REPEATS:])
+    return Capacity(
+        rate=low,
+        goodput_per_s=statistics.median(result.summary.goodput_per_s or 0.0 for result in repeats),
+        tokens_per_s=statistics.median(result.summary.tokens_per_s for result in repeats),
+        repeats=repeats,
+        probes=tuple(probes),
+    )
+
+
+def _bracket(holds: Callable[[float], bool], start: float) -> tuple[float, float]:
+    """A rate that meets the objective and one that misses it, at most twice as high."""
+    rate = start
+    if holds(rate):
+        while holds(rate * 2):
+            rate *= 2
+        return rate, rate * 2
+    while rate / 2 >= _LOWEST:
+        rate /= 2
+        if holds(rate):
+            return rate, rate * 2
+    raise Missed(
+        f"no rate from {_LOWEST:g} requests/s upwards meets the objective",
+        hint="look at the figures of a single user: loadtest run --users 1",
+    )
+
+
+def _never(rate: float, result: LoadResult) -> Missed:
+    return Missed(
+        f"no rate from {rate:.2g} requests/s upwards meets the objective again and again", hint=_said(rate, result)
+    )
+
+
+def capacity_table(capacity: Capacity) -> str:
+    """rate | met | goodput | latencies, by rate; and the end point in a line."""
+    header = ["requests/s", "SLO", "goodput/s", "tokens/s", "TTFT ms p50/p95", "ITL ms p50/p95", "failed"]
+    rows = []
+    for probe in sorted(capacity.probes, key=lambda one: one.load.rate):
+        s = probe.summary
+        row = [f"{probe.load.rate:.2f}", "met" if s.slo_met else "missed", number(s.goodput_per_s or 0.0, 2)]
+        row += [number(s.tokens_per_s, 1)]
+        row += [f"{number(spread.p50_ms, 1)} / {number(spread.p95_ms, 1)}" for spread in (s.ttft, s.itl)]
+        rows.append([*row, str(sum(s.failures.values()))])
+    end = f"capacity: {capacity.rate:.2f} requests/s, goodput {capacity.goodput_per_s:.2f} requests/s"
+    return (
+        f"{align(header, rows)}\n{end}, {capacity.tokens_per_s:.1f} tokens/s ({REPEATS} runs there met the objective)"
+    )
+
+
+def _said(rate: float, result: LoadResult) -> str:
+    verdicts = ", ".join(
+        f"{v.limit} {'met' if v.met else 'missed'} at {number(v.value, 1)}" for v in result.summary.verdicts
+    )
+    return f"{rate:.3g} requests/s: {verdicts}"
+
+
+def _probe_json(probe: LoadResult) -> dict[str, Any]:
+    value = probe.to_json()
+    return {name: item for name, item in value.items() if name not in ("samples", "tallies", "tally", "curves")}

@@ -1,0 +1,238 @@
+"""What happens around the users: options, preparation, numbering, workers' reports, the result. All by Locust's events.
+
+Imported once a process, by the users; `run` is the test of this process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent.queue import Queue
+from locust import events
+from locust.env import Environment
+from locust.runners import MasterRunner, WorkerRunner
+
+from stillhouse.client import ClientError
+from stillhouse.loadtest.errors import LoadtestError
+from stillhouse.loadtest.options import add_options, api_key_of, shape_of, slo_of, workload_of
+from stillhouse.loadtest.recording import Run
+from stillhouse.loadtest.report import token_table, write_csv, write_json
+from stillhouse.loadtest.shapes import Shape
+from stillhouse.loadtest.tally import Summary
+from stillhouse.loadtest.target import choose_model, find_protocol
+
+logger = logging.getLogger(__name__)
+
+run = Run()
+
+_LEAD_S = 0.5  # from the first worker's question for a number to the test's zero, so that all can be there
+_LAST_TASKS_S = 0.05  # users that were stopped still have to write their last sample
+_USERS = "stillhouse.loadtest.users"
+_REPORT, _NUMBER, _GONE, _STOP = "stillhouse_report", "stillhouse_number", "stillhouse_gone", "stillhouse_stop"
+_REPORTS_S = 5.0  # beyond --stop-timeout, for the workers' last reports
+
+
+class _Numbers:
+    """Numbers the users of a test over all its processes, and fixes the zero of its clock."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._numbers = itertools.count()
+        self._zero_s: float | None = None
+        self.answers: Queue[tuple[int, float]] = Queue()
+
+    def next(self, lead_s: float) -> tuple[int, float]:
+        if self._zero_s is None:
+            self._zero_s = time.time() + lead_s
+        return next(self._numbers), self._zero_s
+
+
+_numbers = _Numbers()
+
+
+def take_number(environment: Environment) -> tuple[int, float]:
+    """A user's number in the whole test, and the zero of the plan, of this process's time.perf_counter."""
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.send_message(_NUMBER)
+        number, zero_s = _numbers.answers.get(timeout=30)
+    else:
+        number, zero_s = _numbers.next(0.0)
+    return number, time.perf_counter() + (zero_s - time.time())
+
+
+def begin_process(environment: Environment, **_: Any) -> None:
+    """Once a process. Without the web page, what cannot be tested ends it with one line and a hint."""
+    _choose_user_class(environment)
+    runner = environment.runner
+    if isinstance(runner, MasterRunner):
+        runner.register_message(_NUMBER, _answer_number)
+        runner.register_message(_REPORT, _take_last_report)
+        runner.register_message(_GONE, lambda environment, msg: _end_early(environment, msg.data["why"]))
+    elif isinstance(runner, WorkerRunner):
+        runner.register_message(_STOP, lambda environment, msg: environment.runner.stop(), concurrent=True)  # noqa: ARG005
+        runner.register_message(_NUMBER, lambda environment, msg: _numbers.answers.put(msg.data["number"]))  # noqa: ARG005
+    gevent.spawn(run.loop.run)
+    gevent.spawn(_watch, environment)
+    options = environment.parsed_options
+    if options is None or options.worker or not options.headless:
+        return
+    _prepare(environment)
+    if run.problem is not None:
+        if options.result:
+            write_json(Path(options.result), {"error": str(run.problem), "hint": run.problem.hint})
+        sys.exit(1)
+
+
+def begin_test(environment: Environment, **_: Any) -> None:
+    run.close()
+    _numbers.restart()
+    _prepare(environment)
+    _forget()
+
+
+def end_test(environment: Environment, **_: Any) -> None:
+    time.sleep(_LAST_TASKS_S)
+    runner = environment.runner
+    if isinstance(runner, WorkerRunner):
+        runner.send_message(_REPORT, run.hand_over())  # before Locust tells the master that this worker has stopped
+        return
+    if isinstance(runner, MasterRunner):
+        _await_last_reports(environment)
+    else:
+        run.clients["local"] = run.loop.state()
+    _report(environment)
+
+
+def _await_last_reports(environment: Environment) -> None:
+    """Without the web page, Locust tells its workers to stop after this event, and waits half a second for them."""
+    runner = environment.runner
+    runner.send_message(_STOP)
+    ends_s = time.monotonic() + environment.stop_timeout + _REPORTS_S
+    while set(runner.clients) - run.reported and time.monotonic() < ends_s:
+        time.sleep(0.05)
+
+
+def _take_last_report(environment: Environment, msg: Any) -> None:  # noqa: ARG001
+    run.take_over(msg.node_id, msg.data)
+    run.reported.add(msg.node_id)
+
+
+def send_samples(client_id: str, data: dict[str, Any]) -> None:  # noqa: ARG001
+    data["stillhouse"] = run.hand_over()
+
+
+def take_samples(client_id: str, data: dict[str, Any]) -> None:
+    if "stillhouse" in data:
+        run.take_over(client_id, data["stillhouse"])
+
+
+def _answer_number(environment: Environment, msg: Any) -> None:
+    environment.runner.send_message(_NUMBER, {"number": _numbers.next(_LEAD_S)}, msg.node_id)
+
+
+def _choose_user_class(environment: Environment) -> None:
+    """Unless classes were named: a locustfile's own, or of ours the one that asks whatever the host is."""
+    options = environment.parsed_options
+    if options is None or options.user_classes or options.class_picker:
+        return
+    own = [one for one in environment.user_classes if one.__module__ != _USERS]
+    environment.user_classes[:] = own or [one for one in environment.user_classes if not one.protocol]
+
+
+def _forget() -> None:
+    run.samples, run.tallies, run.clients = type(run.samples)(), {}, {}
+    run.ended_early, run.in_flight, run.begun_s = "", 0, time.time()
+    run.reported.clear()
+    run.loop.restart()
+    run.server = type(run.server)()
+
+
+def _prepare(environment: Environment) -> None:
+    options = environment.parsed_options
+    user_class = environment.user_classes[0]
+    run.problem = None
+    run.host = str(environment.host or user_class.host)
+    run.api_key, run.token_timeout_s = api_key_of(options), options.token_timeout
+    try:
+        run.workload, run.slo, run.shape = workload_of(options), slo_of(options), shape_of(options)
+        if isinstance(environment.runner, MasterRunner) and environment.web_ui is not None:
+            return  # its workers ask; whether a server is there is for them to say
+        run.protocol = getattr(user_class, "protocol", "") or find_protocol(run.host)
+        target = run.new_target()
+        try:
+            run.model = choose_model(target, options.model)
+        finally:
+            target.close()
+    except (LoadtestError, ClientError) as problem:
+        run.problem = problem
+        print(f"error: {problem}", file=sys.stderr)
+        if problem.hint:
+            print(f"hint: {problem.hint}", file=sys.stderr)
+
+
+def _watch(environment: Environment) -> None:
+    """Tells how far the test is, and ends it when its server is gone."""
+    while True:
+        time.sleep(0.5)
+        runner, options = environment.runner, environment.parsed_options
+        if options is not None and options.progress and not isinstance(runner, WorkerRunner):
+            write_json(Path(options.progress), run.progress())
+        if not run.server.suspects() or run.ended_early:
+            continue
+        target = run.new_target()
+        gone = not target.ready()
+        target.close()
+        if not gone:
+            run.server = type(run.server)()
+            continue
+        why = f"the server at {run.host} stopped answering {time.time() - run.begun_s:.0f} s into the test"
+        if isinstance(runner, WorkerRunner):
+            run.ended_early = why
+            runner.send_message(_GONE, {"why": why})
+        else:
+            _end_early(environment, why)
+
+
+def _end_early(environment: Environment, why: str) -> None:
+    if run.ended_early:
+        return
+    run.ended_early = why
+    print(f"error: {why}; the figures are of what came before", file=sys.stderr)
+    gevent.spawn(environment.runner.quit if environment.web_ui is None else environment.runner.stop)
+
+
+def _report(environment: Environment) -> None:
+    options = environment.parsed_options
+    result = run.result()
+    summaries = [Summary.from_json(value) for value in result["summaries"]]
+    if not summaries:
+        logger.warning("no request was made: no figures")
+        return
+    print(f"\n{token_table(summaries)}\n", flush=True)
+    for problem in result["client"]["problems"]:
+        print(f"INVALID: the load generator could not keep up: {problem}", flush=True)
+    if options.csv_prefix:
+        write_csv(Path(f"{options.csv_prefix}_tokens.csv"), summaries)
+    if options.result:
+        write_json(Path(options.result), result)
+
+
+def shape_in_users() -> Shape | None:
+    """The stages of a closed loop, where the test has some."""
+    return run.shape if run.shape is not None and run.shape.in_users else None
+
+
+events.init_command_line_parser.add_listener(add_options)
+events.init.add_listener(begin_process)
+events.test_start.add_listener(begin_test)
+events.report_to_master.add_listener(send_samples)
+events.worker_report.add_listener(take_samples)
+events.test_stop.add_listener(end_test)

@@ -1,0 +1,189 @@
+"""The OpenAI API as a load test asks it: chat completions and completions in server-sent events, on urllib3.
+
+Only what every such server has is relied on; tokens are those of the server's own usage
+(`stream_options.include_usage`), which comes with the last event. https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import urllib3
+from urllib3.exceptions import HTTPError, IncompleteRead, InvalidChunkLength, NewConnectionError, ReadTimeoutError
+
+from stillhouse.client import (
+    ClientError,
+    ConnectionFailed,
+    ModelNotFound,
+    Overloaded,
+    RequestRejected,
+    StreamBroken,
+    TimedOut,
+    Unavailable,
+)
+from stillhouse.client.http_wire import EventReader
+from stillhouse.loadtest.errors import WrongContent
+from stillhouse.loadtest.pieces import Piece
+
+_CONNECT_S = 10.0
+_IDLE_CONNECTIONS = 1000
+_STATUSES: dict[int, type[ClientError]] = {404: ModelNotFound, 429: Overloaded, 503: Overloaded}
+
+
+class OpenAiClient:
+    """A server's models over the OpenAI API; `base_url` ends in /v1. Greenlets and threads may share one."""
+
+    def __init__(
+        self, base_url: str, api_key: str = "", token_timeout_s: float = 30.0, answer_timeout_s: float = 300.0
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._token_timeout_s = token_timeout_s
+        self._answer_timeout_s = answer_timeout_s  # until the answer begins
+        self._pool = urllib3.PoolManager(maxsize=_IDLE_CONNECTIONS, retries=False)
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def models(self) -> list[str]:
+        """The names of the server's models. Raises ClientError."""
+        try:
+            response = self._pool.request("GET", f"{self._base_url}/models", headers=self._headers, timeout=_CONNECT_S)
+        except HTTPError as error:
+            raise self._failure(error) from None
+        if response.status != 200:
+            raise _refusal(response.status, response.data, self._base_url)
+        try:
+            return [str(entry["id"]) for entry in json.loads(response.data)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise WrongContent(f"{self._base_url}/models: not a list of models: {response.data[:80]!r}") from None
+
+    def ready(self) -> bool:
+        try:
+            self.models()
+        except ClientError:
+            return False
+        return True
+
+    def stream(self, body: dict[str, Any]) -> Iterator[Piece]:
+        """The answer to a request's body, which has `messages` or a `prompt`. Raises ClientError."""
+        path = "chat/completions" if "messages" in body else "completions"
+        streams = bool(body.get("stream"))
+        started_s = time.perf_counter()
+        response = None
+        received, ended = 0, False
+        try:
+            timeout = urllib3.Timeout(connect=_CONNECT_S, read=self._answer_timeout_s)
+            response = self._pool.request(
+                "POST",
+                f"{self._base_url}/{path}",
+                body=json.dumps(body, ensure_ascii=False).encode(),
+                headers=self._headers,
+                timeout=timeout,
+                preload_content=False,
+            )
+            if response.status != 200:
+                raise _refusal(response.status, response.read(), str(body["model"]))
+            if not streams:
+                yield _whole(response.read(), time.perf_counter() - started_s)
+                ended = True
+                return
+            for data in self._events(response):
+                now_s = time.perf_counter() - started_s
+                if data == b"[DONE]":
+                    ended = True
+                    continue
+                piece, finished = _read_event(data, now_s)
+                ended |= finished
+                received += piece.carries_token
+                yield piece
+            if not ended:
+                raise StreamBroken(f"the stream ended after {received} responses, before the answer's end")
+        except ReadTimeoutError:
+            waited_s = self._answer_timeout_s if response is None else self._token_timeout_s
+            raise TimedOut(f"no further token for {waited_s:g} s after {received} responses") from None
+        except (HTTPError, OSError) as error:
+            broken = response is not None or isinstance(error, (IncompleteRead, InvalidChunkLength))
+            if broken:
+                raise StreamBroken(f"the stream broke after {received} responses: {error}") from None
+            raise self._failure(error) from None
+        finally:
+            if response is not None:
+                # Closing what still runs cancels it on the server; what ended is given back for the next request.
+                _ = response.release_conn() if ended else response.close()
+
+    def close(self) -> None:
+        self._pool.clear()
+
+    def _events(self, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        kind = response.headers.get("Content-Type", "")
+        if "event-stream" not in kind:
+            raise WrongContent(f"a stream of events was asked for, the answer is {kind or 'without a type'}")
+        reader = EventReader()
+        sock = getattr(response.connection, "sock", None)
+        if sock is not None:
+            sock.settimeout(self._token_timeout_s)
+        chunked = isinstance(response, urllib3.HTTPResponse) and response.chunked
+        pieces = response.read_chunked() if chunked else iter(lambda: response.read1(1 << 16), b"")
+        for piece in pieces:
+            yield from reader.feed(piece)
+
+    def _failure(self, error: Exception) -> ClientError:
+        reason = error.__cause__ or error if isinstance(error, NewConnectionError) else error
+        return ConnectionFailed(
+            f"cannot reach {self._base_url}: {reason}", hint="is the server started, and is this its port?"
+        )
+
+
+def _read_event(data: bytes, now_s: float) -> tuple[Piece, bool]:
+    """The piece in one event, and whether it is the answer's last. Raises ClientError where it is an error."""
+    try:
+        value = json.loads(data)
+        if "error" in value:
+            raise RequestRejected(_message(value, data))
+        choices = value["choices"]
+        choice = choices[0] if choices else {}
+        delta = choice.get("delta") or {}
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        text = delta.get("content") or choice.get("text") or ""
+        usage = value.get("usage") or {}
+        piece = Piece(
+            text=text or thought,
+            time_s=now_s,
+            thought=bool(thought and not text),
+            carries_token=bool(text or thought or delta.get("tool_calls")),
+            num_input_tokens=usage.get("prompt_tokens"),
+            num_output_tokens=usage.get("completion_tokens"),
+        )
+        return piece, choice.get("finish_reason") is not None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise WrongContent(f"an event is not a completion's: {data[:80]!r}") from None
+
+
+def _whole(data: bytes, now_s: float) -> Piece:
+    try:
+        value = json.loads(data)
+        choice = value["choices"][0]
+        text = choice["message"].get("content") if "message" in choice else choice["text"]
+        usage = value.get("usage") or {}
+        return Piece(text or "", now_s, False, True, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise WrongContent(f"the answer is not a completion: {data[:80]!r}") from None
+
+
+def _refusal(status: int, body: bytes, where: str) -> ClientError:
+    kind = _STATUSES.get(status, Unavailable if status >= 500 else RequestRejected)
+    try:
+        message = _message(json.loads(body), body)
+    except ValueError:
+        message = body[:200].decode("utf-8", errors="replace").strip()
+    hint = "give the server's key with --api-key or in OPENAI_API_KEY" if status in (401, 403) else None
+    return kind(f"{where}: HTTP status {status}: {message}", hint=hint)
+
+
+def _message(value: Any, body: bytes) -> str:
+    error = value.get("error", value) if isinstance(value, dict) else value
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message or body[:200].decode("utf-8", errors="replace"))

@@ -1,0 +1,155 @@
+"""The report: one HTML file that holds everything and fetches nothing."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from stillhouse.loadtest import plots
+from stillhouse.loadtest.report import number
+from stillhouse.loadtest.run import LoadResult
+from stillhouse.loadtest.samples import Sample
+from stillhouse.loadtest.shapes import Shape
+from stillhouse.loadtest.tally import Summary, summarize
+from stillhouse.loadtest.timeline import Step, by_stage
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem; border-bottom: 1px solid #e5e7eb; text-align: right }
+td:first-child, th:first-child { text-align: left; padding-left: 0 }
+svg { width: 100%; height: auto } .bad { background: #fee2e2; padding: .6rem 1rem } .good { color: #047857 }
+.missed { color: #b91c1c } figure { margin: 0 } details pre { overflow-x: auto; background: #f3f4f6; padding: 1rem }
+@media (prefers-color-scheme: dark) {
+body { background: #111827; color: #e5e7eb } figure { background: #f9fafb }
+.bad { color: #111827 } details pre { background: #1f2937 } }
+"""
+
+
+def page(result: LoadResult, steps: Sequence[Step] = ()) -> str:
+    """The report of one run; `steps` are other levels of load, as of a capacity search, where there are some."""
+    samples = samples_of(result)
+    shape = result.load.shape
+    steps = list(steps) or (stage_steps(samples, shape) if shape is not None else [])
+    title = f"{result.model}: {number(result.summary.tokens_per_s, 1)} tokens/s"
+    parts = [
+        f"<h1>Load test of {html.escape(title)}</h1>",
+        _warnings(result),
+        _figures(result.summary),
+        _verdicts(result.summary),
+    ]
+    parts.append(_server(result))
+    if samples:
+        parts.append(_picture("Latency over time", plots.latency_over_time(samples)))
+        parts.append(_picture("Latency by percentile", plots.percentile_curves(_curves(result))))
+        parts.append(_picture("Throughput, and what was under way", plots.throughput_over_time(samples)))
+    if len(steps) > 1:
+        parts.append(_picture("Throughput against latency, by load", plots.throughput_against_latency(steps)))
+        parts.append(_step_table(steps))
+    parts.append(_settings(result))
+    body = "\n".join(part for part in parts if part)
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n'
+    )
+
+
+def samples_of(result: LoadResult) -> list[Sample]:
+    fields = result.details.get("sample_fields", [])
+    return [Sample(**dict(zip(fields, row, strict=True))) for row in result.details.get("samples", [])]
+
+
+def step_of(label: str, summary: Summary) -> Step:
+    return Step(label, summary.tokens_per_s, summary.ttft.p95_ms, summary.itl.p95_ms)
+
+
+def stage_steps(samples: Sequence[Sample], shape: Shape) -> list[Step]:
+    """A step for each stage of a shape, of the requests that started in it."""
+    unit = "users" if shape.in_users else "/s"
+    return [
+        step_of(f"{(stage.begin + stage.end) / 2:g} {unit}", summary)
+        for stage, part in zip(shape.stages, by_stage(samples, shape.stages), strict=True)
+        for summary in summarize(part)
+    ]
+
+
+def _curves(result: LoadResult) -> dict[str, Any]:
+    curves: dict[str, Any] = dict(result.details.get("curves", {}).get(result.model, {}))
+    return curves
+
+
+def _warnings(result: LoadResult) -> str:
+    lines = [f"This run is not valid: the load generator could not keep up; {problem}." for problem in result.problems]
+    if result.ended_early:
+        lines.append(f"Ended before its time: {result.ended_early}. The figures are of what came before.")
+    return "".join(f'<p class="bad">{html.escape(line)}</p>' for line in lines)
+
+
+def _figures(s: Summary) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("ms", "mean", "p50", "p90", "p95", "p99", "max"))
+    rows = []
+    for name, spread in (
+        ("TTFT", s.ttft),
+        ("First answer token", s.answer),
+        ("Between tokens", s.itl),
+        ("End to end", s.e2e),
+    ):
+        values = (spread.mean_ms, spread.p50_ms, spread.p90_ms, spread.p95_ms, spread.p99_ms, spread.max_ms)
+        rows.append(f"<tr><td>{name}</td>" + "".join(f"<td>{number(value, 1)}</td>" for value in values) + "</tr>")
+    failures = ", ".join(f"{kind} {count}" for kind, count in sorted(s.failures.items())) or "none"
+    facts = (
+        f"{s.requests} answers in {s.duration_s:.1f} s ({s.requests_per_s:.2f}/s), "
+        f"{number(s.tokens_per_answer, 1)} tokens each; "
+        f"{s.tokens_per_s:.1f} tokens/s in all, {number(s.tokens_per_s_per_user, 1)} a user; failed: {failures}; "
+        f"cut off by the end: {s.cut}."
+    )
+    return f"<p>{html.escape(facts)}</p><table id='figures'><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _verdicts(s: Summary) -> str:
+    if not s.verdicts:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(v.limit)}</td><td>{number(v.value, 1)}</td>"
+        f"<td class='{'good' if v.met else 'missed'}'>{'met' if v.met else 'missed'}</td></tr>"
+        for v in s.verdicts
+    )
+    said = f"{s.good} requests met it themselves: goodput {s.goodput_per_s or 0:.2f} requests/s."
+    return f"<h2>Objective</h2><table id='slo'>{rows}</table><p>{said}</p>"
+
+
+def _server(result: LoadResult) -> str:
+    facts = []
+    if result.queue is not None and not math.isnan(result.queue.mean_ms):
+        facts.append(
+            f"queue time mean {result.queue.mean_ms:.1f} ms, p95 {number(result.queue.percentile_ms(95), 1)} ms"
+        )
+    if result.memory_bytes is not None:
+        facts.append(f"resident memory {result.memory_bytes / 1e9:.2f} GB")
+    return f"<p>The server's own metrics: {', '.join(facts)}.</p>" if facts else ""
+
+
+def _step_table(steps: Sequence[Step]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(s.label)}</td><td>{number(s.tokens_per_s, 1)}</td><td>{number(s.ttft_p95_ms, 1)}</td>"
+        f"<td>{number(s.itl_p95_ms, 1)}</td></tr>"
+        for s in steps
+    )
+    head = "<tr><th>load</th><th>tokens/s</th><th>TTFT p95 ms</th><th>ITL p95 ms</th></tr>"
+    return f"<table id='steps'>{head}{rows}</table>"
+
+
+def _settings(result: LoadResult) -> str:
+    value = result.to_json()
+    shown = {name: value.get(name) for name in ("settings", "environment", "client", "server", "protocol")}
+    text = html.escape(json.dumps(shown, indent=2))
+    return f"<h2>Settings, versions, machine</h2><details open><pre>{text}</pre></details>"
+
+
+def _picture(title: str, svg: str) -> str:
+    return f"<h2>{html.escape(title)}</h2><figure>{svg}</figure>"

@@ -1,0 +1,179 @@
+"""Who is asked, and how: Triton over gRPC or HTTP, or the OpenAI API, by the host's form or by name.
+
+`host:port` and `grpc://` are gRPC. An `http://` host is asked for /v2 first (Triton's protocol, KServe v2), then for
+/v1 (the OpenAI API); one that ends in /v1 needs no question.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from stillhouse.client import Client, ConnectionFailed, ModelNotFound, Token
+from stillhouse.client.address import parse_url
+from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.openai_api import OpenAiClient
+from stillhouse.loadtest.pieces import Piece
+from stillhouse.loadtest.prompts import Prompt
+
+TRITON, OPENAI = "triton", "openai"
+_ASK_S = 10.0
+
+
+class Target(Protocol):
+    """A server that streams answers."""
+
+    def models(self) -> list[str]:
+        """The models that are ready. Raises ClientError."""
+
+    def ready(self) -> bool:
+        """Whether it answers at all; connects, so that a first request need not."""
+
+    def ask(
+        self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
+    ) -> Iterator[Piece]:
+        """One answer as it comes; its clock starts when the first piece is asked for. Raises ClientError."""
+
+    def close(self) -> None:
+        """Ends the connections."""
+
+
+class TritonTarget:
+    """Triton's vLLM contract, over gRPC or HTTP."""
+
+    def __init__(self, host: str, token_timeout_s: float) -> None:
+        self.client = Client(host, token_timeout_s=token_timeout_s)
+
+    def models(self) -> list[str]:
+        return sorted({entry.name for entry in self.client.models() if entry.ready})
+
+    def ready(self) -> bool:
+        return self.client.ready()
+
+    def ask(
+        self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
+    ) -> Iterator[Piece]:
+        if stream:
+            yield from _pieces(self.client.stream(model, version=version or None, **prompt, **sampling))
+            return
+        answer = self.client.generate(model, version=version or None, **prompt, **sampling)
+        yield Piece(answer.text, answer.e2e_s, False, True, answer.num_input_tokens, answer.num_output_tokens)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class OpenAiTarget:
+    """The OpenAI API: chat completions for messages, completions for a prompt."""
+
+    def __init__(self, host: str, token_timeout_s: float, api_key: str) -> None:
+        base_url = host.rstrip("/")
+        if not base_url.startswith(("http://", "https://")):
+            raise BadInput(f"the OpenAI API is asked over http:// or https://, got {host!r}")
+        self.client = OpenAiClient(base_url if base_url.endswith("/v1") else f"{base_url}/v1", api_key, token_timeout_s)
+
+    def models(self) -> list[str]:
+        return self.client.models()
+
+    def ready(self) -> bool:
+        return self.client.ready()
+
+    def ask(
+        self,
+        model: str,
+        version: str,  # noqa: ARG002 - this API knows none
+        prompt: Prompt,
+        sampling: dict[str, Any],
+        *,
+        stream: bool,
+    ) -> Iterator[Piece]:
+        body = {"model": model, **prompt, **sampling, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        return self.client.stream(body)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def open_target(host: str, protocol: str = "", *, token_timeout_s: float = 30.0, api_key: str = "") -> Target:
+    """The target at `host`; `protocol` is TRITON, OPENAI, or "" to find out. Raises BadInput or ClientError."""
+    if (protocol or find_protocol(host)) == OPENAI:
+        return OpenAiTarget(host, token_timeout_s, api_key)
+    return TritonTarget(host, token_timeout_s)
+
+
+def find_protocol(host: str) -> str:
+    """TRITON or OPENAI. Raises ConnectionFailed where nobody listens, BadInput where it is neither."""
+    address = parse_url(host)
+    if address.is_grpc:
+        return TRITON
+    if address.path.endswith("/v1"):
+        return OPENAI
+    base_url = address.base_url
+    if _says_v2(base_url):
+        return TRITON
+    # Whoever wants a key answers 401; only 404 says that there is nothing.
+    if _status(f"{base_url}/v1/models") != 404:
+        return OPENAI
+    if _status(f"{base_url}/v2/health/ready") == 200:
+        return TRITON
+    hint = "give the URL of a Triton server's HTTP port, or of an OpenAI API's /v1"
+    raise BadInput(f"{base_url} answers neither at /v2 (Triton) nor at /v1 (OpenAI)", hint=hint)
+
+
+def choose_model(target: Target, wish: str) -> str:
+    """`wish` if it is ready there; without a wish the first model ending in -int4, else the first.
+
+    A server that cannot list its models is taken at its word when it is asked. Raises BadInput or ClientError.
+    """
+    try:
+        ready = target.models()
+    except ModelNotFound:
+        if wish:
+            return wish
+        raise
+    if not ready:
+        raise BadInput("the server has no model that is ready", hint="look at its log")
+    if not wish:
+        return next((name for name in ready if name.endswith("-int4")), ready[0])
+    if wish not in ready:
+        raise BadInput(f"no model {wish!r} on this server", hint=f"ready there: {', '.join(ready)}")
+    return wish
+
+
+def _pieces(tokens: Generator[Token, None, None]) -> Iterator[Piece]:
+    try:
+        for token in tokens:
+            yield Piece(token.text, token.time_s, False, True, token.num_input_tokens, token.num_output_tokens)
+    finally:
+        tokens.close()  # cancels on the server what the test's end cut off
+
+
+def _says_v2(base_url: str) -> bool:
+    """Whether the server's metadata is KServe v2's: a JSON object with its extensions."""
+    try:
+        response = urllib3.request("GET", f"{base_url}/v2", timeout=_ASK_S, retries=False)
+        value = json.loads(response.data) if response.status == 200 else None
+    except HTTPError as error:
+        raise _unreachable(base_url, error) from None
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "extensions" in value
+
+
+def _status(url: str) -> int:
+    try:
+        return urllib3.request("GET", url, timeout=_ASK_S, retries=False).status
+    except HTTPError as error:
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> ConnectionFailed:
+    return ConnectionFailed(
+        f"cannot reach {url}: {error.__cause__ or error}", hint="is the server started, and is this its port?"
+    )
