@@ -11,9 +11,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
+from typing import TypeVar
 
 from stillhouse.loadtest.errors import BadInput
 
+_T = TypeVar("_T")
 POISSON, CONSTANT = "poisson", "constant"
 KINDS = (POISSON, CONSTANT)
 
@@ -50,9 +52,9 @@ def plan(
     return _times(units, stages, for_ever=for_ever)
 
 
-def turns(times: Sequence[float], share: int, shares: int) -> list[float]:
-    """This share of a recorded trace."""
-    return list(islice(times, share, None, shares))
+def turns(trace: Sequence[_T], share: int, shares: int) -> list[_T]:
+    """This share of a recorded trace: of its times, or of its prompts."""
+    return list(islice(trace, share, None, shares))
 
 
 def level_at(stages: Sequence[Stage], time_s: float) -> float | None:

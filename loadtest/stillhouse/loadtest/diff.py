@@ -78,7 +78,7 @@ def changes(a: Sequence[Sample], b: Sequence[Sample], seed: int = 0) -> list[Cha
     def change(metric: str, of_a: list[float], of_b: list[float], figure: Figure, *, higher_is_worse: bool) -> Change:
         first, second = np.asarray(of_a, dtype=float), np.asarray(of_b, dtype=float)
         if not first.size or not second.size:
-            return Change(metric, *[math.nan] * 5, higher_is_worse)
+            return Change(metric, math.nan, math.nan, math.nan, math.nan, math.nan, higher_is_worse)
         before, after = float(figure(first[None, :])[0]), float(figure(second[None, :])[0])
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = figure(_drawn(chance, second)) / figure(_drawn(chance, first))
@@ -141,4 +141,5 @@ def _drawn(chance: np.random.Generator, values: Floats) -> Floats:
     """(_DRAWS, samples): the values drawn anew with replacement."""
     if values.size > _MOST:
         values = chance.choice(values, _MOST, replace=False)
-    return values[chance.integers(0, values.size, (_DRAWS, values.size))]
+    drawn: Floats = values[chance.integers(0, values.size, (_DRAWS, values.size))]
+    return drawn

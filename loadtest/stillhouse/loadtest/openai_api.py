@@ -112,7 +112,10 @@ class OpenAiClient:
         finally:
             if response is not None:
                 # Closing what still runs cancels it on the server; what ended is given back for the next request.
-                _ = response.release_conn() if ended else response.close()
+                if ended:
+                    response.release_conn()
+                else:
+                    response.close()
 
     def close(self) -> None:
         self._pool.clear()

@@ -30,7 +30,8 @@ def latency_over_time(samples: Sequence[Sample]) -> str:
         if failed:
             low = axes.get_xaxis_transform()  # x in seconds, y a share of the height
             axes.plot(failed, [0.02] * len(failed), "x", color="#dc2626", label="failed", transform=low)
-        axes.set(xlabel="s since the start", ylabel="ms", yscale="log")
+        axes.set(xlabel="s since the start")
+        _in_ms(axes)
         axes.legend(frameon=False)
 
     return _svg(draw)
@@ -47,7 +48,8 @@ def percentile_curves(curves: Mapping[str, Sequence[Sequence[float | None]]]) ->
         for name, curve in curves.items():
             points = [(place(p), ms) for p, ms in curve if p is not None and ms is not None and p < 100]
             axes.plot(*zip(*points, strict=True), color=_COLOURS[name], label=_NAMES[name])
-        axes.set(xlabel="percentile", ylabel="ms", yscale="log")
+        axes.set(xlabel="percentile")
+        _in_ms(axes)
         axes.set_xticks([place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
         axes.legend(frameon=False)
 
@@ -85,10 +87,21 @@ def throughput_against_latency(steps: Sequence[Step]) -> str:
         )
         for step in known:
             axes.annotate(step.label, (step.tokens_per_s, step.ttft_p95_ms), xytext=(4, 4), textcoords="offset points")
-        axes.set(xlabel="tokens/s", ylabel="ms", yscale="log")
+        axes.set(xlabel="tokens/s")
+        _in_ms(axes)
         axes.legend(frameon=False)
 
     return _svg(draw)
+
+
+def _in_ms(axes: Any) -> None:
+    """A logarithmic axis of milliseconds with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set(ylabel="ms", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _svg(draw: Callable[[Any], None]) -> str:

@@ -68,7 +68,8 @@ def gauge_of(page: str, model: str) -> int | None:
 
 def queue_of(page: str, model: str) -> QueueTime | None:
     """The queue's histogram of a model; None where the page has none."""
-    total_s, count, below, found = 0.0, 0.0, {}, False
+    total_s, count, found = 0.0, 0.0, False
+    below: dict[float, float] = {}
     for name, labels, value in _lines(page):
         base, _, part = name.rpartition("_")
         if base.endswith(QUEUE_HISTOGRAM) and _is_of(labels, model):

@@ -21,7 +21,7 @@ from stillhouse.loadtest.errors import BadInput
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 _FORM = 'unit = "rate" or "users", then [[stage]] tables of duration_s and level (or from and to)'
 _KEYS = {"duration_s", "level", "from", "to"}
@@ -90,13 +90,18 @@ def _stage(table: Any, where: str) -> Stage:
     if not isinstance(table, dict) or set(table) - _KEYS:
         strange = ", ".join(sorted(set(table) - _KEYS)) if isinstance(table, dict) else repr(table)
         raise BadInput(f"{where}: unknown {strange}", hint=_FORM)
-    begin, end = table.get("from", table.get("level")), table.get("to", table.get("level"))
-    for key, number in (("duration_s", table.get("duration_s")), ("level", begin), ("level", end)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or number < 0:
-            raise BadInput(f"{where}: {key} is a number from 0, got {number!r}", hint=_FORM)
-    if table["duration_s"] == 0:
+    duration_s = _number(table.get("duration_s"), f"{where}: duration_s")
+    begin = _number(table.get("from", table.get("level")), f"{where}: level")
+    end = _number(table.get("to", table.get("level")), f"{where}: level")
+    if duration_s == 0:
         raise BadInput(f"{where}: duration_s is above 0", hint=_FORM)
-    return Stage(float(table["duration_s"]), float(begin), float(end))
+    return Stage(duration_s, begin, end)
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise BadInput(f"{what} is a number from 0, got {value!r}", hint=_FORM)
+    return float(value)
 
 
 def _said(shape: Callable[[float], tuple[Stage, ...]]) -> str:

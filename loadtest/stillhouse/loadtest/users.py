@@ -73,7 +73,7 @@ class LlmUser(User):  # type: ignore[misc]
         self.planned: Iterator[float] | None = None
         if times_s is not None:
             self.planned = iter(turns(times_s, number, shares))
-            self.prompts = iter(turns(run.workload.prompts, number, shares))
+            self.prompts: Iterator[Prompt] = iter(turns(run.workload.prompts, number, shares))
         else:
             self.prompts = itertools.cycle(shuffled(run.workload.prompts, options.seed + number))
         if times_s is None and shape is not None and not shape.in_users:
