@@ -46,8 +46,9 @@ class Garbage(Exception):
 
 
 class Server:
-    def __init__(self, default: Plan) -> None:
+    def __init__(self, default: Plan, slots: int) -> None:
         self.default = default
+        self.slots = asyncio.Semaphore(slots)
         self.log: list[dict[str, Any]] = []
         self.stalled_until_s = 0.0  # of the loop's clock: until then no token leaves
 
@@ -72,7 +73,12 @@ class Server:
             raise ModelError(f"Request for unknown model: '{model}' version {version} is not found")
 
     async def answer(self, model: str, inputs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The outputs of one response after another, as the vLLM backend names them."""
+        """The outputs of one response after another, as the vLLM backend names them; waits for a slot first."""
+        async with self.slots:
+            async for outputs in self.answer_now(model, inputs):
+                yield outputs
+
+    async def answer_now(self, model: str, inputs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         plan = self.plan(inputs)
         entry: dict[str, Any] = {"model": model, "inputs": inputs, "sent": 0, "ended": "cancelled"}
         self.log.append(entry)

@@ -21,8 +21,8 @@ from small_openai import openai_routes
 from tritonclient.grpc import service_pb2_grpc
 
 
-async def serve(default: Plan, api_key: str) -> None:
-    server = Server(default)
+async def serve(default: Plan, api_key: str, slots: int) -> None:
+    server = Server(default, slots)
     grpc_server = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Grpc(server), grpc_server)
     grpc_port = grpc_server.add_insecure_port("127.0.0.1:0")
@@ -48,8 +48,10 @@ def main() -> None:
     parser.add_argument("--first-s", type=float, default=Plan.first_s)
     parser.add_argument("--gap-s", type=float, default=Plan.gap_s)
     parser.add_argument("--api-key", default="", help="of the OpenAI API; everybody is served without")
+    parser.add_argument("--slots", type=int, default=10_000, help="answers at a time; others wait for their turn")
     options = parser.parse_args()
-    asyncio.run(serve(Plan(tokens=options.tokens, first_s=options.first_s, gap_s=options.gap_s), options.api_key))
+    plan = Plan(tokens=options.tokens, first_s=options.first_s, gap_s=options.gap_s)
+    asyncio.run(serve(plan, options.api_key, options.slots))
 
 
 if __name__ == "__main__":

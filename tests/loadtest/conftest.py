@@ -64,6 +64,14 @@ def server() -> Iterator[SmallServer]:
 
 
 @pytest.fixture
+def slotted_server() -> Iterator[SmallServer]:
+    """One that answers two at a time, in 0.2 s each."""
+    server = start_server("--slots", "2", "--tokens", "3", "--first-s", "0.1", "--gap-s", "0.05")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
 def guarded_server() -> Iterator[SmallServer]:
     """One whose OpenAI API wants the key "secret"."""
     server = start_server("--api-key", "secret")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,18 @@ def test_a_server_that_never_meets_it_is_told() -> None:
 def test_a_busy_load_generator_is_not_taken_for_a_slow_server() -> None:
     with pytest.raises(RunFailed, match="the load generator cannot keep up at 8"):
         search(lambda rate: measured(rate, meets=rate < 8, problems=("busy",) if rate >= 8 else ()), 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_capacity_of_a_server_with_two_slots_is_below_what_it_could_ever_serve(slotted_server: Any) -> None:
+    """Two answers of 0.2 s at a time are 10 a second at most, and with waiting under an objective less."""
+    load = Load(duration_s=8, max_tokens=3, slo="ttft_p90<600ms, errors<5%")
+    found = find_capacity(slotted_server.openai_host, "support-int4", load, start=4)
+    assert 3 < found.rate <= 11
+    assert found.goodput_per_s == pytest.approx(found.rate, rel=0.35)
+    missed = [probe.load.rate for probe in found.probes if not probe.summary.slo_met]
+    assert max(missed) > found.rate
 
 
 def test_a_capacity_needs_an_objective() -> None:

@@ -82,7 +82,8 @@ def changes(a: Sequence[Sample], b: Sequence[Sample], seed: int = 0) -> list[Cha
         before, after = float(figure(first[None, :])[0]), float(figure(second[None, :])[0])
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = figure(_drawn(chance, second)) / figure(_drawn(chance, first))
-        low, high = (float(value) for value in np.nanpercentile(ratios, (2.5, 97.5)))
+        ratios = ratios[np.isfinite(ratios)]  # a draw of A without any error has no ratio
+        low, high = np.percentile(ratios, (2.5, 97.5)).tolist() if ratios.size else (math.nan, math.nan)
         return Change(metric, before, after, after / before if before else math.nan, low, high, higher_is_worse)
 
     found = [change("tokens/s", tokens_by_second(a), tokens_by_second(b), _mean, higher_is_worse=False)]

@@ -98,7 +98,8 @@ class Tally:
         if sample.prompt_tokens is not None:
             self.prompt_tokens += sample.prompt_tokens
             self.prompts += 1
-        self.counted_by_server &= sample.counted_by_server or not sample.tokens
+        # An OpenAI API counts at an answer's end: one that was cut off says nothing about its server.
+        self.counted_by_server &= sample.counted_by_server or sample.outcome != OK
         well, failed = sample.outcome == OK, sample.outcome not in (OK, CUT)
         self._record("late", sample.late_s, missing=False)
         self._record("ttft", sample.ttft_s, missing=failed)
