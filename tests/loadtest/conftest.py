@@ -63,6 +63,14 @@ def server() -> Iterator[SmallServer]:
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[SmallServer]:
+    """The same, for the tests of a whole file."""
+    server = start_server()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def slotted_server() -> Iterator[SmallServer]:
     """One that answers two at a time, in 0.2 s each."""
