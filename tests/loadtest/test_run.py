@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from stillhouse.loadtest.compare import compare_models, comparison_table, precision_of
-from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.errors import BadInput, RunFailed
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.run import LoadResult, run_locust
 from stillhouse.loadtest.samples import Sample
+from stillhouse.loadtest.show import show
 from stillhouse.loadtest.tally import Summary, summarize
 
 
@@ -66,6 +67,12 @@ def test_a_result_goes_through_json_and_back() -> None:
     table = comparison_table([])
     assert table.startswith("precision")
     assert LoadResult("m", 1, again, None).to_json()["memory_bytes"] is None
+
+
+def test_a_run_without_a_single_answer_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFailed, match=r"no request succeeded \(TimedOut 1\)"):
+        show(LoadResult("m", 1, summary_without_answers(), None), None, False)
+    assert "m: failed: TimedOut 1" in capsys.readouterr().out, "the table is printed all the same"
 
 
 def summary_without_answers() -> Summary:

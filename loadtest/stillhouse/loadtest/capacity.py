@@ -41,8 +41,8 @@ class Capacity:
             "rate": self.rate,
             "goodput_per_s": self.goodput_per_s,
             "tokens_per_s": self.tokens_per_s,
-            "repeats": [repeat.to_json() for repeat in self.repeats],
-            "probes": [_probe_json(probe) for probe in self.probes],
+            "repeats": [repeat.to_json(whole=False) for repeat in self.repeats],
+            "probes": [probe.to_json(whole=False) for probe in self.probes],
         }
 
 
@@ -158,8 +158,3 @@ def _said(rate: float, result: LoadResult) -> str:
         f"{v.limit} {'met' if v.met else 'missed'} at {number(v.value, 1)}" for v in result.summary.verdicts
     )
     return f"{rate:.3g} requests/s: {verdicts}"
-
-
-def _probe_json(probe: LoadResult) -> dict[str, Any]:
-    value = probe.to_json()
-    return {name: item for name, item in value.items() if name not in ("samples", "tallies", "tally", "curves")}

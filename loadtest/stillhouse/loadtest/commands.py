@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from stillhouse.loadtest.run import LoadResult
-    from stillhouse.loadtest.timeline import Step
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -80,6 +75,7 @@ def run(
     """
     from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.run import run_locust
+    from stillhouse.loadtest.show import progress, show
     from stillhouse.loadtest.words import duration_of
 
     load = Load(
@@ -98,7 +94,7 @@ def run(
         protocol=protocol,
         processes=processes,
     )
-    _show(run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=_progress), save, json_output)
+    show(run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=progress), save, json_output)
 
 
 @app.command()
@@ -129,6 +125,7 @@ def shape(
     from stillhouse.loadtest.report import step_table
     from stillhouse.loadtest.run import run_locust
     from stillhouse.loadtest.shapes import load_shape
+    from stillhouse.loadtest.show import progress, show
 
     found = load_shape(stages, rate or None)
     load = Load(
@@ -144,9 +141,9 @@ def shape(
         slo=slo,
         protocol=protocol,
     )
-    result = run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=_progress)
+    result = run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=progress)
     steps = stage_steps(samples_of(result), found)
-    _show(result, save, json_output, steps, also="" if json_output else step_table(steps))
+    show(result, save, json_output, steps, also="" if json_output else step_table(steps))
 
 
 @app.command()
@@ -179,6 +176,7 @@ def capacity(
     from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.page import step_of
     from stillhouse.loadtest.save import save_run
+    from stillhouse.loadtest.show import tell
     from stillhouse.loadtest.words import parse_duration_s
 
     load = Load(
@@ -193,7 +191,7 @@ def capacity(
         protocol=protocol,
         processes=processes,
     )
-    found = find_capacity(url, model, load, start=start, metrics_url=metrics_url, api_key=api_key, progress=_tell)
+    found = find_capacity(url, model, load, start=start, metrics_url=metrics_url, api_key=api_key, progress=tell)
     if save is not None:
         probes = sorted(found.probes, key=lambda probe: probe.load.rate)
         save_run(save, found.repeats[-1], [step_of(f"{p.load.rate:.2f}/s", p.summary) for p in probes], found.to_json())
@@ -224,6 +222,7 @@ def compare(
     import json
 
     from stillhouse.loadtest.compare import compare_models, comparison_table
+    from stillhouse.loadtest.show import tell
     from stillhouse.loadtest.words import parse_duration_s
 
     compared = compare_models(
@@ -238,7 +237,7 @@ def compare(
         api_key=api_key,
         metrics_url=metrics_url,
         repository=repository,
-        progress=_tell,
+        progress=tell,
     )
     print(json.dumps([c.to_json() for c in compared], indent=2) if json_output else comparison_table(compared))
 
@@ -266,39 +265,3 @@ def diff(
     if share is not None and (beyond := worse(found, share)):
         named = ", ".join(f"{one.metric} {one.ratio:.2f}" for one in beyond)
         raise Missed(f"worse by more than {fail_over}: {named} (B / A)")
-
-
-def _show(
-    result: LoadResult, save: Path | None, json_output: bool, steps: list[Step] | None = None, also: str = ""
-) -> None:
-    import json
-
-    from stillhouse.loadtest.errors import RunFailed
-    from stillhouse.loadtest.report import token_table
-    from stillhouse.loadtest.save import save_run
-
-    if sys.stderr.isatty():
-        _tell("")  # below the progress
-    if save is not None:
-        save_run(save, result, steps or [])
-    print(json.dumps(result.to_json(), indent=2) if json_output else token_table([result.summary]))
-    if also:
-        print(also)
-    if not json_output and result.queue is not None and result.queue.count > 0:
-        print(
-            f"queue time on the server: mean {result.queue.mean_ms:.1f} ms, p95 {result.queue.percentile_ms(95):.1f} ms"
-        )
-    for problem in result.problems:
-        _tell(f"INVALID: the load generator could not keep up: {problem}")
-    if result.ended_early:
-        raise RunFailed(result.ended_early, hint="the figures above are of what came before")
-
-
-def _progress(line: str) -> None:
-    """One line that is written over again and again, where a person looks at it."""
-    if sys.stderr.isatty():
-        typer.echo(f"\r{line}\x1b[K", err=True, nl=False)
-
-
-def _tell(line: str) -> None:
-    typer.echo(line, err=True)

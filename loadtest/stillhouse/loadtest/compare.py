@@ -38,7 +38,7 @@ class Compared:
             "precision": self.precision,
             "size_bytes": self.size_bytes,
             "tokens_per_s_of_rounds": self.tokens_per_s,
-            **self.load.to_json(),
+            **self.load.to_json(whole=False),
         }
 
 

@@ -90,7 +90,7 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
     arguments = ["--locustfile", str(_HERE / ("locustfile_users.py" if in_users else "locustfile.py"))]
     arguments += ["--headless", "--only-summary", "--loglevel", "WARNING", "--host", host]
     if not in_users:
-        arguments += ["--users", str(users), "--spawn-rate", str(min(users, 100 * load.processes))]
+        arguments += ["--users", str(users), "--spawn-rate", str(100 if load.open_loop else min(users, 100))]
         arguments += ["--run-time", f"{math.ceil(load.duration_s)}s"]
     if load.processes > 1:
         arguments += ["--processes", str(load.processes)]

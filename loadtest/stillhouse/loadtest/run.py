@@ -25,6 +25,8 @@ from stillhouse.loadtest.target import choose_model, find_protocol, open_target
 _START_AND_END_S = 60.0  # what Locust may need beyond the run itself
 _ASK_S = 1.0  # how often the server's metrics and Locust's progress are read
 
+_BULK = ("samples", "sample_fields", "tally", "curves")
+
 Progress = Callable[[str], None]
 
 
@@ -50,7 +52,8 @@ class LoadResult:
     def ended_early(self) -> str:
         return str(self.details.get("ended_early", ""))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, whole: bool = True) -> dict[str, Any]:
+        """Everything; not `whole`: without the requests and the distributions."""
         queue = self.queue
         server = {
             "memory_bytes": self.memory_bytes,
@@ -66,7 +69,11 @@ class LoadResult:
                 "server": server,
                 "settings": {"host": self.host, **self.load.to_json()},
                 "environment": environment_facts(),
-                **{name: value for name, value in self.details.items() if name != "summaries"},
+                **{
+                    name: value
+                    for name, value in self.details.items()
+                    if name != "summaries" and (whole or name not in _BULK)
+                },
             }
         )
         return value
