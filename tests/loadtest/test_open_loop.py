@@ -84,6 +84,16 @@ def test_two_workers_send_one_plan_and_their_histograms_are_one(server: Any, loc
 
 
 @pytest.mark.slow
+def test_dispatchers_that_come_up_late_do_not_catch_up(server: Any, locust: Locust, tmp_path: Path) -> None:
+    arguments = ("--host", server.openai_host, "--rate", "8", "--arrivals", "constant", "--run-time", "7s")
+    more = ("--users", "4", "--spawn-rate", "1", "--stop-timeout", "10", "--max-tokens", "2")
+    assert locust(*HEADLESS, *arguments, *more, "--result", "r.json").returncode == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["summaries"][0]["late"]["max_ms"] < 900, "the fourth came three seconds after the first"
+    assert 20 < len(server.log()) < 56
+
+
+@pytest.mark.slow
 def test_a_trace_is_sent_at_its_times_with_its_lengths(server: Any, tmp_path: Path) -> None:
     trace = [{"prompt": f"p{n}", "at_s": at_s, "max_tokens": n + 1} for n, at_s in enumerate((0.0, 0.1, 1.6))]
     path = tmp_path / "trace.jsonl"

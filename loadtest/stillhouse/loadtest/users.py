@@ -34,6 +34,7 @@ from stillhouse.loadtest.target import OPENAI, TRITON
 DEFAULT_HOST = "localhost:8001"
 UNFINISHED = "Unfinished"  # an open loop waited for it after the last arrival, and it did not come
 _NEVER_S = 1e7
+_GRACE_S = 0.1
 _PAUSE_S = 0.5  # after a connection that was refused: a dead server is not to be asked a thousand times a second
 
 
@@ -81,6 +82,8 @@ class LlmUser(User):  # type: ignore[misc]
             self.planned = plan(shape.stages, *arrivals, share=number, shares=shares, for_ever=shape.for_ever)
         if self.planned is not None:
             self._plan_next()
+            while times_s is None and self.due_s < time.perf_counter() - _GRACE_S:
+                self._plan_next()  # what was due before this dispatcher was there is nobody's fault
             sleep(self.wait_time())
 
     def wait_time(self) -> float:
