@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.client import ConnectionFailed
 from stillhouse.loadtest.compare import compare_models, comparison_table, precision_of
 from stillhouse.loadtest.errors import BadInput, RunFailed
 from stillhouse.loadtest.load import Load
@@ -84,7 +85,7 @@ def test_what_cannot_be_tested_is_told_by_the_parent_too(server: Any) -> None:
     with pytest.raises(BadInput, match="no model 'nobody'") as caught:
         run_locust(server.grpc_host, "nobody", Load(duration_s=1))
     assert "support-int4" in (caught.value.hint or "")
-    with pytest.raises(BadInput, match="cannot reach localhost:1"):
+    with pytest.raises(ConnectionFailed, match="cannot reach localhost:1"):
         run_locust("localhost:1", "", Load(duration_s=1))
     with pytest.raises(BadInput, match="no model 'nobody'"):
         compare_models(server.grpc_host, ["support-int4", "nobody"], duration_s=1)

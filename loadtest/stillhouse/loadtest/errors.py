@@ -27,6 +27,8 @@ class LoadtestError(Exception):
 class BadInput(LoadtestError):
     """A prompt file, an option or a model that cannot be used."""
 
+    exit_code = 2  # of the command line: a usage error
+
 
 class RunFailed(LoadtestError):
     """Locust ended without a result, or the server died during the run."""

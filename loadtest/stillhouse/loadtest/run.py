@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.client import ClientError
 from stillhouse.client.address import parse_url
 from stillhouse.loadtest.errors import BadInput, RunFailed
 from stillhouse.loadtest.load import Load, environment_facts, locust_arguments
@@ -99,7 +98,7 @@ def run_locust(
     """Drives `model` (the server's int4 where it is empty) at `host` as `load` says.
 
     A server that goes away ends the run; what came before is in the result, and why in its `ended_early`. Raises
-    BadInput where it cannot be tested at all, RunFailed where Locust gave no result.
+    BadInput or ClientError where it cannot be tested at all, RunFailed where Locust gave no result.
     """
     load = (load or Load()).checked()
     load, model = _ask_first(host, model, load, api_key)
@@ -119,15 +118,12 @@ def run_locust(
 
 def _ask_first(host: str, model: str, load: Load, api_key: str) -> tuple[Load, str]:
     """Finds out protocol and model, so that what cannot be tested is known before a process is started."""
+    protocol = load.protocol or find_protocol(host)
+    target = open_target(host, protocol, api_key=api_key or os.environ.get("OPENAI_API_KEY", ""))
     try:
-        protocol = load.protocol or find_protocol(host)
-        target = open_target(host, protocol, api_key=api_key or os.environ.get("OPENAI_API_KEY", ""))
-        try:
-            return replace(load, protocol=protocol), choose_model(target, model)
-        finally:
-            target.close()
-    except ClientError as error:
-        raise BadInput(str(error), hint=error.hint) from None
+        return replace(load, protocol=protocol), choose_model(target, model)
+    finally:
+        target.close()
 
 
 def merged(results: Sequence[LoadResult]) -> LoadResult:
