@@ -34,10 +34,7 @@ def values_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
         return values
     where = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    values: NDArray[Any] = np.memmap(
-        folder / where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims)
-    )
-    return values
+    return np.memmap(folder / where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims))
 
 
 def put(tensor: TensorProto, values: NDArray[Any], folder: Path) -> None:
