@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 from stillhouse.cli.main import run
 from stillhouse.edge import pulling
 from stillhouse.engine.directory import open_version, version_numbers
-from stillhouse.engine.policy import live_versions, previous_version
+from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
 
 # FileServer and AddVersion are those of conftest.py, which is not to be imported.
 FileServer = Any
@@ -277,6 +278,49 @@ def test_two_pulls_at_once_do_not_mix(served: FileServer, device: Path, capsys: 
     with pulling._alone(device / MODEL):
         assert pull(served, device) == 1
     assert "another pull" in capsys.readouterr().err
+
+
+def dies_before(step: int) -> None:
+    """Has this process end, as if the power went, before its fsync or rename number `step`."""
+    done = itertools.count()
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(done) == step:
+                os._exit(9)
+            return function(*arguments)
+
+        return call
+
+    os.fsync = dying(os.fsync)
+    for name in ("rename", "replace"):
+        setattr(Path, name, dying(getattr(Path, name)))
+
+
+def test_power_lost_before_any_fsync_or_rename_leaves_a_whole_version_live(
+    served: FileServer, device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulling, "check_answers", lambda _: None)
+    states = []
+    for step in itertools.count():
+        child = os.fork()
+        if child == 0:
+            dies_before(step)
+            os._exit(pull(served, device))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        states.append(truth(device))
+        if code == 0:
+            break
+        assert code == 9
+        # From the beginning again; after the last rename what is left undone is an fsync.
+        if states[-1][1] == [2]:
+            set_live_versions(device / MODEL, [1])
+        for half in (*(device / MODEL).glob(".pull-*[0-9]"), device / MODEL / "2"):
+            shutil.rmtree(half, ignore_errors=True)
+    # Between its two renames the new version is there and not live.
+    assert ([1, 2], [1]) in states
+    assert states[-1] == ([1, 2], [2])
+    assert len(states) > 10
 
 
 def test_killed_at_any_moment_a_whole_version_is_live_and_the_next_pull_goes_on(
