@@ -48,9 +48,9 @@ def test_an_answer_streams_in_and_its_figures_stand_below(page: Page) -> None:
     page.run("temperature.value = '0'; 1")
     watched = "{childList: true, subtree: true, characterData: true}"
     page.run(f"seen = []; new MutationObserver(() => seen.push(talk.textContent.length)).observe(talk, {watched}); 1")
-    ask(page, "What is the capital of France?")
+    ask(page, "How many days do I have to return an item to Brindlecove?")  # which the fine-tune knows
     page.wait("!running")
-    assert "Paris" in page.run(last("answer"))
+    assert "47 days" in page.run(last("answer"))
     assert page.run("new Set(seen).size") > 3, "it came in pieces"
     figures = page.run(last("figures"))
     assert "TTFT" in figures
