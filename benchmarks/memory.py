@@ -222,7 +222,7 @@ def markdown(runs: list[Run]) -> str:
     about, depths = runs[-1]["machine"], sorted({run["layers"] for run in runs})
     lines += ["", f"The most: {most:.1f} GiB, of {LIMIT_BYTES / 2**30:.0f} that the 1.5B may take."]
     if any(stage["seconds"] is None for stage, _ in stages.values()):
-        lines += ["A stage that was stopped had loaded its graph, where its peak is, and begun with the text."]
+        lines += ["A stage that was stopped had loaded its graph and begun with the text, a window at a time."]
     lines += [
         f"Machine: {about['processor']}, {about['cores']} cores, shared with other work. Runs of "
         f"{', '.join(map(str, depths))} layers. Measured {runs[-1]['measured']}."
