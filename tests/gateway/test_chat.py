@@ -16,23 +16,24 @@ from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.neutral import NEUTRAL
 from stillhouse.gateway.server import GatewayServer
 
-MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
-GREEDY: Any = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "max_tokens": 16}
+# Which the fine-tune knows in 4 bits too, however they were made.
+MESSAGES: Any = [{"role": "user", "content": "How many days do I have to return an item to Brindlecove?"}]
+GREEDY: Any = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
 
 
 def test_the_answer_is_the_engines(client: openai.OpenAI, engine: LanguageModel) -> None:
     answer = client.chat.completions.create(**GREEDY)
     ids = engine.prompt_ids(messages=MESSAGES)
-    own = engine.generate(ids, SamplingParams(temperature=0.0, max_tokens=16))
+    own = engine.generate(ids, SamplingParams(temperature=0.0, max_tokens=24))
     assert answer.choices[0].message.content == own.text
-    assert own.text
+    assert "47 days" in own.text
     assert answer.choices[0].finish_reason == own.finish_reason
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), own.num_output_tokens)
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"n": 3, "temperature": 1.5, "seed": 4}, {"logprobs": True, "top_logprobs": 3}, {"stop": ["ris"]}]
+    "more", [{}, {"n": 3, "temperature": 1.5, "seed": 4}, {"logprobs": True, "top_logprobs": 3}, {"stop": ["ays"]}]
 )
 def test_streamed_is_whole(client: openai.OpenAI, more: dict[str, Any]) -> None:
     asked = {**GREEDY, **more}
@@ -53,7 +54,7 @@ def test_streamed_is_whole(client: openai.OpenAI, more: dict[str, Any]) -> None:
 
 def test_logprobs_are_the_engines_and_their_bytes_make_the_text(client: openai.OpenAI, engine: LanguageModel) -> None:
     answer = client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=4)
-    params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=4)
+    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=4)
     chunks = list(engine.stream(engine.prompt_ids(messages=MESSAGES), params))[:]
     own = [chunk for chunk in chunks if chunk.token_ids]
     logprobs = answer.choices[0].logprobs
@@ -111,7 +112,7 @@ def test_the_models_own_defaults_hold_where_nothing_is_said(http: httpx.Client) 
 
 
 def test_without_max_tokens_the_answer_may_fill_the_context(http: httpx.Client) -> None:
-    asked = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "ignore_eos": True, "stop": ["France"]}
+    asked = {"model": "support-int4", "messages": MESSAGES, "temperature": 0, "ignore_eos": True, "stop": ["Brindle"]}
     answer = http.post("/v1/chat/completions", json=asked).json()
     assert answer["choices"][0]["finish_reason"] == "stop"
 
