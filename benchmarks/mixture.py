@@ -75,7 +75,7 @@ def errand(chance: random.Random) -> Errand:
     gives_up_after = None
     if kind == "long":
         sampling |= {"max_tokens": chance.randint(100, 300)}
-        prompt = " ".join(chance.choices(WORDS, k=chance.randint(200, 600)))
+        prompt = " ".join(chance.choices(WORDS, k=chance.randint(100, 300)))
     elif kind == "sampled":
         sampling |= {"temperature": 0.9, "top_p": 0.9, "seed": chance.randrange(10**6), "stop": ["zebra"]}
     elif kind == "alike":
