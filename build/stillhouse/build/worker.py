@@ -81,7 +81,9 @@ def run_stage(
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
     if "result" in answer:
-        return StageRun(answer["result"], usage.ru_maxrss * 1024, round(usage.ru_utime + usage.ru_stime, 3))
+        # The child says what it held: of a child of a large process, the system counts what that one held at the fork.
+        peak_rss_bytes = answer["peak_rss_bytes"] or usage.ru_maxrss * 1024
+        return StageRun(answer["result"], peak_rss_bytes, round(usage.ru_utime + usage.ru_stime, 3))
     if "error" in answer:
         raise StillhouseError(answer["error"], hint=answer.get("hint") or f"its whole output is in {log}")
     if child.returncode == -signal.SIGKILL:
@@ -139,9 +141,17 @@ def main() -> int:
         reason = f"{job['stage']} failed: {type(error).__name__}: {lines[0]}"
         _say(answers, {"error": reason, "hint": _space_hint(error)})
     else:
-        _say(answers, {"result": result})
+        _say(answers, {"result": result, "peak_rss_bytes": _peak_rss_bytes()})
         return 0
     return 1
+
+
+def _peak_rss_bytes() -> int | None:
+    """The most that this program has had resident; None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return None
 
 
 def _say(answers: IO[str], message: dict[str, Any]) -> None:
