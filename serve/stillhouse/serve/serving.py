@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
             generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
         processes, backoff, down = Processes(server), Backoff(), list[str]()
+        due_s: float | None = None  # when those that are down are repaired
         announce(server)
         while not asked.wait(_LOOK_S):
             if (status := server.exit_status()) is not None:
@@ -57,14 +59,18 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     f"the Triton server ended by itself with status {status}",
                     hint=f"its log: {server.log_file}",
                 )
-            if down := sorted({*down, *processes.dead_models()}):
-                if generator is not None:
-                    for model in down:
-                        generator.fail(model, "its process has died")
-                if asked.wait(backoff.next_s()):
-                    break
+            dead = processes.dead_models()
+            if generator is not None:
+                for model in dead if due_s is None else set(dead) - set(down):
+                    generator.fail(model, "its process has died")
+            if not (down := sorted({*down, *dead})):
+                continue
+            if due_s is None:
+                due_s = time.monotonic() + backoff.next_s()
+            # Until then the other models and Triton itself are looked after as before.
+            if time.monotonic() >= due_s:
                 server, down = repair(server, options, down, stop=asked)
-                servers[:], processes = [server], Processes(server)
+                servers[:], processes, due_s = [server], Processes(server), None
         log.info("ending: running requests have %g s to finish", options.grace_s)
         _drain(gateway, generator, server, options.grace_s)
         return 0
