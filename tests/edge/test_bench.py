@@ -18,7 +18,7 @@ def test_json_tells_speed_energy_and_how_the_board_was_set(
     tiny_repository: Path, orin_nano: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = str(tiny_repository / "tiny-fp16" / "1")
-    shape = ["--prompt-tokens", "16", "--output-tokens", "8", "--repeats", "3"]
+    shape = ["--prompt-tokens", "16", "--output-tokens", "8", "--repeats", "3", "--threads", "1"]
     assert run(["edge", "bench", directory, *shape, "--root", str(orin_nano), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (cell,) = report["cells"]
@@ -35,6 +35,7 @@ def test_json_tells_speed_energy_and_how_the_board_was_set(
     assert report["device"]["power_mode"] == {"id": 1, "name": "25W"}
     assert report["idle"]["power_watts"] == pytest.approx(5.0)
     assert report["peak_memory_bytes"] > 10**7
+    assert (report["model"]["provider"], report["model"]["threads"]) == ("CPUExecutionProvider", 1)
 
 
 def test_the_table_has_dashes_for_what_a_pc_does_not_tell(
@@ -46,6 +47,7 @@ def test_the_table_has_dashes_for_what_a_pc_does_not_tell(
     table = capsys.readouterr().out
     assert "decode tok/s" in table and "–" in table
     assert "power mode unknown" in table
+    assert "on CPUExecutionProvider, threads: one a core" in table
 
 
 def test_a_grid_longer_than_the_models_context_is_refused(

@@ -9,6 +9,7 @@ requests over the tokens that they generated.
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import queue
 import resource
@@ -151,6 +152,7 @@ def describe_device(device: Device) -> dict[str, Any]:
             {"name": clock.name, "min_mhz": clock.min_mhz, "max_mhz": clock.max_mhz, "pinned": clock.pinned}
             for clock in device.clocks()
         ],
+        "cores": os.cpu_count(),
         "memory_bytes": device.memory().total_bytes,
         "python": platform.python_version(),
     }
@@ -168,6 +170,8 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
         "target": manifest.target,
         "weights_bytes": manifest.memory.weights_bytes,
         "max_model_len": model.max_model_len,
+        "provider": model.provider,
+        "threads": model.threads,  # None: one a core
         "onnxruntime": ort.__version__,
     }
 

@@ -49,7 +49,8 @@ def print_bench(report: dict[str, Any]) -> None:
     set_to = f"power mode {mode['name'] or mode['id']}" if mode else "power mode unknown"
     throttled = sorted({name for cell in report["cells"] for name in cell["throttled_by"]})
     for line in (
-        f"{model['model']} version {model['version']}, ONNX Runtime {model['onnxruntime']}",
+        f"{model['model']} version {model['version']}, ONNX Runtime {model['onnxruntime']} on {model['provider']},"
+        f" threads: {model['threads'] or 'one a core'}",
         f"{device['module'] or device['model'] or 'unknown device'}, {set_to}, "
         + (", ".join(_clock(clock) for clock in device["clocks"]) or "clocks unknown"),
         f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB",

@@ -52,12 +52,20 @@ class LanguageModel:
     """Answers prompts with the model in a version directory; a context manager."""
 
     def __init__(
-        self, version: VersionDirectory, tokenizer: Tokenizer, engine: Engine, default_params: SamplingParams
+        self,
+        version: VersionDirectory,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        default_params: SamplingParams,
+        provider: str,
+        threads: int | None,
     ) -> None:
         self.version = version
         self.tokenizer = tokenizer
         self.engine = engine
         self.default_params = default_params
+        self.provider = provider  # ONNX Runtime's name of the one that runs it
+        self.threads = threads  # None: one a core
         self.thinking_tags = thinking_tags(tokenizer)
         self._grammars: GrammarCompiler | None = None
 
@@ -88,7 +96,7 @@ class LanguageModel:
         )
         engine = Engine(runner, limits, _eos_ids(version, generation))
         engine.start()
-        return cls(version, tokenizer, engine, default_params(generation))
+        return cls(version, tokenizer, engine, default_params(generation), runner.provider, runner.threads)
 
     @property
     def max_model_len(self) -> int:

@@ -48,6 +48,8 @@ class OrtRunner:
         provider: str = "cpu",
     ) -> None:
         self._session = open_session(model_path, threads=threads, provider=provider)
+        self.provider = str(self._session.get_providers()[0])
+        self.threads = threads
         inputs = {node.name: node for node in self._session.get_inputs()}
         if missing := {"input_ids", "attention_mask", "past_key_values.0.key"} - set(inputs):
             raise EngineError(
