@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 
-from stillhouse.engine.policy import set_live_versions
+from stillhouse.cli.main import run
+from stillhouse.engine.directory import open_version, version_numbers
+from stillhouse.engine.policy import live_versions, set_live_versions
 
 _L4T = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 2025\n"
 _NANO_MODES = (
@@ -242,3 +244,42 @@ def file_server(tmp_path: Path) -> Iterator[FileServer]:
         yield server
         httpd.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def served(tmp_path: Path, file_server: FileServer, add_version: Callable[..., Path]) -> FileServer:
+    """A server on which version 2 of tiny-fp16 is live."""
+    add_version(tmp_path / "served", 1)
+    add_version(tmp_path / "served", 2)
+    return file_server
+
+
+@pytest.fixture
+def device(tmp_path: Path, add_version: Callable[..., Path]) -> Path:
+    """The device's repository, with version 1 of tiny-fp16 live."""
+    add_version(tmp_path / "device", 1)
+    return tmp_path / "device"
+
+
+@pytest.fixture
+def pull() -> Callable[..., int]:
+    """`stillhouse edge pull` from (server, device, *options, model=); its exit status."""
+
+    def call(server: FileServer, device: Path, *more: str, model: str = "tiny-fp16") -> int:
+        return run(["edge", "pull", f"{server.url}/{model}", "--repository", str(device), *more])
+
+    return call
+
+
+@pytest.fixture
+def truth() -> Callable[[Path], tuple[list[int], list[int]]]:
+    """The versions of tiny-fp16 that are there and those that are live in a repository, each of these whole."""
+
+    def look(repository: Path) -> tuple[list[int], list[int]]:
+        model = repository / "tiny-fp16"
+        live = live_versions(model)
+        for number in live:
+            open_version(model / str(number))
+        return version_numbers(model), live
+
+    return look
