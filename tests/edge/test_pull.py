@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from stillhouse.cli.main import run
+from stillhouse.edge import smoke
 from stillhouse.engine.policy import previous_version
 
 # FileServer and AddVersion are those of conftest.py, which is not to be imported.
@@ -105,6 +107,24 @@ def test_prune_keeps_the_live_version_and_the_one_before(
     add_version(tmp_path / "served", 3)
     assert pull(served, device, "--prune") == 0
     assert truth(device) == ([2, 3], [3])
+
+
+def test_a_device_whose_live_version_was_deleted_takes_what_it_pulls(
+    served: FileServer, device: Path, add_version: AddVersion, pull: Pull, truth: Truth
+) -> None:
+    """The version before stays what one goes back to, also through --prune."""
+    shutil.rmtree(add_version(device, 2))
+    assert pull(served, device, "--prune") == 0
+    assert truth(device) == ([1, 2], [2])
+    assert previous_version(device / MODEL) == 1
+
+
+def test_a_version_with_a_short_context_is_asked_within_it(device: Path) -> None:
+    version = device / MODEL / "1"
+    manifest = json.loads((version / "manifest.json").read_text())
+    manifest["network"]["context_length"] = 64
+    (version / "manifest.json").write_text(json.dumps(manifest))
+    smoke.ask(version)
 
 
 def test_a_clock_in_1970_changes_nothing_over_http(

@@ -106,6 +106,17 @@ def test_an_address_that_does_not_do_is_said_in_a_line(
     assert said in captured and "Traceback" not in captured
 
 
+@pytest.mark.parametrize(
+    "source", ["http://me:secret@host:8080/m", "https://secret@host/m/2", "ftp://me:secret@host/m"]
+)
+def test_a_password_in_the_address_is_refused_and_not_repeated(
+    device: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["edge", "pull", source, "--repository", str(device)]) == 2
+    captured = capsys.readouterr().err
+    assert "the address at host" in captured and "secret" not in captured
+
+
 def test_a_model_that_the_server_does_not_have_is_said_in_a_line(
     served: FileServer, device: Path, capsys: pytest.CaptureFixture[str], pull: Pull
 ) -> None:

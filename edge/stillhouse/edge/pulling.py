@@ -66,7 +66,7 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
     text, manifest = _manifest(f"{url}/{number}", number)
     directory = repository / manifest.model
     with _sentences(directory), _alone(directory):
-        live = max(live_versions(directory), default=None)
+        live = max(_live(directory, tell), default=None)
         if live is not None and (live == number or (named is None and number < live)):
             _check_same(directory / str(number), text)
             return Pulled(manifest.model, live, previous_version(directory), number, False)
@@ -83,8 +83,17 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
             set_live_versions(directory, [number], previous=live)
         _fsync(directory)
         if prune:
-            _prune(directory, {number, live}, tell)
+            _prune(directory, {number, previous_version(directory)}, tell)
     return Pulled(manifest.model, number, live, number, True)
+
+
+def _live(directory: Path, tell: Tell) -> list[int]:
+    """The versions that are live; none where one of them has been deleted, so that what is pulled becomes live."""
+    try:
+        return live_versions(directory)
+    except VersionError as error:
+        tell(f"{error}: what is pulled takes its place")
+        return []
 
 
 # What the server has
@@ -92,6 +101,12 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
 
 def _split(source: str) -> tuple[str, int | None]:
     """The address of the model, and the version where one is named; a folder here is as good as a server."""
+    if found := re.match(r"\w+://[^/]*@([^/@]*)", source):
+        # Not repeated here: a line of a log is no place for a password.
+        raise UsageError(
+            f"the address at {found[1]} holds a user name or a password, and none is sent",
+            hint="leave out what stands before the '@'; let only the devices' network reach the server",
+        )
     url = Path(source).resolve().as_uri() if Path(source).is_dir() else source.rstrip("/")
     if not re.match(r"(https?://[^/]+|file:///)", url):
         raise UsageError(

@@ -48,10 +48,12 @@ def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
 def ask(directory: Path) -> None:
     """Loads the version and has it say a few tokens. Raises StillhouseError."""
     from stillhouse.edge.loading import ONE_ANSWER, load
+    from stillhouse.engine.directory import open_version
     from stillhouse.engine.sampling import SamplingParams
 
     # As little memory as can be: another version may be serving beside it.
-    with load(directory, {**ONE_ANSWER, "max_model_len": _CONTEXT_TOKENS, "prefix_slots": 0}) as model:
+    context = min(_CONTEXT_TOKENS, open_version(directory, verify=False).manifest.network.context_length)
+    with load(directory, {**ONE_ANSWER, "max_model_len": context, "prefix_slots": 0}) as model:
         prompt_ids = model.prompt_ids(text="The quick brown fox")
         answer = model.generate(prompt_ids, SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0.0))
     if not answer.token_ids:
