@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.edge.generating import EngineGenerator
+from stillhouse.edge.loading import fits_instead_of
+from stillhouse.edge.memory import TooLittleMemory
 from stillhouse.edge.smoke import Interrupted, check_answers
 from stillhouse.engine.directory import MANIFEST, locked, version_numbers
 from stillhouse.engine.errors import NotThereError, StillhouseError
@@ -121,21 +124,60 @@ class Follower:
         if path == self._refused.get(name):
             return
         log.info("version %s of %s is live: loading it beside version %d", path.name, name, current)
+        before = place.directory / str(current)
+        model: LanguageModel | None
         try:
-            check_answers(path)
-            model = self._load(path)
+            model = self._tried(path)
         except Interrupted:  # with this service, it may be: that says nothing against the version
             return
         except StillhouseError as error:
+            if not (isinstance(error, TooLittleMemory) and fits_instead_of(path, before)):
+                self._refuse(name, path, before, error)
+                return
+            model = self._tried_instead(name, path, before)
+        if model is not None:
+            self._take(name, model)
+
+    def _tried_instead(self, name: str, path: Path, before: Path) -> LanguageModel | None:
+        """Ends the version `before` to make room for `path`; where that does not answer, `before` loaded again."""
+        log.warning("version %s of %s does not fit beside version %s, which ends first", path.name, name, before.name)
+        self._on_loop(self._generator.release(name))
+        try:
+            gc.collect()
+            return self._tried(path)
+        except Interrupted:
+            if self._ended.wait(_EVERY_S):
+                return None
             self._refused[name] = path
-            log.error("version %s of %s is not taken: %s; version %d goes on", path.name, name, error, current)
-            go_back(place.directory, int(path.name), current)
-            return
+        except StillhouseError as error:
+            self._refuse(name, path, before, error)
+        # Out of the handlers: an error's frames hold what was loaded until it was raised.
+        try:
+            gc.collect()
+            return self._load(before)
+        except StillhouseError as error:
+            log.error("version %s of %s does not load again: %s", before.name, name, error)
+            self._generator.loop.call_soon_threadsafe(self._generator.lose, name, f"no version of it loads: {error}")
+            return None
+
+    def _tried(self, path: Path) -> LanguageModel:
+        check_answers(path)
+        return self._load(path)
+
+    def _refuse(self, name: str, path: Path, before: Path, error: StillhouseError) -> None:
+        self._refused[name] = path
+        log.error("version %s of %s is not taken: %s; version %s goes on", path.name, name, error, before.name)
+        go_back(path.parent, int(path.name), int(before.name))
+
+    def _take(self, name: str, model: LanguageModel) -> None:
         if self._ended.is_set():
             model.close()
             return
-        asyncio.run_coroutine_threadsafe(self._switch(model), self._generator.loop).result()
-        log.info("version %s of %s answers", path.name, name)
+        self._on_loop(self._switch(model))
+        log.info("version %d of %s answers", model.version.manifest.version, name)
+
+    def _on_loop(self, work: Coroutine[None, None, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._generator.loop).result()
 
     async def _switch(self, model: LanguageModel) -> None:
         self._generator.replace(model)

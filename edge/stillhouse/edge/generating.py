@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # A request that came before a switch may still be reading its prompt: the old version stays at least so long.
 LINGER_S = 5.0
+# Where two versions do not fit beside each other, the old one's answers hold the new one up so long at the most.
+DRAIN_S = 30.0
 _GAUGES = {
     "num_requests_running": "Requests that hold a slot",
     "num_requests_waiting": "Requests that wait for a slot",
@@ -36,27 +39,44 @@ class EngineGenerator:
         self._models = {model.version.manifest.model: model for model in models}
         self._served = {name: _described(model) for name, model in self._models.items()}
         self._retired: list[LanguageModel] = []
+        self._lost: dict[str, str] = {}
         self._streams: Counter[LanguageModel] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def models(self) -> Sequence[ServedModel]:
-        return list(self._served.values())
+        return [served for name, served in self._served.items() if name in self._models]
 
     def version_of(self, name: str) -> int:
-        """The version of the model `name` that gets new requests; any thread may ask."""
+        """The version of the model `name` that gets new requests, or got them last; any thread may ask."""
         return self._served[name].version
 
     def replace(self, model: LanguageModel) -> None:
         """New requests go to `model` from now on; what runs on the version before ends there, and that is closed."""
         name = model.version.manifest.model
-        before, self._models[name], self._served[name] = self._models[name], model, _described(model)
-        self._retired.append(before)
-        task = self.loop.create_task(self._retire(before))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        before, self._models[name], self._served[name] = self._models.get(name), model, _described(model)
+        self._lost.pop(name, None)
+        if before is not None:
+            self._retired.append(before)
+            task = self.loop.create_task(self._retire(before))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def release(self, name: str) -> None:
+        """Refuses what is new for the model `name`, and closes it once what runs has ended, after DRAIN_S at the most.
+
+        `replace` has it answer again.
+        """
+        if (model := self._models.pop(name, None)) is not None:
+            self._retired.append(model)
+            await self._retire(model, DRAIN_S)
+
+    def lose(self, name: str, why: str) -> None:
+        """Says of a released model that none will take its place."""
+        self._lost[name] = why
 
     def missing(self) -> dict[str, str]:
-        return {}
+        away = [name for name in self._served if name not in self._models]
+        return {name: self._lost.get(name, "another version is being loaded in its place") for name in away}
 
     async def stream(
         self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams
@@ -76,6 +96,8 @@ class EngineGenerator:
                 yield chunk
         finally:
             self._streams[engine] -= 1
+            if not self._streams[engine]:
+                del self._streams[engine]
             if submitted is not None and not ended:
                 submitted.cancel()
 
@@ -95,24 +117,25 @@ class EngineGenerator:
 
     def _engine_of(self, served: ServedModel) -> LanguageModel:
         """The version that the prompt was read for. Raises Unavailable where it has gone by now."""
-        for model in (self._models[served.name], *self._retired):
+        for model in (*self._models.values(), *self._retired):
             manifest = model.version.manifest
             if (manifest.model, manifest.version) == (served.name, served.version):
                 return model
         raise Unavailable(f"version {served.version} of {served.name} was replaced meanwhile")
 
-    async def _retire(self, model: LanguageModel) -> None:
-        await asyncio.sleep(LINGER_S)
-        while self._streams[model]:
+    async def _retire(self, model: LanguageModel, at_most_s: float = math.inf) -> None:
+        until_s = self.loop.time() + at_most_s
+        await asyncio.sleep(min(LINGER_S, at_most_s))
+        while self._streams[model] and self.loop.time() < until_s:
             await asyncio.sleep(0.1)
         self._retired.remove(model)
-        del self._streams[model]
         await self.loop.run_in_executor(None, model.close)
         log.info("version %d of %s is closed", model.version.manifest.version, model.version.manifest.model)
 
     def fault(self) -> str | None:
         broken = [name for name, model in self._models.items() if not model.healthy]
-        return f"the engine of {', '.join(broken)} has failed" if broken else None
+        faults = [f"the engine of {', '.join(broken)} has failed"] if broken else []
+        return "; ".join([*faults, *(f"{name} cannot answer now: {why}" for name, why in self._lost.items())]) or None
 
     def figures(self) -> Iterator[Figure]:
         for name, model in self._models.items():

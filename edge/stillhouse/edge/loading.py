@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse.edge.device import Device
-from stillhouse.edge.memory import describe_fit, fit
+from stillhouse.edge.memory import describe_fit, fit, fits_instead
 from stillhouse.edge.runtime import require_onnxruntime
 from stillhouse.engine.directory import open_version
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 
@@ -31,3 +32,12 @@ def load(directory: Path, overrides: Mapping[str, object], limit_bytes: int | No
     if limit_bytes is not None:
         log.info("%s", describe_fit(manifest, options, limit_bytes))
     return LanguageModel.load(directory, options)
+
+
+def fits_instead_of(version: Path, loaded: Path) -> bool:
+    """Whether the memory holds the version at `version` once that at `loaded` has gone; False where one is broken."""
+    try:
+        new, old = (open_version(directory, verify=False).manifest for directory in (version, loaded))
+    except StillhouseError:
+        return False
+    return fits_instead(new, old, Device().memory().available_bytes)

@@ -21,6 +21,10 @@ WEIGHTS_FACTOR = 1.1
 LEAST_CONTEXT_TOKENS = 256
 
 
+class TooLittleMemory(StillhouseError):
+    """The device has not enough memory available now; it may have when something else has ended."""
+
+
 def parse_size(text: str) -> int:
     """Bytes of "2GB", "1.5 GiB", "800M" or "1073741824": K, M, G and T are thousands, Ki, Mi, Gi and Ti are 1024s.
 
@@ -72,9 +76,12 @@ def fit(
     footprint = Footprint.of(manifest, options.max_num_seqs if limit_bytes is None else 1)
     least = min(LEAST_CONTEXT_TOKENS, manifest.network.context_length, options.max_model_len or LEAST_CONTEXT_TOKENS)
     need = footprint.fixed + least * footprint.token
-    for said, have in (("--max-memory allows", limit_bytes), ("the device has available", available_bytes)):
+    for error, said, have in (
+        (StillhouseError, "--max-memory allows", limit_bytes),
+        (TooLittleMemory, "the device has available", available_bytes),
+    ):
         if have is not None and need > have:
-            raise StillhouseError(
+            raise error(
                 f"{manifest.model} does not fit: weights and runtime take {megabytes(footprint.fixed)},"
                 f" with a context of {least} tokens {megabytes(need)}; {said} {megabytes(have)}",
                 hint="take a smaller precision or model, or end what else uses the memory",
@@ -83,6 +90,13 @@ def fit(
         return options
     budget = min(limit_bytes, available_bytes or limit_bytes)
     return _sized(manifest, options, budget)
+
+
+def fits_instead(new: Manifest, old: Manifest, available_bytes: int | None) -> bool:
+    """Whether `new` fits, with its least context, into what is available once `old`, loaded now, has gone."""
+    footprint, freed = Footprint.of(new, 1), Footprint.of(old, 1).fixed - PROCESS_BYTES
+    need = footprint.fixed + min(LEAST_CONTEXT_TOKENS, new.network.context_length) * footprint.token
+    return available_bytes is None or need <= available_bytes + freed
 
 
 def _sized(manifest: Manifest, options: EngineOptions, budget_bytes: int) -> EngineOptions:

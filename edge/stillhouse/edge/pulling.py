@@ -20,7 +20,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stillhouse.edge.fetching import fetch_file, fetch_text
-from stillhouse.edge.memory import megabytes
+from stillhouse.edge.loading import fits_instead_of
+from stillhouse.edge.memory import TooLittleMemory, megabytes
 from stillhouse.edge.smoke import check_answers
 from stillhouse.engine.directory import MANIFEST, locked, version_numbers
 from stillhouse.engine.errors import NotThereError, StillhouseError, UsageError, VersionError
@@ -58,8 +59,8 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
 
     Nothing changes where it is live already, or where it is older than the live one and was not named. With `prune`,
     versions other than the live one and the one before are removed afterwards. Raises StillhouseError, in a line,
-    where it cannot be had, does not fit on the disk, is not what its manifest says, or does not answer: then what was
-    live before stays live.
+    where it cannot be had, does not fit on the disk or in the memory, is not what its manifest says, or does not
+    answer: then what was live before stays live.
     """
     url, named = _split(source)
     number = named or _offered(url)
@@ -179,14 +180,21 @@ def _report(progress: Progress, name: str, size: int) -> Callable[[int], None]:
 
 
 def _ask(version: Path, live: int | None, tell: Tell) -> None:
-    """Has the version answer. Raises VersionError, and removes what was only fetched."""
+    """Has the version answer. Raises VersionError, and removes what was only fetched; TooLittleMemory, and keeps it.
+
+    Where it fits only once the live version has gone, whoever serves that asks this one then.
+    """
     tell("asking it something")
+    stays = f"version {live} stays live" if live is not None else "nothing was installed"
     try:
         check_answers(version)
+    except TooLittleMemory as error:
+        if live is None or not fits_instead_of(version, version.parent / str(live)):
+            raise TooLittleMemory(f"{error}; {stays}", hint="end what else uses the memory, and pull again") from error
+        tell(f"too little memory to ask it beside version {live}: 'edge serve' ends that one first, and asks this one")
     except VersionError as error:
         if version.name.startswith(_STAGED):
             shutil.rmtree(version)
-        stays = f"version {live} stays live" if live is not None else "nothing was installed"
         raise VersionError(f"{error}; {stays}", hint="build it anew, or pull another version") from error
 
 

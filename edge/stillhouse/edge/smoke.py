@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stillhouse.edge.memory import TooLittleMemory
 from stillhouse.engine.errors import StillhouseError, VersionError
 
 _CONTEXT_TOKENS = 256
 _ANSWER_TOKENS = 4
 _TIMEOUT_S = 600.0
+_TOO_LITTLE_MEMORY = 3  # this process's exit status
 # What a terminal's Ctrl-C and the end of a systemd unit send to every process of theirs, this one among them.
 _ENDED_FROM_OUTSIDE = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 
@@ -27,7 +29,7 @@ class Interrupted(StillhouseError):
 def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
     """Raises VersionError, with the reason in a line, for a version that does not load and answer.
 
-    Raises Interrupted where somebody ended the process that asked.
+    Raises Interrupted where somebody ended the process that asked, TooLittleMemory where it found no room to ask.
     """
     command = [sys.executable, "-m", __name__, str(directory)]
     try:
@@ -41,6 +43,8 @@ def check_answers(directory: Path, timeout_s: float = _TIMEOUT_S) -> None:
         raise Interrupted(f"{directory} was not heard: whoever asked it was ended")
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        if done.returncode == _TOO_LITTLE_MEMORY:
+            raise TooLittleMemory(said)
         how = f"killed by signal {-done.returncode}" if done.returncode < 0 else said
         raise VersionError(f"{directory} does not answer: {how}")
 
@@ -64,7 +68,8 @@ def main() -> None:
     try:
         ask(Path(sys.argv[1]))
     except StillhouseError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(_TOO_LITTLE_MEMORY if isinstance(error, TooLittleMemory) else 1)
 
 
 if __name__ == "__main__":
