@@ -1,13 +1,18 @@
-"""A real Triton, started once for all tests that only ask, and what asks it: plain tritonclient and urllib."""
+"""A real Triton, started once for all tests that only ask, and what asks it; and `stillhouse serve` as a command."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
+import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +137,89 @@ def metric() -> Callable[..., float]:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     return read
+
+
+@dataclass
+class Command:
+    """`stillhouse serve` in a process of its own, with all its traces below one directory."""
+
+    process: subprocess.Popen[str]
+    home: Path
+    http_url: str
+    grpc_url: str
+    metrics_url: str
+    gateway_url: str | None
+
+    @property
+    def run_directory(self) -> Path:
+        (run,) = self.home.glob("stillhouse-*/run-*")
+        return run
+
+
+@pytest.fixture
+def processes_below() -> Callable[[Path], list[int]]:
+    """The processes that name a directory in their command line: guard, server and models."""
+
+    def find(directory: Path) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and os.fsencode(directory) in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    return find
+
+
+@pytest.fixture
+def free_ports() -> list[str]:
+    """Options of `stillhouse serve` that take free ports."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    return ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", port]
+
+
+@pytest.fixture
+def serving(free_ports: list[str]) -> Callable[..., contextlib.AbstractContextManager[Command]]:
+    """The command on free ports, once it has said that it is ready: serving(repository, home, *options)."""
+
+    @contextlib.contextmanager
+    def serve(repository: Path, home: Path, *options: str) -> Iterator[Command]:
+        home.mkdir(exist_ok=True)
+        arguments = ["serve", "--repository", str(repository), "--models", "support-int4", *free_ports, *options]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stillhouse.cli.main", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(home), "XDG_STATE_HOME": str(home / "state")},
+        )
+        assert process.stdout is not None
+        said: dict[str, str] = {}
+        try:
+            for line in process.stdout:
+                word, _, rest = line.strip().partition(" ")
+                said[word] = rest.strip()
+                if word.startswith("ready"):
+                    break
+            assert "http" in said, process.stderr.read() if process.stderr else ""
+            yield Command(process, home, said["http"], said["grpc"], said["metrics"], said.get("page"))
+        finally:
+            process.kill()
+            process.communicate()
+
+    return serve
+
+
+@pytest.fixture
+def status_of() -> Callable[[str], int]:
+    """The status of a GET."""
+
+    def ask(url: str) -> int:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    return ask
