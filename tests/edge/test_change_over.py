@@ -33,6 +33,7 @@ class Service:
     def __init__(self, model: Path) -> None:
         self.model = model
         self.loads: list[tuple[str, list[str]]] = []  # the version, and what could not be asked meanwhile
+        self.changing: list[bool] = []
         self.broken: set[str] = set()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -65,6 +66,7 @@ class Service:
 
     def _load(self, path: Path) -> LanguageModel:
         self.loads.append((path.name, list(self.generator.missing())))
+        self.changing.append(self.follower.changing)
         if path.name in self.broken:
             raise VersionError(f"not {path.name}")
         return load(path, ONE_ANSWER)
@@ -101,6 +103,7 @@ def test_where_the_new_one_fails_alone_the_old_one_is_loaded_again_and_live(serv
     service.broken = {"2"}
     service.look()
     assert service.loads == [("2", [MODEL]), ("1", [MODEL])]
+    assert service.changing == [True, True] and not service.follower.changing
     assert live_versions(service.model) == [1]
     assert service.run(service.answer()) == "length"
     assert service.generator.fault() is None

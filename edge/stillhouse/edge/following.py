@@ -91,6 +91,7 @@ class Follower:
         self._refused: dict[str, Path] = {}
         self._unclear: dict[str, str] = {}
         self._ended = threading.Event()
+        self.changing = False  # one version has ended, and another is being loaded in its place
         self._thread = threading.Thread(target=self._run, name="stillhouse-follower", daemon=True)
 
     def start(self) -> None:
@@ -114,6 +115,8 @@ class Follower:
             if self._unclear.get(name) != str(error):
                 log.warning("cannot tell which version of %s is live: %s", name, error)
             self._unclear[name] = str(error)
+        finally:
+            self.changing = False
 
     def _follow(self, name: str, place: Place) -> None:
         current = self._generator.version_of(name)
@@ -134,6 +137,7 @@ class Follower:
             if not (isinstance(error, TooLittleMemory) and fits_instead_of(path, before)):
                 self._refuse(name, path, before, error)
                 return
+            self.changing = True
             model = self._tried_instead(name, path, before)
         if model is not None:
             self._take(name, model)

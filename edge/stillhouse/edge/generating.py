@@ -135,7 +135,8 @@ class EngineGenerator:
     def fault(self) -> str | None:
         broken = [name for name, model in self._models.items() if not model.healthy]
         faults = [f"the engine of {', '.join(broken)} has failed"] if broken else []
-        return "; ".join([*faults, *(f"{name} cannot answer now: {why}" for name, why in self._lost.items())]) or None
+        faults += [f"{name} cannot answer now: {why}" for name, why in self.missing().items()]
+        return "; ".join(faults) or None
 
     def figures(self) -> Iterator[Figure]:
         for name, model in self._models.items():

@@ -66,7 +66,7 @@ def serve(
         follower.start()
         announce(server)
         notify("READY=1", f"STATUS=serving {', '.join(names)} on {server.url}")
-        _watch(server.url, asked)
+        _watch(server.url, asked, follower)
         log.info("ending: running requests have %g s to finish", grace_s)
     finally:
         notify("STOPPING=1")
@@ -103,11 +103,14 @@ async def _open(loads: Sequence[Callable[[], LanguageModel]]) -> Generator:
         raise
 
 
-def _watch(url: str, asked: threading.Event) -> None:
-    """Waits until it is told to end; meanwhile tells systemd's watchdog that the server is well, while it is."""
+def _watch(url: str, asked: threading.Event, follower: Follower) -> None:
+    """Waits until it is told to end; meanwhile tells systemd's watchdog that the server is well, while it is.
+
+    While one version is exchanged for another, /health says that it cannot answer: a restart would not help.
+    """
     every_s, due_s = watchdog_s(), 0.0
     while not asked.wait(0.2):
-        if every_s is not None and time.monotonic() >= due_s and _is_well(url):
+        if every_s is not None and time.monotonic() >= due_s and (follower.changing or _is_well(url)):
             notify("WATCHDOG=1")
             due_s = time.monotonic() + every_s / 3
 
