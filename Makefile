@@ -22,7 +22,7 @@ demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 test: $(READY)  ## run the tests that take minutes (test-all: the slow ones too)
 	@$(BIN)/pytest -q -m "not slow"
 
-test-all: $(READY)  ## run every test
+test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
 	@$(BIN)/pytest -q
 
 arm64: $(READY)  ## the engine and the edge on an emulated aarch64, against this machine (Debian; no board is needed)
