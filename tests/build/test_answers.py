@@ -128,6 +128,7 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept_cache")
 def test_a_build_measures_the_tasks_as_transformers_does_and_is_gated_on_them(
     tasks_file: Path, tiny_base: Path, tiny_adapter: Path, write_recipe: Callable[..., Path], tmp_path: Path

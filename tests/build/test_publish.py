@@ -83,6 +83,7 @@ def test_the_same_inputs_are_published_once(
     assert snapshot(repository) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept_cache")
 def test_force_makes_the_next_version_and_moves_the_live_one(tiny_recipe: Path, repository: Path) -> None:
     recipe = load_recipe(tiny_recipe).model_copy(update={"precisions": ["fp16"]})
@@ -162,6 +163,7 @@ def test_two_that_publish_at_once_both_get_versions(repository: Path, tmp_path: 
     assert len(version_numbers(model)) >= 9  # the first, and four by each
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_any_moment_leaves_whole_versions_and_the_next_succeeds(
     tiny_recipe: Path, repository: Path, kept_cache: Path
 ) -> None:

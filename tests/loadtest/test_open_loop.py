@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -137,7 +138,8 @@ def test_a_load_generator_that_cannot_keep_up_says_so(server: Any, tmp_path: Pat
         "        gevent.sleep(0.001)\n"
         "events.test_start.add_listener(lambda **_: gevent.spawn(burn))\n"
     )
-    command = ["locust", "-f", str(own), *HEADLESS, "--host", server.openai_host, "--run-time", "4s", "--rate", "5"]
+    command = [sys.executable, "-m", "locust", "-f", str(own), *HEADLESS, "--host", server.openai_host]
+    command += ["--run-time", "4s", "--rate", "5"]
     done = subprocess.run([*command, "--result", "r.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["client"]["valid"] is False
