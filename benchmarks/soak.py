@@ -46,6 +46,7 @@ PAUSES = 6  # at least, so that a short soak has some too
 PERIOD_S, SAMPLE_EVERY_S = 60.0, 5.0
 GROWTH, LEAST_GROWTH_BYTES = 0.02, MB
 REST_TIMEOUT_S = 30.0
+WARM_REQUESTS = 250  # by then there has been one of each kind at each door, and of each size about
 
 
 async def soak(server: Served, seconds: float, seed: int, clients: int) -> dict[str, Any]:
@@ -60,7 +61,10 @@ async def soak(server: Served, seconds: float, seed: int, clients: int) -> dict[
     while time.monotonic() - begun_s < seconds:
         end_s = begun_s + (number + 1) * period_s
         await one_period(server, seen, f"{seed}/{number}", clients, end_s, samples)
-        rests.append(await rest(server) | {"at_s": round(time.monotonic() - begun_s)})
+        if rests and rests[0]["requests"] < WARM_REQUESTS:
+            rests.clear()
+        asked = {"at_s": round(time.monotonic() - begun_s), "requests": sum(seen.counts.values())}
+        rests.append(await rest(server) | asked)
         print(progress(rests[-1], seen), file=sys.stderr, flush=True)
         number += 1
     return {"rests": rests, "samples": samples, "counts": dict(sorted(seen.counts.items())), "failures": seen.failures}
@@ -99,6 +103,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """What is not as it was at the first rest; empty where all is well."""
     first, last = found["rests"][0], found["rests"][-1]
     wrong = [f"a request failed: {failure}" for failure in found["failures"][:5]]
+    if len(found["rests"]) < 2:
+        wrong.append(f"too short: fewer than {WARM_REQUESTS} requests were answered before the last rest")
     for role, before in first["processes"].items():
         after = last["processes"].get(role)
         if after is None:
@@ -154,7 +160,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("given up in the middle", f"{sum(n for name, n in counts.items() if 'given up' in name):,}"),
         ("failed", f"{len(report['failures'])}"),
         (
-            "memory at rest (anonymous), after the first minute and at the end",
+            f"memory at rest (anonymous), after {first['at_s']} s and at the end",
             f"{total_bytes(first) / MB:,.1f} → {total_bytes(last) / MB:,.1f} MB ({report['memory_growth']:+.2%})",
         ),
         *(

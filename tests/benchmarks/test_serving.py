@@ -83,6 +83,11 @@ def test_a_failure_or_a_process_that_is_gone_is_named() -> None:
     assert [wrong.split(":")[0] for wrong in soak.verdict(found)] == ["a request failed", "model"]
 
 
+def test_one_rest_proves_nothing() -> None:
+    found = _found()
+    assert soak.verdict({**found, "rests": found["rests"][:1]})[0].startswith("too short")
+
+
 def test_a_seed_is_the_same_mixture_of_all_kinds_and_doors() -> None:
     def errands(seed: str) -> list[mixture.Errand]:
         chance = random.Random(seed)
