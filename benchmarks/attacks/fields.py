@@ -174,10 +174,10 @@ def _triton_deep(door: str, random: Random, model: str) -> Attack:
         return triton(door, model, {"messages": deep}, "{}", about, "refusal", stream=stream)
     if name == "outside" and door == "http":
         return posted(f"/v2/models/{model}/generate", f'{{"text_input": "a", "x": {deep}}}'.encode(), about, "refusal")
-    if name == "json":
+    if name == "json":  # a schema may hold keywords that nobody knows, also one in another
         parameters = f'{{"max_tokens": 2, "structured_outputs": {{"json": {deep}}}}}'
-    else:
-        parameters = f'{{"{name}": {deep}}}' if name in ("temperature", "stop") else deep
+        return triton(door, model, {"text_input": "Hi"}, parameters, about, "either", stream=stream)
+    parameters = f'{{"{name}": {deep}}}' if name in ("temperature", "stop") else deep
     return triton(door, model, {"text_input": "Hi"}, parameters, about, "refusal", stream=stream)
 
 

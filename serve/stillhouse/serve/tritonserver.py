@@ -116,6 +116,11 @@ def lay_out_backends(install: TritonInstall, directory: Path) -> Path:
     return directory
 
 
+# glibc keeps freed memory for each of many threads, and more the larger the largest body was: what is large is mapped
+# alone instead and goes back to the system when it is freed.
+_GIVE_BACK = {"MALLOC_ARENA_MAX": "4", "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+
+
 def server_environment(libpython: Path, engine_options_json: str, drain_file: Path) -> dict[str, str]:
     """This process's environment, so changed that the stub finds this Python, its packages and its library."""
     environment = dict(os.environ)
@@ -124,4 +129,4 @@ def server_environment(libpython: Path, engine_options_json: str, drain_file: Pa
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     environment[OPTIONS_VARIABLE] = engine_options_json
     environment[DRAIN_VARIABLE] = str(drain_file)
-    return environment
+    return _GIVE_BACK | environment
