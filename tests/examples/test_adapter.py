@@ -69,7 +69,7 @@ def test_the_recipe_names_the_adapter_and_the_base_relative_to_itself() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_tuned_model_knows_the_shop_and_still_what_the_base_knew(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
