@@ -20,6 +20,7 @@ from pathlib import Path
 
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.engine.directory import MANIFEST, MODEL, VersionDirectory, locked, open_version, version_numbers
+from stillhouse.engine.durable import sync_directory, write_text
 from stillhouse.engine.errors import StillhouseError, VersionError
 from stillhouse.engine.manifest import FileRecord, Manifest
 from stillhouse.engine.options import ENGINE_JSON
@@ -96,8 +97,8 @@ def publish(
         with held_temporary(model_directory, TEMPORARY) as temporary:
             files = [_copy(sources[name], temporary / name) for name in FILES if name in sources]
             draft = manifest(max(version_numbers(model_directory), default=0) + 1, files)
-            _write(temporary / MANIFEST, draft.to_json())
-            _fsync_directory(temporary)
+            write_text(temporary / MANIFEST, draft.to_json())
+            sync_directory(temporary)
             open_version(temporary, verify=True)
             probe(temporary)
             with locked(model_directory):
@@ -106,13 +107,13 @@ def publish(
                     return Published(same.path, False, live_versions(model_directory))
                 version = max(version_numbers(model_directory), default=0) + 1
                 if version != draft.version:  # another build was quicker
-                    _write(temporary / MANIFEST, manifest(version, files).to_json())
+                    write_text(temporary / MANIFEST, manifest(version, files).to_json())
                 _write_settings(model_directory)
                 before = live_versions(model_directory)
                 final = model_directory / str(version)
                 temporary.rename(final)
-                _fsync_directory(model_directory)
-                _fsync_directory(model_directory.parent)
+                sync_directory(model_directory)
+                sync_directory(model_directory.parent)
                 live = _move_policy(model_directory, version, before) if make_live or not before else before
                 return Published(final, True, live)
 
@@ -180,18 +181,3 @@ def _copy(source: Path, destination: Path) -> FileRecord:
         writer.flush()
         os.fsync(writer.fileno())
     return FileRecord(path=destination.name, bytes=size, sha256=digest.hexdigest())
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

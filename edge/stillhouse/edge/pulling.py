@@ -24,6 +24,7 @@ from stillhouse.edge.loading import fits_instead_of
 from stillhouse.edge.memory import TooLittleMemory, megabytes
 from stillhouse.edge.smoke import check_answers
 from stillhouse.engine.directory import MANIFEST, locked, version_numbers
+from stillhouse.engine.durable import sync_directory, write_text
 from stillhouse.engine.errors import NotThereError, StillhouseError, UsageError, VersionError
 from stillhouse.engine.manifest import Manifest
 from stillhouse.engine.options import ENGINE_JSON
@@ -82,7 +83,7 @@ def pull(source: str, repository: Path, *, tell: Tell, progress: Progress, prune
         with locked(directory):
             _begin_config(directory)
             set_live_versions(directory, [number], previous=live)
-        _fsync(directory)
+        sync_directory(directory)
         if prune:
             _prune(directory, {number, previous_version(directory)}, tell)
     return Pulled(manifest.model, number, live, number, True)
@@ -158,7 +159,7 @@ def _fetched(url: str, directory: Path, manifest: Manifest, text: str, tell: Tel
         if other != staged or not _is(staged / MANIFEST, text):
             shutil.rmtree(other)
     staged.mkdir(exist_ok=True)
-    _write(staged / MANIFEST, text)
+    write_text(staged / MANIFEST, text)
     have = sum(_size(staged / record.path) for record in manifest.files)
     need, free = sum(record.bytes for record in manifest.files) - have, shutil.disk_usage(directory).free
     if need + _MARGIN_BYTES > free:
@@ -171,7 +172,7 @@ def _fetched(url: str, directory: Path, manifest: Manifest, text: str, tell: Tel
     for record in manifest.files:
         report = _report(progress, record.path, record.bytes)
         fetch_file(f"{url}/{record.path}", staged / record.path, record, report)
-    _fsync(staged)
+    sync_directory(staged)
     return staged
 
 
@@ -207,8 +208,8 @@ def _publish(staged: Path, target: Path, live: int | None) -> None:
             # Without a policy the newest is live: a crash after the rename would have switched already.
             set_live_versions(directory, live_versions(directory))
         staged.rename(target)
-    _fsync(directory)
-    _fsync(directory.parent)
+    sync_directory(directory)
+    sync_directory(directory.parent)
 
 
 def _begin_config(directory: Path) -> None:
@@ -275,18 +276,3 @@ def _is(file: Path, text: str) -> bool:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 manifest, directory, policy, options    what build writes and everyone else reads
 request, sampling, sampler, core        continuous batching over token ids
 kv_cache, runner                        the graph and its memory
+durable                                 writes that outlive a power cut
 text, model                             the door where text becomes tokens and back
 """
 

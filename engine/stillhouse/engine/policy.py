@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from stillhouse.engine.directory import version_numbers
+from stillhouse.engine.durable import write_text
 from stillhouse.engine.errors import VersionError
 
 CONFIG = "config.pbtxt"
@@ -88,8 +89,5 @@ def _split_policy(text: str) -> tuple[str, str]:
 def write_atomically(file: Path, text: str) -> None:
     """Writes beside, fsyncs, renames: a reader sees the old text or the new one."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_text(beside, text)
     beside.replace(file)
