@@ -99,16 +99,18 @@ def test_a_server_that_does_not_end_is_killed_after_the_grace_time(run_directory
     assert time.monotonic() > cut_at
 
 
-def test_the_server_is_not_asked_to_end_while_a_model_is_busy(run_directory: Path, shm_file: Path) -> None:
+def test_the_server_is_not_asked_to_end_while_a_model_has_requests_under_way(
+    run_directory: Path, shm_file: Path
+) -> None:
     process = start(run_directory, shm_file, SERVER, grace_s=60)
     assert process.stdin is not None
-    busy = run_directory / "busy-1"
-    busy.touch()
+    busy = run_directory / "under-way-1"
+    busy.write_bytes(b"\x01" + bytes(7))
     process.stdin.close()
     wait_for((run_directory / "drain").is_file)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
-    busy.unlink()
+    busy.write_bytes(bytes(8))
     assert process.wait(10) == 128 + signal.SIGTERM
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class Outbox:
@@ -155,14 +155,14 @@ class Answering:
     def _end_cancelled(self) -> None:
         """To a client that has gone, the final flag alone; to one that waits while the model ends, an error."""
         if self._sender.is_cancelled():
-            self._sender.send(flags=_FINAL)
+            self._sender.send(flags=FINAL)
         else:
             send_error(self._sender, self._cut)
 
     def _send(self, chunks: list[Chunk], *, final: bool) -> None:
         outputs = answer_tensors(self._question, chunks, self._prompt, self._token_text)
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
-        self._sender.send(response, flags=_FINAL if final else 0)
+        self._sender.send(response, flags=FINAL if final else 0)
 
     def _token_text(self, token_id: int) -> str:
         return self._model.tokenizer.decode([token_id], skip_special_tokens=False)
@@ -190,4 +190,4 @@ def send_error(sender: Any, error: StillhouseError) -> None:
     elif isinstance(error, (QueueFull, EngineClosed, DeadlineExceeded)):  # as Triton says it of its own time-out
         code = pb_utils.TritonError.UNAVAILABLE
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
-    sender.send(response, flags=_FINAL)
+    sender.send(response, flags=FINAL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ class Ending:
     def __init__(self, file: Path | None) -> None:
         self._file = file
         self._cut_at_s: float | None = None
-        self._told_busy = False
 
     def look(self) -> None:
         """Reads the file, where it has come since the last time."""
@@ -24,15 +22,6 @@ class Ending:
             return
         with contextlib.suppress(OSError, ValueError):
             self._cut_at_s = float(self._file.read_text("ascii"))
-
-    def tell(self, *, busy: bool) -> None:
-        """Lets the guard know, once the server ends, whether something still runs in this process (see guard.py)."""
-        if self._file is None or self._cut_at_s is None or busy == self._told_busy:
-            return
-        mark = self._file.with_name(f"busy-{os.getpid()}")
-        with contextlib.suppress(OSError):
-            mark.touch() if busy else mark.unlink()
-        self._told_busy = busy
 
     @property
     def refusal(self) -> EngineClosed | None:

@@ -7,8 +7,8 @@ server's children, orphaned when it is killed, become the guard's (subreaper) an
 
 To drain: at SIGTERM Triton 2.51 answers at once that it knows no such model, to clients who are to come again. So the
 models' processes are told first, by a file RUN_DIRECTORY/drain: they refuse what is new, cut what still runs after
-GRACE_S, and have a file RUN_DIRECTORY/busy-PID while something runs. When none is there, SIGTERM goes out; who has not
-ended soon after GRACE_S is killed.
+GRACE_S, and count in RUN_DIRECTORY/under-way-PID what runs. When nothing does, SIGTERM goes out; who has not ended
+soon after GRACE_S is killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-_HEARD_S = 0.2  # until every model has heard of the end, and has said whether it is busy
+_HEARD_S = 0.2  # until every model has heard of the end, and has refused what came meanwhile
 _LAST_WORDS_S = 3.0  # from the end of the grace time to SIGKILL: the errors are sent, the models unloaded
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -75,7 +75,7 @@ def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, ru
         elif told and cut_at == float("inf"):
             heard_at, cut_at = now + _HEARD_S, now + grace_s
             _tell_models(run_directory, cut_at)
-        elif not asked and now > heard_at and (now > cut_at + 1.0 or not any(run_directory.glob("busy-*"))):
+        elif not asked and now > heard_at and (now > cut_at + 1.0 or not _busy(run_directory)):
             server.terminate()
             asked = True
 
@@ -85,6 +85,14 @@ def _tell_models(run_directory: Path, cut_at: float) -> None:
         beside = run_directory / "drain.new"
         beside.write_text(f"{cut_at}\n")
         beside.rename(run_directory / "drain")
+
+
+def _busy(run_directory: Path) -> bool:
+    counts = []
+    for file in run_directory.glob("under-way-*"):
+        with contextlib.suppress(OSError):  # its process has ended
+            counts.append(file.read_bytes())
+    return any(any(count) for count in counts)
 
 
 def _listen(told: list[str]) -> bool:

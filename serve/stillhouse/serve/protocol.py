@@ -9,10 +9,13 @@ BACKEND = "stillhouse"
 OPTIONS_VARIABLE = "STILLHOUSE_ENGINE_OPTIONS"
 
 # Launcher to backend: the path of a file that is there once the server ends. It holds the moment, on the clock of
-# time.monotonic(), at which what still runs is cut; see guard.py, which writes it, and takes it from busy-PID beside it
-# that something still runs.
+# time.monotonic(), at which what still runs is cut; see guard.py, which writes it.
 DRAIN_VARIABLE = "STILLHOUSE_DRAIN_FILE"
 DRAIN_FILE = "drain"
+
+# Backend to launcher and guard: how many requests the process PID has under way, as 8 bytes, little-endian, in a file
+# of this name and the PID beside the one above; see under_way.py.
+UNDER_WAY_FILE = "under-way-"
 
 # Backend to launcher: a line of the server's log that begins so, followed by a JSON object (model, version, message,
 # hint), says why a model could not be loaded.

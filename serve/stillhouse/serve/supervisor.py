@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import logging
 import math
-import re
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +18,13 @@ from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.policy import live_versions
 from stillhouse.serve.control import TritonControl
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
+from stillhouse.serve.under_way import told_under_way
 
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 30.0
 _SOUND_AFTER_S = 120.0
 _LIST_EVERY_S = 1.0
-_UNDER_WAY = re.compile(r"^stillhouse_num_requests_(?:running|waiting)\{(.*)\} (\S+)$", re.MULTILINE)
-_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Processes:
@@ -101,7 +97,7 @@ def repair(
     """
     begun_s = time.monotonic()
     names = ", ".join(models)
-    if _requests_under_way(server, models) == 0:
+    if not _left_unended(server):
         log.warning("the process of %s has died: it is loaded again", names)
         down = [model for model in models if not _reloaded(server, options.repository, model)]
         if answering := [model for model in models if model not in down]:
@@ -130,15 +126,16 @@ def _reloaded(server: Server, repository: Path, model: str) -> bool:
     return True
 
 
-def _requests_under_way(server: Server, models: Sequence[str]) -> float:
-    """What the processes told of their requests before they died, at most a quarter of a second before."""
+def _left_unended(server: Server) -> int:
+    """How many requests the processes that have died had under way."""
+    return sum(count for process, count in told_under_way(server.run_directory).items() if not _runs(process))
+
+
+def _runs(process: int) -> bool:
     try:
-        with _LOCAL.open(server.metrics_url, timeout=2.0) as response:
-            page = response.read().decode()
-    except (OSError, http.client.HTTPException):
-        return 1.0
-    told = _UNDER_WAY.findall(page)
-    return sum(float(value) for labels, value in told if any(f'model_name="{model}"' in labels for model in models))
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _model_of(command: Sequence[str]) -> str | None:

@@ -22,12 +22,13 @@ from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.serve.answering import Answering, Outbox, send_error
+from stillhouse.serve.answering import FINAL, Answering, Outbox, send_error
 from stillhouse.serve.ending import Ending
 from stillhouse.serve.errors import one_line
 from stillhouse.serve.metrics import Metrics
 from stillhouse.serve.protocol import DRAIN_VARIABLE, LOAD_ERROR_MARK, OPTIONS_VARIABLE
 from stillhouse.serve.tensors import TensorReader, read_question
+from stillhouse.serve.under_way import CountedSender, UnderWay
 from stillhouse.serve.watch import Watcher, end_with_server
 
 if TYPE_CHECKING:
@@ -61,13 +62,14 @@ class ServedVersion:
         self._outbox = Outbox()
         drain_file = os.environ.get(DRAIN_VARIABLE)
         self._ending = Ending(Path(drain_file) if drain_file else None)
+        self._under_way = UnderWay(Path(drain_file).parent if drain_file else None)
         self._watcher = Watcher(lambda: self._model.failed, self._ending)
         self._metrics = Metrics(pb_utils, name, version, self._model.stats)
 
     def execute(self, requests: list[Any]) -> None:
         """Takes the requests in and returns at once; every answer goes through its response sender."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = CountedSender(request.get_response_sender(), self._under_way, FINAL)
             with_error_sent(sender, self._read, request, sender)
 
     def close(self) -> None:
@@ -77,6 +79,7 @@ class ServedVersion:
         self._outbox.close()
         self._watcher.close()
         self._metrics.close()
+        self._under_way.close()
         gc.collect()
 
     def _read(self, request: Any, sender: Any) -> None:

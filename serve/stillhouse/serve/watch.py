@@ -62,7 +62,6 @@ class Watcher:
     def _loop(self) -> None:
         while not self._closing.wait(_EVERY_S):
             self._ending.look()
-            self._ending.tell(busy=bool(self._watched))
             self._look_after(list(self._watched.values()), self._ending.cut)
             if self._failed():
                 # Time for the errors to be sent that the engine has handed out.
