@@ -85,7 +85,10 @@ def main() -> int:
         write_docs(rows)
         return 0
     with tempfile.TemporaryDirectory(prefix="stillhouse-quantize-bench-") as scratch:
-        bench = _Bench(plan(load_recipe(asked.recipe), ROOT / "model_repository"), Path(scratch))
+        try:
+            bench = _Bench(plan(load_recipe(asked.recipe), ROOT / "model_repository"), Path(scratch))
+        except StillhouseError as error:
+            sys.exit(f"error: {error}\nhint: {error.hint or 'make demo'}")
         for name in asked.only:
             if name in rows and not asked.again:
                 continue

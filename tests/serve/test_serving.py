@@ -51,6 +51,9 @@ class Generator:
         assert reason == "its process has died"
         self.failed.append(name)
 
+    def suspect(self, name: str) -> None:
+        raise AssertionError(f"{name} has not come back")
+
 
 Serve = Callable[[list[list[str] | int]], tuple[list[str], list[list[str]]]]
 

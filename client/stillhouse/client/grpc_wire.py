@@ -33,7 +33,7 @@ CHANNEL_OPTIONS = (
     # A server that was started again is found again at once, and one client's failures are not another's.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.use_local_subchannel_pool", 1),
 )
 

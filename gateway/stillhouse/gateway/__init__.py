@@ -9,5 +9,6 @@ bodies.py, body.py, neutral.py, params.py     what a request says: its fields, i
 chat.py, completions.py, models.py    the endpoints; messages.py, prompts.py: to token ids; job.py: n answers
 answers.py, thoughts.py, logprobs.py, sse.py    from the engine's chunks to what a client gets
 errors.py, metrics.py             every failure in OpenAI's shape; the Prometheus page
+memory.py         what large bodies took goes back to the system
 page/index.html   the page at `/`
 """

@@ -17,6 +17,7 @@ from stillhouse.gateway.app import create_app
 from stillhouse.gateway.connection import Connection
 from stillhouse.gateway.gateway import Access, Gateway
 from stillhouse.gateway.generator import Generator
+from stillhouse.gateway.memory import give_memory_back
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class GatewayServer:
 
     def start(self) -> None:
         """Begins to listen, and returns when it does."""
+        give_memory_back()
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():

@@ -110,7 +110,7 @@ class TritonGenerator:
             task.cancel()
 
     def suspect(self, name: str) -> None:
-        """Has the model asked at once whether it still answers; called by whoever saw its process end."""
+        """Has the model asked at once whether it answers; by whoever saw it end or come again, from any thread."""
         if name in self._pulses:
             self._pulses[name].suspected = True
 

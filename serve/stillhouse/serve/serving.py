@@ -69,8 +69,12 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                 due_s = time.monotonic() + backoff.next_s()
             # Until then the other models and Triton itself are looked after as before.
             if time.monotonic() >= due_s:
-                server, down = repair(server, options, down, stop=asked)
+                dead = down
+                server, down = repair(server, options, dead, stop=asked)
                 servers[:], processes, due_s = [server], Processes(server), None
+                if generator is not None:
+                    for model in set(dead) - set(down):
+                        generator.suspect(model)
         log.info("ending: running requests have %g s to finish", options.grace_s)
         _drain(gateway, generator, server, options.grace_s)
         return 0
