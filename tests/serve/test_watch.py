@@ -13,13 +13,15 @@ from stillhouse.serve.watch import Watcher
 
 
 class Request:
-    def __init__(self) -> None:
+    def __init__(self, *, holds_slot: bool = True) -> None:
         self.cancelled = threading.Event()
         self.asked = 0
+        self.holds_slot = holds_slot
+        self.times = 0
 
     def is_abandoned(self) -> bool:
-        self.asked += 1
-        return self.asked >= 3
+        self.times += 1
+        return self.times >= 3
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -48,7 +50,7 @@ def test_a_request_is_cancelled_once_its_client_has_gone() -> None:
     watcher.add(request)
     assert request.cancelled.wait(5)
     watcher.close()
-    assert request.asked == 3
+    assert request.times == 3
     assert not ended.is_set()
 
 
@@ -76,4 +78,15 @@ def test_a_server_that_ends_refuses_at_once_and_cuts_after_the_grace_time(
     wait_until(lambda: request.reasons)
     assert time.monotonic() >= float(file.read_text())
     assert "grace time is over" in str(request.reasons[0])
+    watcher.close()
+
+
+def test_however_many_wait_those_that_hold_a_slot_are_asked_in_turn(wait_until: Callable[..., float]) -> None:
+    waiting = [Request(holds_slot=False) for _ in range(1000)]
+    running = [Request() for _ in range(32)]
+    watcher = Watcher(lambda: False, Ending(None))
+    for request in waiting + running:
+        watcher.add(request)
+    wait_until(lambda: all(request.cancelled.is_set() for request in running))
+    assert sum(request.times for request in waiting) < sum(request.times for request in running)
     watcher.close()

@@ -77,6 +77,7 @@ class Answering:
         self._request: Submitted | None = None
         self._last_token_s: float | None = None
         self._begun_s = time.perf_counter()
+        self.asked = 0  # the watcher's
         self._cut = EngineClosed("the request was cancelled: the model is being unloaded")
         # Held from submit() until the request can be cancelled, while is_cancelled() is asked, and for the last
         # response: is_cancelled() of a request whose final flag has been sent kills the whole server.
@@ -91,6 +92,11 @@ class Answering:
         with self._lock:
             self._request = self._model.submit(ids, question.params, self._take, timeout_s=question.timeout_s)
             self._watcher.add(self)
+
+    @property
+    def holds_slot(self) -> bool:
+        request = self._request
+        return request is not None and request.timing.scheduled_s is not None
 
     def is_abandoned(self) -> bool:
         """Whether the client has gone."""
