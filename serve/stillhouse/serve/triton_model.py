@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DOOR_THREADS = 2
+# How long the engine's thread waits for Python's lock while others send and read; the usual 5 ms are a part of a step.
+_SWITCH_S = 0.0005
 _CLOSE_TIMEOUT_S = 5.0
 _WARM_TIMEOUT_S = 60.0
 
@@ -51,6 +54,7 @@ class ServedVersion:
         """
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         end_with_server()
+        sys.setswitchinterval(_SWITCH_S)
         name, version = args["model_name"], args["model_version"]
         try:
             self._model = _load(Path(args["model_repository"]), version)
