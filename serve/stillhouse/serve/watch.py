@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 _EVERY_S = 0.025
 # To ask costs a part of a millisecond of a core and of Python's lock: of those that hold a slot so many are asked at a
-# time (32 of them each within a tenth of a second), and few of those that only wait.
-_RUNNING_AT_A_TIME = 8
+# time (16 of them each within a tenth of a second), and few of those that only wait.
+_RUNNING_AT_A_TIME = 4
 _WAITING_AT_A_TIME = 2
 _LAST_WORDS_S = 1.0
 
