@@ -30,7 +30,9 @@ _SEED = Annotated[int | None, typer.Option(help="Makes a sampled answer repeatab
 _THREADS = Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; one a core by default.")]
 _PROVIDER = Annotated[
     str | None,
-    typer.Option(help="cpu or cuda, and no other; auto: the one it was built for, else the CPU.", show_default="auto"),
+    typer.Option(
+        help="cpu, cuda or tensorrt, and no other; auto: the one it was built for, else the CPU.", show_default="auto"
+    ),
 ]
 _MAX_MEMORY = Annotated[
     str | None,

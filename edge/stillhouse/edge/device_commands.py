@@ -58,7 +58,7 @@ def bench(
     ] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Requests of each shape.", show_default="5")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="ONNX Runtime's threads; one a core by default.")] = None,
-    provider: Annotated[str | None, typer.Option(help="cpu, cuda or auto.", show_default="auto")] = None,
+    provider: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or auto.", show_default="auto")] = None,
     root: _ROOT = None,
     as_json: _AS_JSON = False,
 ) -> None:

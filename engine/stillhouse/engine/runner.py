@@ -63,7 +63,7 @@ class OrtRunner:
         self._logits_dtype = next(_DTYPES[node.type] for node in self._session.get_outputs() if node.name == "logits")
         # Where slot 0 lies in the cache: behind the spare row, which a GPU has none of.
         self._first = 1 if provider == "cpu" else 0
-        allocate = DeviceSlotCache.allocate if provider == "cuda" else SlotCache
+        allocate = SlotCache if provider == "cpu" else DeviceSlotCache.allocate
         self.cache: SlotCache | DeviceSlotCache = allocate(
             layers=network.layers,
             slots=slots + self._first,

@@ -21,11 +21,20 @@ log = logging.getLogger(__name__)
 _SHARES_THE_CPU = {"session.intra_op.spin_duration_us": "30", "session.dynamic_block_base": "4"}
 _OLDER_SHARES_THE_CPU = {"session.intra_op.allow_spinning": "0", "session.dynamic_block_base": "4"}
 _KNOWS_SPIN_DURATION = (1, 26)
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# TensorRT knows none of ONNX Runtime's own operators: attention and 4-bit products are left to CUDA.
+_BESIDE = {"tensorrt": ("cuda",)}
 
 
 def open_session(model_path: Path, *, threads: int | None, provider: str) -> ort.InferenceSession:
-    """A session on `provider`, and on no other. Raises EngineError where the graph or the provider does not load."""
+    """A session on `provider` (TensorRT: with CUDA beside it), and on no other that may do instead.
+
+    Raises EngineError where the graph or the provider does not load.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -35,22 +44,22 @@ def open_session(model_path: Path, *, threads: int | None, provider: str) -> ort
     if is_packed(model_path):
         # Optimizing it once more finds nothing and costs a third of the time to load.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    name = PROVIDERS[provider]
-    if name not in ort.get_available_providers():
+    names = [PROVIDERS[each] for each in (provider, *_BESIDE.get(provider, ()))]
+    if lacking := [name for name in names if name not in ort.get_available_providers()]:
         raise EngineError(
-            f"ONNX Runtime {ort.__version__} has no {name}; it has {', '.join(ort.get_available_providers())}",
+            f"ONNX Runtime {ort.__version__} has no {lacking[0]}; it has {', '.join(ort.get_available_providers())}",
             hint="install the build of ONNX Runtime for your device, or use the CPU",
         )
     try:
-        session = ort.InferenceSession(str(model_path), options, providers=[name])
+        session = ort.InferenceSession(str(model_path), options, providers=names)
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {model_path}: {str(error).splitlines()[0]}",
             hint="'stillhouse inspect DIR' tells which versions it was built with",
         ) from error
     # A provider that fails to start is dropped without an error: only the session knows what it really got.
-    if name not in session.get_providers():
-        raise EngineError(f"{name} does not start on this machine", hint="see ONNX Runtime's log, or use the CPU")
+    if lacking := [name for name in names if name not in session.get_providers()]:
+        raise EngineError(f"{lacking[0]} does not start on this machine", hint="see ONNX Runtime's log, or use the CPU")
     return session
 
 
@@ -65,7 +74,8 @@ def choose_provider(wanted: str, target: str) -> str:
     One that is asked for is taken or, where it does not work, refused: EngineError.
     """
     provider = target if wanted == "auto" else wanted
-    reason = why_not(PROVIDERS[provider])
+    reasons = [why_not(PROVIDERS[each]) for each in (provider, *_BESIDE.get(provider, ()))]
+    reason = next((each for each in reasons if each is not None), None)
     if reason is None:
         return provider
     if wanted == "auto" and provider != "cpu":
