@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.edge.device import Device, PowerMode, Rail, total_watts
+from stillhouse.edge.device import Device, PowerMode, Rail
+from stillhouse.edge.power import total_watts
 
 
 def test_an_orin_nano_is_read_whole(orin_nano: Path) -> None:

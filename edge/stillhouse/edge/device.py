@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT_VARIABLE = "STILLHOUSE_EDGE_ROOT"
-_TEXT_BYTES = 1 << 24  # more is no text of a kernel or of dpkg
+_TEXT_BYTES = 1 << 20  # more is no text of a kernel
+_DPKG_BYTES = 1 << 25
+_LINE_CHARACTERS = 120
 # The chip's name in the device tree's `compatible`: the compute capability of its GPU.
 _ARCHITECTURES = {"tegra234": 87, "tegra194": 72, "tegra264": 110}
 # Modules by their part number: a developer kit's model names the carrier board as well.
@@ -34,9 +36,6 @@ _MODULES = {
 }
 _JETPACKS = {"36.2": "6.0 DP", "36.3": "6.0", "36.4": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1"}
 _JETPACK_OF_MAJOR = {35: "5", 36: "6", 38: "7", 39: "7"}
-_WHOLE_MODULE = ("VDD_IN", "POM_5V_IN", "5V_IN")
-# Measured behind VIN_SYS_5V0, which feeds it: in a sum it would count twice.
-_PART_OF_ANOTHER = ("VDDQ_VDD2_1V8AO",)
 _ALERT = re.compile(r"throttle-alert|hot-surface-alert")
 
 
@@ -102,7 +101,7 @@ class Device:
 
     def model(self) -> str | None:
         """The board as the device tree names it, e.g. NVIDIA Jetson Orin Nano Developer Kit."""
-        return self._text("proc/device-tree/model") or self._text("sys/firmware/devicetree/base/model")
+        return self._line("proc/device-tree/model") or self._line("sys/firmware/devicetree/base/model")
 
     def module(self) -> str | None:
         """The module by its part number, e.g. Jetson Orin NX 16GB."""
@@ -111,7 +110,7 @@ class Device:
     def processor(self) -> str | None:
         """The CPU's name in /proc/cpuinfo; ARM's have none there."""
         found = re.search(r"^model name\s*:\s*(.+)$", self._text("proc/cpuinfo") or "", re.MULTILINE)
-        return found[1].strip() if found else platform.machine() if self._is_this_machine else None
+        return _shown(found[1]) if found else platform.machine() if self._is_this_machine else None
 
     def architecture(self) -> int | None:
         """The compute capability of the chip's GPU, 87 for sm_87 (Orin); None where it is no known Tegra."""
@@ -150,7 +149,7 @@ class Device:
             return self._asked_power_mode()
         number = int(found[1])
         name = re.search(rf"^\s*<\s*POWER_MODEL\s+ID={number}\s+NAME=(\S+)", modes, re.MULTILINE)
-        return PowerMode(number, name[1] if name else None)
+        return PowerMode(number, _shown(name[1]) if name else None)
 
     def clocks(self) -> list[Clock]:
         """Those of the CPU's clusters, of the GPU and of the memory (EMC), as far as they can be read."""
@@ -158,7 +157,9 @@ class Device:
         for policy in self._entries("sys/devices/system/cpu/cpufreq", "policy*"):
             cores = (self._text(policy / "related_cpus") or "").split()
             name = f"cpu{cores[0]}-{cores[-1]}" if len(cores) > 1 else f"cpu{policy.name.removeprefix('policy')}"
-            found.append(self._clock(name, policy, "scaling_cur_freq", "scaling_min_freq", "scaling_max_freq", 1e3))
+            found.append(
+                self._clock(_shown(name), policy, "scaling_cur_freq", "scaling_min_freq", "scaling_max_freq", 1e3)
+            )
         for device in self._entries("sys/class/devfreq", "*"):
             names = f"{device.name} {self._text(device / 'device/of_node/name') or ''}".lower()
             kind = "emc" if "emc" in names else "gpu" if re.search(r"gpu|ga10b|gv11b", names) else None
@@ -182,7 +183,7 @@ class Device:
         rails: dict[str, Rail] = {}
         for sensor in self._power_sensors():
             for label in self._entries(sensor, "in*_label"):
-                name, channel = self._text(label), label.name.removeprefix("in").removesuffix("_label")
+                name, channel = self._line(label), label.name.removeprefix("in").removesuffix("_label")
                 if name is None or name == "NC" or "sum of shunt" in name.lower() or name in rails:
                     continue
                 millivolts, milliamperes = (self._number(sensor / f"{kind}{channel}_input") for kind in ("in", "curr"))
@@ -193,7 +194,7 @@ class Device:
         """Degrees Celsius by thermal zone; a zone that is switched off cannot be read, and is left out."""
         found = {}
         for zone in self._entries("sys/class/thermal", "thermal_zone*"):
-            name, millidegrees = self._text(zone / "type"), self._number(zone / "temp")
+            name, millidegrees = self._line(zone / "type"), self._number(zone / "temp")
             # Sensors without power report absolute zero and the like.
             if name is not None and millidegrees is not None and -60_000 < millidegrees < 200_000:
                 found[name] = millidegrees / 1000
@@ -202,7 +203,7 @@ class Device:
     def alerts(self) -> list[str]:
         """The throttle alerts that are up now, e.g. cpu-throttle-alert."""
         devices = self._entries("sys/class/thermal", "cooling_device*")
-        names = [(self._text(device / "type") or "", self._number(device / "cur_state") or 0) for device in devices]
+        names = [(self._line(device / "type") or "", self._number(device / "cur_state") or 0) for device in devices]
         return [name for name, state in names if state > 0 and _ALERT.search(name)]
 
     def over_current_events(self) -> int | None:
@@ -240,21 +241,21 @@ class Device:
         if not self._is_this_machine or shutil.which("nvpmodel") is None:
             return None
         try:
-            said = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10, check=False).stdout
+            asked = subprocess.run(["nvpmodel", "-q"], capture_output=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        found = re.search(r"NV Power Mode:\s*(\S+)\s+(\d{1,9})", said)
-        return PowerMode(int(found[2]), found[1]) if found else None
+        found = re.search(r"NV Power Mode:\s*(\S+)\s+(\d{1,9})", asked.stdout.decode("utf-8", "replace"))
+        return PowerMode(int(found[2]), _shown(found[1])) if found else None
 
     def _compatible(self) -> str:
         return self._text("proc/device-tree/compatible") or self._text("sys/firmware/devicetree/base/compatible") or ""
 
     def _package(self, name: str) -> str | None:
         """The version of an installed Debian package."""
-        status = self._text("var/lib/dpkg/status") or ""
+        status = self._text("var/lib/dpkg/status", _DPKG_BYTES) or ""
         stanza = re.search(rf"^Package: {re.escape(name)}\n(?:.+\n?)*", status, re.MULTILINE)
         version = re.search(r"^Version: (?:\d+:)?(\S+)", stanza[0], re.MULTILINE) if stanza else None
-        return version[1] if version else None
+        return _shown(version[1]) if version else None
 
     def _entries(self, folder: str | Path, pattern: str) -> list[Path]:
         try:
@@ -262,36 +263,33 @@ class Device:
         except OSError:
             return []
 
-    def _text(self, file: str | Path) -> str | None:
+    def _text(self, file: str | Path, most_bytes: int = _TEXT_BYTES) -> str | None:
         """The file's text without the NULs of the device tree; None for one that cannot be read or says nothing."""
         try:
-            with (self.root / file).open("rb") as stream:
-                text = stream.read(_TEXT_BYTES).decode("utf-8", "replace")
+            # A pipe without a writer would be waited for.
+            descriptor = os.open(self.root / file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as stream:
+                text = (stream.read(most_bytes) or b"").decode("utf-8", "replace")
         except (OSError, ValueError):
             return None
         return text.replace("\0", " ").strip() or None
+
+    def _line(self, file: str | Path) -> str | None:
+        """The file's text where it is a name: in one short line that can be printed."""
+        return _shown(self._text(file) or "") or None
 
     def _number(self, file: str | Path) -> int | None:
         found = re.match(r"-?\d{1,18}\b", self._text(file) or "")
         return int(found[0]) if found else None
 
 
-def total_watts(rails: list[Rail]) -> tuple[float | None, list[str]]:
-    """What the module draws, and the rails that it was read or added up from.
-
-    Nano and NX measure their input (VDD_IN); an AGX does not: there it is the sum of the rails that feed no other.
-    """
-    whole = [rail for rail in rails if rail.name in _WHOLE_MODULE]
-    parts = whole[:1] or [rail for rail in rails if rail.name not in _PART_OF_ANOTHER]
-    watts = [rail.watts for rail in parts]
-    known = [value for value in watts if value is not None]
-    if not known or len(known) < len(watts):
-        return None, []
-    return sum(known), [rail.name for rail in parts]
-
-
 def _scaled(number: int | None, factor: float) -> float | None:
     return None if number is None else number * factor
+
+
+def _shown(text: str) -> str:
+    """The text without what moves a terminal's cursor or is no character at all, and at most a line of it."""
+    return "".join(mark if mark.isprintable() else " " for mark in text[:_LINE_CHARACTERS]).strip()
 
 
 def _by_number(path: Path) -> tuple[str, int]:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stillhouse.edge.device import Device, total_watts
+from stillhouse.edge.device import Device
 from stillhouse.edge.fatbin import kernels_of
+from stillhouse.edge.power import total_watts
 from stillhouse.edge.runtime import INSTALL_RUNTIME
 
 State = Literal["ok", "note", "fail", "unknown"]

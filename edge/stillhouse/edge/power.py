@@ -8,9 +8,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from stillhouse.edge.device import Device, total_watts
+from stillhouse.edge.device import Device, Rail
 
 _EVERY_S = 0.1
+_WHOLE_MODULE = ("VDD_IN", "POM_5V_IN", "5V_IN")
+# Measured behind VIN_SYS_5V0, which feeds it: in a sum it would count twice.
+_PART_OF_ANOTHER = ("VDDQ_VDD2_1V8AO",)
 
 
 @dataclass(slots=True)
@@ -83,6 +86,20 @@ class Recorder:
     def _run(self) -> None:
         while not self._ended.wait(self._every_s):
             self.recording.samples.append(sample(self._device))
+
+
+def total_watts(rails: list[Rail]) -> tuple[float | None, list[str]]:
+    """What the module draws, and the rails that it was read or added up from.
+
+    Nano and NX measure their input (VDD_IN); an AGX does not: there it is the sum of the rails that feed no other.
+    """
+    whole = [rail for rail in rails if rail.name in _WHOLE_MODULE]
+    parts = whole[:1] or [rail for rail in rails if rail.name not in _PART_OF_ANOTHER]
+    watts = [rail.watts for rail in parts]
+    known = [value for value in watts if value is not None]
+    if not known or len(known) < len(watts):
+        return None, []
+    return sum(known), [rail.name for rail in parts]
 
 
 def sample(device: Device) -> Sample:

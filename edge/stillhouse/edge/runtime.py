@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from stillhouse.engine.errors import StillhouseError
 
 INSTALL_RUNTIME = "on a Jetson: onnxruntime-gpu from JetPack's own index; elsewhere: pip install 'stillhouse[edge,cpu]'"
 
 
 def require_onnxruntime() -> None:
-    """Raises StillhouseError, saying what to install, where no ONNX Runtime can be imported."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise StillhouseError("no ONNX Runtime is installed", hint=INSTALL_RUNTIME)
+    """Raises StillhouseError, saying what to install, where no ONNX Runtime is there that can be imported."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise StillhouseError("no ONNX Runtime is installed", hint=INSTALL_RUNTIME) from None
+    except Exception as error:  # whatever a broken installation throws
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StillhouseError(
+            f"ONNX Runtime cannot be imported: {first[:200]}", hint=f"install it anew: {INSTALL_RUNTIME}"
+        ) from error

@@ -9,7 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from stillhouse.edge.device import Device, total_watts
+from stillhouse.edge.device import Device
+from stillhouse.edge.power import total_watts
 
 _PREFIX = "stillhouse_edge"
 
