@@ -24,6 +24,7 @@ from stillhouse.engine.errors import StillhouseError  # noqa: E402
 from stillhouse.engine.policy import live_versions  # noqa: E402
 from stillhouse.loadtest.compare import Compared, compare_models, comparison_table  # noqa: E402
 from stillhouse.loadtest.errors import LoadtestError  # noqa: E402
+from stillhouse.loadtest.load import Load  # noqa: E402
 from stillhouse.serve.launcher import Server, running_server  # noqa: E402
 
 SUPPORT = ROOT / "examples" / "support"
@@ -63,9 +64,7 @@ def main() -> int:
             compared = compare_models(
                 server.grpc_url,
                 MODELS,
-                users=4,
-                duration_s=LOAD_S,
-                max_tokens=MAX_TOKENS,
+                Load(users=4, duration_s=LOAD_S, max_tokens=MAX_TOKENS),
                 metrics_url=server.metrics_url,
                 repository=REPOSITORY,
                 progress=lambda line: print(f"  {line}", file=sys.stderr),

@@ -28,9 +28,7 @@ def test_a_comparison_has_throughput_latencies_memory_and_size(server: Any, tmp_
     told: list[str] = []
     compared = compare_models(
         server.grpc_host,
-        users=3,
-        duration_s=2,
-        max_tokens=5,
+        load=Load(users=3, duration_s=2, max_tokens=5),
         metrics_url=f"{server.http_host}/metrics",
         repository=tmp_path,
         progress=told.append,
@@ -88,7 +86,7 @@ def test_what_cannot_be_tested_is_told_by_the_parent_too(server: Any) -> None:
     with pytest.raises(ConnectionFailed, match="cannot reach localhost:1"):
         run_locust("localhost:1", "", Load(duration_s=1))
     with pytest.raises(BadInput, match="no model 'nobody'"):
-        compare_models(server.grpc_host, ["support-int4", "nobody"], duration_s=1)
+        compare_models(server.grpc_host, ["support-int4", "nobody"], Load(duration_s=1))
 
 
 def test_the_current_folders_locust_configuration_does_not_matter(

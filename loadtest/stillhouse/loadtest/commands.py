@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from stillhouse.loadtest.load import Load
+from stillhouse.loadtest.load_options import takes_load
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -13,22 +17,7 @@ _URL = Annotated[
     str, typer.Argument(help="host:port for Triton's gRPC; http://host:port for its HTTP or an OpenAI API, found out.")
 ]
 _MODEL = Annotated[str, typer.Option(help="Model to ask.", show_default="the first ending in -int4")]
-_USERS = Annotated[int, typer.Option(min=1, help="Closed loop: users that ask at the same time.")]
-_RATE = Annotated[float, typer.Option(min=0, help="Open loop: requests a second, whatever the server does.")]
-_ARRIVALS = Annotated[str, typer.Option(help="Of an open loop: poisson or constant.")]
-_DURATION = Annotated[str, typer.Option(help="How long: 15s, 2m.")]
-_MAX_TOKENS = Annotated[int, typer.Option(min=1, help="Tokens of an answer.")]
-_IGNORE_EOS = Annotated[bool, typer.Option(help="Let every answer have exactly --max-tokens tokens.")]
-_PROMPTS = Annotated[
-    Path | None, typer.Option(help="JSONL of prompts or messages, ShareGPT, or a trace.", show_default="our own")
-]
-_SYNTHETIC = Annotated[str, typer.Option(help='Made-up prompts: "input=256, output=normal(64, 16)".')]
-_SYSTEM = Annotated[str, typer.Option(help="A system prompt before every prompt; @FILE reads it from a file.")]
-_SEED = Annotated[int, typer.Option(help="Seed of prompts, arrivals and sampling.")]
-_SLO = Annotated[str, typer.Option(help='Objective: "ttft_p95<200ms, itl_p95<50ms, errors<1%".')]
 _KEY = Annotated[str, typer.Option(help="Key of an OpenAI API.", envvar="OPENAI_API_KEY", show_envvar=True)]
-_PROTOCOL = Annotated[str, typer.Option(help="triton or openai.", show_default="found out from the URL")]
-_PROCESSES = Annotated[int, typer.Option(min=1, help="Processes that make the load.")]
 _METRICS = Annotated[
     str | None, typer.Option(help="The server's metrics page.", show_default="Triton: port 8002; OpenAI API: /metrics")
 ]
@@ -45,26 +34,16 @@ def loadtest() -> None:
 
 
 @app.command()
+@takes_load()
 def run(
+    *,
     url: _URL,
     model: _MODEL = "",
-    users: _USERS = 4,
-    rate: _RATE = 0.0,
-    arrivals: _ARRIVALS = "poisson",
     duration: Annotated[
         str | None, typer.Option(help="How long: 15s, 2m.", show_default="15s; a trace: as long as it is")
     ] = None,
-    max_tokens: _MAX_TOKENS = 64,
-    ignore_eos: _IGNORE_EOS = False,
-    stream: Annotated[bool, typer.Option(help="Ask for streams; else for whole answers, without TTFT.")] = True,
-    prompts: _PROMPTS = None,
-    synthetic: _SYNTHETIC = "",
-    system_prompt: _SYSTEM = "",
-    seed: _SEED = 0,
-    slo: _SLO = "",
+    load: Load,
     api_key: _KEY = "",
-    protocol: _PROTOCOL = "",
-    processes: _PROCESSES = 1,
     metrics_url: _METRICS = None,
     save: _SAVE = None,
     json_output: _JSON = False,
@@ -73,45 +52,23 @@ def run(
 
     Example: stillhouse loadtest run localhost:8001 --rate 4 --duration 60s --slo "ttft_p95<200ms" --save monday
     """
-    from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.run import run_locust
     from stillhouse.loadtest.show import progress, show
     from stillhouse.loadtest.words import duration_of
 
-    load = Load(
-        users=users,
-        rate=rate,
-        arrivals=arrivals,
-        duration_s=duration_of(duration, prompts),
-        max_tokens=max_tokens,
-        ignore_eos=ignore_eos,
-        stream=stream,
-        prompts=prompts,
-        synthetic=synthetic,
-        system_prompt=system_prompt,
-        seed=seed,
-        slo=slo,
-        protocol=protocol,
-        processes=processes,
-    )
+    load = replace(load, duration_s=duration_of(duration, load.prompts))
     show(run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=progress), save, json_output)
 
 
 @app.command()
+@takes_load("users")
 def shape(
-    stages: Annotated[str, typer.Argument(help="ramp, steps, spike, soak, or a TOML file of stages.")],
+    *,
+    stages: Annotated[str, typer.Argument(help="ramp, steps, spike, soak (of --rate), or a TOML file of stages.")],
     url: _URL,
     model: _MODEL = "",
-    rate: Annotated[float, typer.Option(min=0, help="The level of ramp, steps, spike and soak, in requests/s.")] = 0.0,
-    arrivals: _ARRIVALS = "poisson",
-    max_tokens: _MAX_TOKENS = 64,
-    ignore_eos: _IGNORE_EOS = False,
-    prompts: _PROMPTS = None,
-    synthetic: _SYNTHETIC = "",
-    seed: _SEED = 0,
-    slo: _SLO = "",
+    load: Load,
     api_key: _KEY = "",
-    protocol: _PROTOCOL = "",
     metrics_url: _METRICS = None,
     save: _SAVE = None,
     json_output: _JSON = False,
@@ -120,77 +77,46 @@ def shape(
 
     Example: stillhouse loadtest shape steps localhost:8001 --rate 4 --save steps
     """
-    from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.page import samples_of, stage_steps
     from stillhouse.loadtest.report import step_table
     from stillhouse.loadtest.run import run_locust
     from stillhouse.loadtest.shapes import load_shape
     from stillhouse.loadtest.show import progress, show
 
-    found = load_shape(stages, rate or None)
-    load = Load(
-        rate=rate,
-        stages=stages,
-        arrivals=arrivals,
-        duration_s=found.duration_s,
-        max_tokens=max_tokens,
-        ignore_eos=ignore_eos,
-        prompts=prompts,
-        synthetic=synthetic,
-        seed=seed,
-        slo=slo,
-        protocol=protocol,
-    )
+    found = load_shape(stages, load.rate or None)
+    load = replace(load, stages=stages, duration_s=found.duration_s)
     result = run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=progress)
     steps = stage_steps(samples_of(result), found)
     show(result, save, json_output, steps, also="" if json_output else step_table(steps))
 
 
 @app.command()
+@takes_load("users", "rate", "arrivals")
 def capacity(
+    *,
     url: _URL,
-    slo: _SLO,
     model: _MODEL = "",
     start: Annotated[float, typer.Option(help="The rate that the search begins with, in requests/s.")] = 1.0,
     duration: Annotated[str, typer.Option(help="How long one rate is tried (and for 40 requests at least).")] = "20s",
-    max_tokens: _MAX_TOKENS = 64,
-    ignore_eos: _IGNORE_EOS = False,
-    prompts: _PROMPTS = None,
-    synthetic: _SYNTHETIC = "",
-    system_prompt: _SYSTEM = "",
-    seed: _SEED = 0,
+    load: Load,
     api_key: _KEY = "",
-    protocol: _PROTOCOL = "",
-    processes: _PROCESSES = 1,
     metrics_url: _METRICS = None,
     save: _SAVE = None,
     json_output: _JSON = False,
 ) -> None:
-    """Find the highest rate of requests at which the server keeps an objective, and the goodput there.
+    """Find the highest rate of requests at which the server keeps an objective (--slo), and the goodput there.
 
     Example: stillhouse loadtest capacity localhost:8001 --slo "ttft_p95<200ms, itl_p95<50ms"
     """
     import json
 
     from stillhouse.loadtest.capacity import capacity_table, find_capacity
-    from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.page import step_of
     from stillhouse.loadtest.save import save_run
     from stillhouse.loadtest.show import tell
     from stillhouse.loadtest.words import parse_duration_s
 
-    load = Load(
-        duration_s=parse_duration_s(duration),
-        max_tokens=max_tokens,
-        ignore_eos=ignore_eos,
-        prompts=prompts,
-        synthetic=synthetic,
-        system_prompt=system_prompt,
-        seed=seed,
-        slo=slo,
-        protocol=protocol,
-        processes=processes,
-    )
+    load = replace(load, duration_s=parse_duration_s(duration))
     found = find_capacity(url, model, load, start=start, metrics_url=metrics_url, api_key=api_key, progress=tell)
     if save is not None:
         probes = sorted(found.probes, key=lambda probe: probe.load.rate)
@@ -199,15 +125,14 @@ def capacity(
 
 
 @app.command()
+@takes_load("ignore_eos", "model_version", "slo")
 def compare(
+    *,
     url: _URL,
     models: Annotated[str, typer.Option(help="Models, separated by commas.", show_default="all that are ready")] = "",
-    users: _USERS = 4,
     duration: Annotated[str, typer.Option(help="How long each model is driven in one round.")] = "15s",
     rounds: Annotated[int, typer.Option(min=1, help="How often; the models take turns.")] = 1,
-    max_tokens: _MAX_TOKENS = 64,
-    prompts: _PROMPTS = None,
-    seed: _SEED = 0,
+    load: Load,
     api_key: _KEY = "",
     metrics_url: _METRICS = None,
     repository: Annotated[Path, typer.Option(help="The server's repository, for the sizes.")] = Path(
@@ -228,11 +153,7 @@ def compare(
     compared = compare_models(
         url,
         [name.strip() for name in models.split(",") if name.strip()],
-        users=users,
-        duration_s=parse_duration_s(duration),
-        max_tokens=max_tokens,
-        prompts=prompts,
-        seed=seed,
+        replace(load, duration_s=parse_duration_s(duration)),
         rounds=rounds,
         api_key=api_key,
         metrics_url=metrics_url,

@@ -50,42 +50,29 @@ def precision_of(model: str) -> str:
 def compare_models(
     url: str,
     models: Sequence[str] = (),
+    load: Load | None = None,
     *,
-    users: int = 4,
-    duration_s: float = 15.0,
-    max_tokens: int = 64,
-    prompts: Path | None = None,
-    seed: int = 0,
     rounds: int = 1,
-    protocol: str = "",
     api_key: str = "",
     metrics_url: str | None = None,
     repository: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Compared]:
-    """Drives the models (all that are ready, where none is named) in turns: `rounds` times each, `duration_s` a time.
+    """Drives the models (all that are ready, where none is named) in turns, with `load`, `rounds` times each.
 
-    Taking turns lets what the machine does meanwhile fall on all of them alike. Answers have `max_tokens` tokens each,
-    greedily, from the same prompts in the same order. `repository` is the server's, where it is on this machine, for
-    the sizes. Raises ClientError or LoadtestError.
+    Taking turns lets what the machine does meanwhile fall on all of them alike. Every answer has the load's
+    `max_tokens` tokens, from the same prompts in the same order. `repository` is the server's, where it is on this
+    machine, for the sizes. Raises ClientError or LoadtestError.
     """
-    protocol = protocol or find_protocol(url)
-    load = Load(
-        users=users,
-        duration_s=duration_s,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        prompts=prompts,
-        seed=seed,
-        protocol=protocol,
-    )
-    target = open_target(url, protocol, api_key=api_key)
+    load = replace(load or Load(), ignore_eos=True)
+    load = replace(load, protocol=load.protocol or find_protocol(url))
+    target = open_target(url, load.protocol, api_key=api_key)
     try:
         chosen = _choose(target, models)
-        versions = {} if protocol == OPENAI else _ready_versions(url)
+        versions = {} if load.protocol == OPENAI else _ready_versions(url)
         for model in chosen:
             # The first request of a process pays for what is done once; no user should.
-            _warm_up(target, model, chat=protocol == OPENAI)
+            _warm_up(target, model, chat=load.protocol == OPENAI)
     finally:
         target.close()
     results: dict[str, list[LoadResult]] = {model: [] for model in chosen}
@@ -93,8 +80,9 @@ def compare_models(
         for model in chosen:
             if progress:
                 which = f", round {turn + 1} of {rounds}" if rounds > 1 else ""
-                progress(f"{model}: {users} users, {duration_s:g} s{which}")
-            result = run_locust(url, model, replace(load, seed=seed + turn), metrics_url=metrics_url, api_key=api_key)
+                progress(f"{model}: {load.said}, {load.duration_s:g} s{which}")
+            this_load = replace(load, seed=load.seed + turn)
+            result = run_locust(url, model, this_load, metrics_url=metrics_url, api_key=api_key)
             if result.ended_early:
                 raise RunFailed(result.ended_early)
             results[model].append(result)

@@ -20,7 +20,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from stillhouse.client import ClientError
 from stillhouse.loadtest.errors import LoadtestError
-from stillhouse.loadtest.options import add_options, api_key_of, shape_of, slo_of, workload_of
+from stillhouse.loadtest.options import add_options, api_key_of, counter_of, shape_of, slo_of, workload_of
 from stillhouse.loadtest.recording import Run
 from stillhouse.loadtest.report import token_table, write_csv, write_json
 from stillhouse.loadtest.shapes import Shape
@@ -163,6 +163,7 @@ def _prepare(environment: Environment) -> None:
     run.api_key, run.token_timeout_s = api_key_of(options), options.token_timeout
     try:
         run.workload, run.slo, run.shape = workload_of(options), slo_of(options), shape_of(options)
+        run.count_tokens = counter_of(options)
         if isinstance(environment.runner, MasterRunner) and environment.web_ui is not None:
             return  # its workers ask; whether a server is there is for them to say
         run.protocol = getattr(user_class, "protocol", "") or find_protocol(run.host)

@@ -43,6 +43,7 @@ class Load:
     temperature: float = 0.0
     seed: int = 0
     slo: str = ""
+    tokenizer: Path | None = None  # checks the server's counts
     token_timeout_s: float = 30.0
     protocol: str = ""  # "triton", "openai", or "" to find out
     model_version: str = ""
@@ -58,6 +59,10 @@ class Load:
             return True
         shape = self.shape
         return self.rate > 0 if shape is None else not shape.in_users
+
+    @property
+    def said(self) -> str:
+        return f"{self.rate:g} requests/s" if self.rate else f"{self.users} users"
 
     @property
     def drain_s(self) -> int:
@@ -110,6 +115,7 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
         "temperature": load.temperature,
         "seed": load.seed,
         "slo": load.slo,
+        "tokenizer": load.tokenizer and load.tokenizer.resolve(),
         "token-timeout": load.token_timeout_s,
     }
     # With "=", so that a value may begin with a dash.

@@ -12,6 +12,7 @@ from locust.argument_parser import LocustArgumentParser
 from stillhouse.loadtest.arrivals import POISSON, Stage
 from stillhouse.loadtest.errors import BadInput
 from stillhouse.loadtest.prompts import Workload, load_workload
+from stillhouse.loadtest.recount import CountTokens, load_counter
 from stillhouse.loadtest.shapes import Shape, load_shape
 from stillhouse.loadtest.slo import Slo, parse_slo
 from stillhouse.loadtest.synthetic import parse_synthetic
@@ -43,6 +44,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     add("--no-stream", action="store_true", help="Ask for whole answers: end to end only, no TTFT")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0, help="Seed of prompts, arrivals and sampling (default: 0)")
+    add("--tokenizer", default="", metavar="FILE", help="A tokenizer.json that checks how the server counts tokens")
     add("--slo", default="", help='Objective: "ttft_p95<200ms, itl_p95<50ms, errors<1%%"')
     add("--token-timeout", type=float, default=30.0, help="Seconds without a next token that fail a request")
     add("--result", default="", metavar="FILE", include_in_web_ui=False, help="Write the figures as JSON")
@@ -65,6 +67,10 @@ def sampling_of(options: Namespace) -> dict[str, Any]:
 
 def slo_of(options: Namespace) -> Slo | None:
     return parse_slo(options.slo)
+
+
+def counter_of(options: Namespace) -> CountTokens | None:
+    return load_counter(Path(options.tokenizer) if options.tokenizer else None)
 
 
 def workload_of(options: Namespace) -> Workload:

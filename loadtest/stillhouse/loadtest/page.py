@@ -108,6 +108,8 @@ def _figures(s: Summary) -> str:
         f"{s.tokens_per_s:.1f} tokens/s in all, {number(s.tokens_per_s_per_user, 1)} a user; failed: {failures}; "
         f"cut off by the end: {s.cut}."
     )
+    if s.count_check is not None:
+        facts += f" {s.count_check}."
     return f"<p>{html.escape(facts)}</p><table id='figures'><tr>{head}</tr>{''.join(rows)}</table>"
 
 

@@ -19,6 +19,37 @@ class Piece:
     num_output_tokens: int | None = None
 
 
+class Answer:
+    """What has come of an answer so far."""
+
+    def __init__(self) -> None:
+        self.first_s: float | None = None  # to the first token, since the request was sent
+        self.last_s: float | None = None
+        self.responses = 0  # that carried tokens
+        self.prompt_tokens: int | None = None  # as the server counted them
+        self.counted: int | None = None  # its tokens, likewise
+        self.clock = AnswerClock()
+        self._texts: list[str] = []
+
+    def add(self, piece: Piece) -> None:
+        if piece.carries_token:
+            self.last_s = piece.time_s
+            if self.first_s is None:
+                self.first_s = piece.time_s
+            self.responses += 1
+            self.clock.add(piece)
+            self._texts.append(piece.text)
+        if piece.num_output_tokens is not None:
+            self.counted = piece.num_output_tokens
+        if piece.num_input_tokens is not None:
+            self.prompt_tokens = piece.num_input_tokens
+
+    @property
+    def text(self) -> str:
+        """Thoughts included."""
+        return "".join(self._texts)
+
+
 class AnswerClock:
     """When the first token after the thoughts came.
 
@@ -35,8 +66,7 @@ class AnswerClock:
         self._ended = False
 
     def add(self, piece: Piece) -> None:
-        if not piece.carries_token:
-            return
+        """`piece` carries a token."""
         if piece.thought:
             self._thought = True
             return

@@ -12,6 +12,7 @@ from typing import Any
 from stillhouse.client import ClientError
 from stillhouse.loadtest.errors import LoadtestError
 from stillhouse.loadtest.prompts import Workload
+from stillhouse.loadtest.recount import CountTokens
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.shapes import Shape
 from stillhouse.loadtest.slo import Slo
@@ -61,6 +62,7 @@ class Run:
     workload: Workload = field(default_factory=lambda: Workload([]))
     shape: Shape | None = None
     slo: Slo | None = None
+    count_tokens: CountTokens | None = None  # where a tokenizer was given
     problem: LoadtestError | ClientError | None = None  # it cannot begin
     ended_early: str = ""  # why it was ended before its time
     in_flight: int = 0

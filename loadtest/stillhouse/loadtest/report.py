@@ -52,7 +52,7 @@ def token_table(summaries: Sequence[Summary]) -> str:
     ]
     lines += [line for s in summaries for line in _more(s)]
     if any(not s.counted_by_server for s in summaries):
-        lines.append("this server does not count tokens: every response is counted as one")
+        lines.append("this server does not count tokens: every response is counted as one, or --tokenizer counts")
     return "\n".join(lines)
 
 
@@ -68,6 +68,8 @@ def _more(summary: Summary) -> list[str]:
     answer = summary.answer
     if answer.p50_ms > summary.ttft.p50_ms:
         lines.append(f"{summary.model}: first answer token p50 {answer.p50_ms:.1f} ms, p95 {answer.p95_ms:.1f} ms")
+    if summary.count_check is not None:
+        lines.append(f"{summary.model}: {summary.count_check}")
     if summary.verdicts:
         said = ", ".join(f"{v.limit} {'met' if v.met else 'MISSED'} ({_valued(v)})" for v in summary.verdicts)
         lines.append(f"{summary.model}: {said}; goodput {number(summary.goodput_per_s or 0.0, 2)} requests/s")
@@ -100,6 +102,9 @@ def _flat(summary: Summary) -> dict[str, Any]:
             row["failures"] = sum(value.values())
         elif name == "verdicts":
             row["slo_met"] = "" if not value else summary.slo_met
+        elif name == "count_check":
+            row["counts_checked"] = value["answers"] if value else ""
+            row["counts_disagreeing"] = value["disagreeing"] if value else ""
         elif isinstance(value, dict):
             row |= {f"{name}_{key}": "" if math.isnan(v) else round(v, 3) for key, v in value.items()}
         elif value is None:

@@ -25,12 +25,13 @@ class Sample:
     end_s: float
     ttft_s: float | None  # None: no token came
     last_s: float | None  # to the last token that came
-    tokens: int  # counted by the server, or else by the responses that came
+    tokens: int  # counted by the server, else by --tokenizer, else by the responses that came
     counted_by_server: bool
     outcome: str  # OK, CUT, or the error's class name
     answer_s: float | None = None  # to the first token after the thoughts; None: none came
     late_s: float = 0.0  # how long after its planned time the client sent it
     prompt_tokens: int | None = None  # as the server counted them
+    recounted: int | None = None  # tokens of the answer's text, as --tokenizer cuts it
 
     @property
     def itl_s(self) -> float | None:

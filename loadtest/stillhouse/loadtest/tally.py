@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stillhouse.loadtest.histogram import CURVE, Latencies, Spread
+from stillhouse.loadtest.recount import CountCheck
 from stillhouse.loadtest.samples import CUT, OK, Sample
 from stillhouse.loadtest.slo import METRICS, Limit, Slo, is_good
 
@@ -49,6 +50,7 @@ class Summary:
     good: int | None = None  # requests that met the objective; None without one
     goodput_per_s: float | None = None
     verdicts: list[Verdict] = field(default_factory=list)
+    count_check: CountCheck | None = None  # None without a tokenizer
 
     @property
     def slo_met(self) -> bool:
@@ -69,6 +71,8 @@ class Summary:
         value["verdicts"] = [
             Verdict(v["limit"], math.inf if v["value"] is None else v["value"], v["met"]) for v in verdicts
         ]
+        if value.get("count_check") is not None:
+            value["count_check"] = CountCheck(**value["count_check"])
         return cls(**value)
 
 
@@ -89,6 +93,7 @@ class Tally:
     begun_s: float = math.inf
     ended_s: float = -math.inf
     counted_by_server: bool = True
+    count_check: CountCheck = field(default_factory=CountCheck)
     latencies: dict[str, Latencies] = field(default_factory=lambda: {name: Latencies() for name in (*METRICS, "late")})
 
     def add(self, sample: Sample, slo: Slo | None = None) -> None:
@@ -109,6 +114,8 @@ class Tally:
         if well:
             self.requests += 1
             self.answer_tokens += sample.tokens
+            if sample.recounted is not None and sample.counted_by_server:
+                self.count_check.add(sample.tokens, sample.recounted)
         elif failed:
             self.failures[sample.outcome] += 1
         else:
@@ -135,19 +142,21 @@ class Tally:
         self.begun_s = min(self.begun_s, other.begun_s)
         self.ended_s = max(self.ended_s, other.ended_s)
         self.counted_by_server &= other.counted_by_server
+        self.count_check.merge(other.count_check)
         for name, latencies in other.latencies.items():
             self.latencies[name].merge(latencies)
 
     def to_json(self) -> dict[str, Any]:
         latencies = {name: one.to_json() for name, one in self.latencies.items()}
         counts = {"failures": dict(self.failures), "missing": dict(self.missing)}
-        return {**self.__dict__, **counts, "latencies": latencies}
+        return {**self.__dict__, **counts, "count_check": self.count_check.to_json(), "latencies": latencies}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Tally:
         latencies = {name: Latencies.from_json(one) for name, one in value["latencies"].items()}
         counts = {name: Counter(value[name]) for name in ("failures", "missing")}
-        return cls(**{**value, **counts, "latencies": latencies})
+        count_check = CountCheck(**value["count_check"])
+        return cls(**{**value, **counts, "count_check": count_check, "latencies": latencies})
 
     def summary(self, slo: Slo | None = None) -> Summary:
         duration_s = max(self.ended_s - self.begun_s, 0.0)
@@ -168,6 +177,7 @@ class Tally:
             prompt_tokens_per_request=self.prompt_tokens / self.prompts if self.prompts else None,
             good=None if slo is None else self.good,
             goodput_per_s=None if slo is None else _per(self.good, duration_s),
+            count_check=self.count_check if self.count_check.answers else None,
             verdicts=[] if slo is None else [self._verdict(limit) for limit in slo.limits],
             **spreads,
         )

@@ -26,7 +26,7 @@ from stillhouse.loadtest import hooks
 from stillhouse.loadtest.arrivals import plan, turns
 from stillhouse.loadtest.errors import WrongContent
 from stillhouse.loadtest.options import sampling_of
-from stillhouse.loadtest.pieces import AnswerClock
+from stillhouse.loadtest.pieces import Answer
 from stillhouse.loadtest.prompts import Prompt, shuffled
 from stillhouse.loadtest.samples import CUT, OK, Sample
 from stillhouse.loadtest.target import OPENAI, TRITON
@@ -116,8 +116,7 @@ class LlmUser(User):  # type: ignore[misc]
         sampling = {name: value for name, value in self.sampling.items() if name not in prompt}
         late_s = 0.0 if due_s is None else max(0.0, time.perf_counter() - due_s)
         start_s, started = time.time() - late_s, time.perf_counter() - late_s
-        ttft_s = last_s = counted = prompt_tokens = None
-        clock, letters, responses = AnswerClock(), 0, 0
+        answer = Answer()
         outcome, failure = CUT, None
         run.in_flight += 1
         try:
@@ -125,16 +124,9 @@ class LlmUser(User):  # type: ignore[misc]
                 for piece in target.ask(
                     run.model, options.model_version, prompt, sampling, stream=not options.no_stream
                 ):
-                    if piece.carries_token:
-                        last_s = late_s + piece.time_s
-                        if ttft_s is None and not options.no_stream:
-                            ttft_s = last_s
-                        responses += 1
-                    clock.add(piece)
-                    letters += len(piece.text)
-                    counted = piece.num_output_tokens if piece.num_output_tokens is not None else counted
-                    prompt_tokens = piece.num_input_tokens or prompt_tokens
-            _check(responses if counted is None else counted, prompt.get("max_tokens", options.max_tokens))
+                    answer.add(piece)
+            tokens = answer.responses if answer.counted is None else answer.counted
+            _check(tokens, prompt.get("max_tokens", options.max_tokens))
             outcome = OK
         except ClientError as error:
             outcome, failure = type(error).__name__, error
@@ -144,26 +136,35 @@ class LlmUser(User):  # type: ignore[misc]
         finally:
             # Also when the test ends in the middle of an answer: its tokens did arrive.
             run.in_flight -= 1
-            e2e_s = last_s if last_s is not None and outcome == OK else time.perf_counter() - started
-            answer_s = None if options.no_stream else clock.first_answer_s(whole=outcome == OK)
-            sample = Sample(
-                model=run.model,
-                start_s=start_s,
-                end_s=start_s + e2e_s,
-                ttft_s=ttft_s,
-                last_s=last_s,
-                tokens=responses if counted is None else counted,
-                counted_by_server=counted is not None,
-                outcome=outcome,
-                answer_s=None if answer_s is None else late_s + answer_s,
-                late_s=late_s,
-                prompt_tokens=prompt_tokens,
-            )
+            passed_s = time.perf_counter() - started
+            sample = self._sample(answer, outcome, start_s, passed_s, late_s)
             run.record(sample)
             if outcome != CUT:
-                _fire_latencies(self.environment, sample, letters, failure)
+                _fire_latencies(self.environment, sample, len(answer.text), failure)
         if due_s is None and isinstance(failure, ConnectionFailed):
             sleep(_PAUSE_S)
+
+    def _sample(self, answer: Answer, outcome: str, start_s: float, passed_s: float, late_s: float) -> Sample:
+        """What came of a request within `passed_s`; its latencies count from `start_s`, `late_s` before it was sent."""
+        run, whole, streamed = hooks.run, outcome == OK, not self.environment.parsed_options.no_stream
+        last_s = None if answer.last_s is None else late_s + answer.last_s
+        answer_s = answer.clock.first_answer_s(whole=whole) if streamed else None
+        recounted = run.count_tokens(answer.text) if run.count_tokens is not None else None
+        counts = (answer.counted, recounted, answer.responses)
+        return Sample(
+            model=run.model,
+            start_s=start_s,
+            end_s=start_s + (last_s if last_s is not None and whole else passed_s),
+            ttft_s=late_s + answer.first_s if answer.first_s is not None and streamed else None,
+            last_s=last_s,
+            tokens=next(count for count in counts if count is not None),
+            counted_by_server=answer.counted is not None,
+            outcome=outcome,
+            answer_s=None if answer_s is None else late_s + answer_s,
+            late_s=late_s,
+            prompt_tokens=answer.prompt_tokens,
+            recounted=recounted,
+        )
 
     def _plan_next(self) -> None:
         """After the plan's end nothing is due until the test is over; what was sent goes on."""
