@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,19 @@ def test_a_server_that_stalls_cannot_hide_it(server: Any, locust: Locust, tmp_pa
     assert summary["ttft"]["p90_ms"] > 1000
 
 
-def test_two_workers_send_one_plan_and_their_histograms_are_one(server: Any, locust: Locust, tmp_path: Path) -> None:
+def test_a_master_and_two_workers_send_one_plan_and_their_histograms_are_one(
+    server: Any, locust: Locust, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     arguments = ("--host", server.grpc_host, "--rate", str(RATE), "--arrivals", "constant", "--run-time", "6s")
-    more = ("--users", "2", "--spawn-rate", "2", "--processes", "2", "--stop-timeout", "10", "--max-tokens", "2")
-    done = locust(*HEADLESS, *arguments, *more, "--slo", "ttft_p95<100ms", "--result", "r.json")
+    more = ("--users", "2", "--spawn-rate", "2", "--stop-timeout", "10", "--max-tokens", "2")
+    cluster = ("--master", "--master-bind-port", port, "--expect-workers", "2")
+    with ThreadPoolExecutor() as pool:
+        workers = [pool.submit(locust, "--worker", "--master-port", port) for _ in range(2)]
+        done = locust(*HEADLESS, *arguments, *more, *cluster, "--slo", "ttft_p95<100ms", "--result", "r.json")
+    assert [worker.result().returncode for worker in workers] == [0, 0]
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     (summary,) = result["summaries"]
@@ -85,13 +96,25 @@ def test_two_workers_send_one_plan_and_their_histograms_are_one(server: Any, loc
 
 
 @pytest.mark.slow
-def test_dispatchers_that_come_up_late_do_not_catch_up(server: Any, locust: Locust, tmp_path: Path) -> None:
+def test_a_plan_begins_when_all_dispatchers_are_there(server: Any, locust: Locust, tmp_path: Path) -> None:
+    """The fourth comes three seconds after the first: the rate is whole from the first request on."""
     arguments = ("--host", server.openai_host, "--rate", "8", "--arrivals", "constant", "--run-time", "7s")
     more = ("--users", "4", "--spawn-rate", "1", "--stop-timeout", "10", "--max-tokens", "2")
     assert locust(*HEADLESS, *arguments, *more, "--result", "r.json").returncode == 0
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["summaries"][0]["late"]["max_ms"] < 900, "the fourth came three seconds after the first"
-    assert 20 < len(server.log()) < 56
+    (summary,) = json.loads((tmp_path / "r.json").read_text())["summaries"]
+    assert summary["late"]["max_ms"] < 900
+    came_s = sorted(entry["came_s"] for entry in server.log())
+    assert came_s[7] - came_s[0] == pytest.approx(7 / 8, abs=0.3)
+    assert 20 < len(came_s) < 40
+
+
+def test_stages_are_whole_with_two_processes_and_end_the_test_by_themselves(server: Any, tmp_path: Path) -> None:
+    shape = tmp_path / "shape.toml"
+    shape.write_text("[[stage]]\nduration_s = 1\nlevel = 10\n[[stage]]\nduration_s = 2\nlevel = 20\n")
+    load = Load(stages=str(shape), duration_s=3, arrivals="constant", processes=2, max_tokens=2)
+    result = run_locust(server.openai_host, "support-int4", load)
+    assert result.summary.requests == len(server.log()) == 50, "10 and 2 × 20; the first is due at 0 s"
+    assert result.summary.cut == 0
 
 
 @pytest.mark.slow

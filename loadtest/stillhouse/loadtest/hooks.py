@@ -5,7 +5,6 @@ Imported once a process, by the users; `run` is the test of this process.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import AsyncResult
 from gevent.queue import Queue
 from locust import events
 from locust.env import Environment
@@ -20,6 +20,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from stillhouse.client import ClientError
 from stillhouse.loadtest.errors import LoadtestError
+from stillhouse.loadtest.gathering import GATHER_S, Gathering
 from stillhouse.loadtest.options import add_options, api_key_of, counter_of, shape_of, slo_of, workload_of
 from stillhouse.loadtest.recording import Run
 from stillhouse.loadtest.report import token_table, write_csv, write_json
@@ -31,41 +32,39 @@ logger = logging.getLogger(__name__)
 
 run = Run()
 
-_LEAD_S = 0.5  # from the first worker's question for a number to the test's zero, so that all can be there
+_LEAD_S = 0.5  # what the master's answer to a worker may need
 _LAST_TASKS_S = 0.05  # users that were stopped still have to write their last sample
 _USERS = "stillhouse.loadtest.users"
-_REPORT, _NUMBER, _GONE, _STOP = "stillhouse_report", "stillhouse_number", "stillhouse_gone", "stillhouse_stop"
+_REPORT, _NUMBER, _AT_END = "stillhouse_report", "stillhouse_number", "stillhouse_at_end"
+_GONE, _STOP = "stillhouse_gone", "stillhouse_stop"
 _REPORTS_S = 5.0  # beyond --stop-timeout, for the workers' last reports
 
 
-class _Numbers:
-    """Numbers the users of a test over all its processes, and fixes the zero of its clock."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._numbers = itertools.count()
-        self._zero_s: float | None = None
-        self.answers: Queue[tuple[int, float]] = Queue()
-
-    def next(self, lead_s: float) -> tuple[int, float]:
-        if self._zero_s is None:
-            self._zero_s = time.time() + lead_s
-        return next(self._numbers), self._zero_s
-
-
-_numbers = _Numbers()
+_gathering = Gathering()
+_answers: Queue[tuple[int, float]] = Queue()  # of the master to this worker's users
 
 
 def take_number(environment: Environment) -> tuple[int, float]:
-    """A user's number in the whole test, and the zero of the plan, of this process's time.perf_counter."""
+    """A user's number in the whole test, and the zero of the plan, of this process's time.perf_counter.
+
+    Waits for the other dispatchers of an open loop.
+    """
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.send_message(_NUMBER)
-        number, zero_s = _numbers.answers.get(timeout=30)
+        number, zero_s = _answers.get(timeout=3 * GATHER_S)
     else:
-        number, zero_s = _numbers.next(0.0)
+        came: AsyncResult[tuple[int, float]] = AsyncResult()
+        _gathering.come(lambda *answer: came.set(answer))
+        number, zero_s = came.get()
     return number, time.perf_counter() + (zero_s - time.time())
+
+
+def come_to_end(environment: Environment) -> None:
+    """A dispatcher has sent all of its plan; when all have, the test is ended."""
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.send_message(_AT_END)
+    else:
+        _gathering.come_to_end()
 
 
 def begin_process(environment: Environment, **_: Any) -> None:
@@ -74,11 +73,12 @@ def begin_process(environment: Environment, **_: Any) -> None:
     runner = environment.runner
     if isinstance(runner, MasterRunner):
         runner.register_message(_NUMBER, _answer_number)
+        runner.register_message(_AT_END, lambda environment, msg: _gathering.come_to_end())  # noqa: ARG005
         runner.register_message(_REPORT, _take_last_report)
         runner.register_message(_GONE, lambda environment, msg: _end_early(environment, msg.data["why"]))
     elif isinstance(runner, WorkerRunner):
         runner.register_message(_STOP, lambda environment, msg: environment.runner.stop(), concurrent=True)  # noqa: ARG005
-        runner.register_message(_NUMBER, lambda environment, msg: _numbers.answers.put(msg.data["number"]))  # noqa: ARG005
+        runner.register_message(_NUMBER, lambda environment, msg: _answers.put(msg.data["number"]))  # noqa: ARG005
     gevent.spawn(run.loop.run)
     gevent.spawn(_watch, environment)
     options = environment.parsed_options
@@ -93,9 +93,13 @@ def begin_process(environment: Environment, **_: Any) -> None:
 
 def begin_test(environment: Environment, **_: Any) -> None:
     run.close()
-    _numbers.restart()
     _prepare(environment)
     _forget()
+    while not _answers.empty():
+        _answers.get_nowait()  # to a user of the last test, who was gone
+    dispatchers = (environment.parsed_options.num_users or 1) if run.is_open else 0
+    lead_s = _LEAD_S if isinstance(environment.runner, MasterRunner) else 0.0
+    _gathering.restart(dispatchers, lead_s, lambda: _end(environment))
 
 
 def end_test(environment: Environment, **_: Any) -> None:
@@ -135,7 +139,8 @@ def take_samples(client_id: str, data: dict[str, Any]) -> None:
 
 
 def _answer_number(environment: Environment, msg: Any) -> None:
-    environment.runner.send_message(_NUMBER, {"number": _numbers.next(_LEAD_S)}, msg.node_id)
+    runner, worker = environment.runner, msg.node_id
+    _gathering.come(lambda *answer: runner.send_message(_NUMBER, {"number": answer}, worker))
 
 
 def _choose_user_class(environment: Environment) -> None:
@@ -207,6 +212,10 @@ def _end_early(environment: Environment, why: str) -> None:
         return
     run.ended_early = why
     print(f"error: {why}; the figures are of what came before", file=sys.stderr)
+    _end(environment)
+
+
+def _end(environment: Environment) -> None:
     gevent.spawn(environment.runner.quit if environment.web_ui is None else environment.runner.stop)
 
 

@@ -21,6 +21,7 @@ from stillhouse.loadtest.synthetic import parse_synthetic
 
 _HERE = Path(__file__).parent
 _PACKAGES = ("stillhouse", "locust", "gevent", "grpcio", "tritonclient", "urllib3", "hdrhistogram")
+_GATHER_S = 15  # what dispatchers may need until all of them are there
 _DRAIN_S = 30  # what an open loop's last requests may take after the last arrival
 USER_CLASSES: Mapping[str, str] = {"": "LlmUser", "triton": "TritonUser", "openai": "OpenAiUser"}
 
@@ -54,11 +55,16 @@ class Load:
         return load_shape(self.stages, self.rate or None) if self.stages else None
 
     @cached_property
-    def open_loop(self) -> bool:
-        if self.prompts is not None and load_workload(self.prompts).times_s is not None:
-            return True
+    def plan_s(self) -> float | None:
+        """How long stages of a rate or a trace are: then the run ends by itself. None for what goes on and on."""
+        if self.prompts is not None and (times_s := load_workload(self.prompts).times_s) is not None:
+            return times_s[-1]
         shape = self.shape
-        return self.rate > 0 if shape is None else not shape.in_users
+        return None if shape is None or shape.in_users else shape.duration_s
+
+    @property
+    def open_loop(self) -> bool:
+        return self.plan_s is not None or (self.rate > 0 and self.shape is None)
 
     @property
     def said(self) -> str:
@@ -96,7 +102,9 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
     arguments += ["--headless", "--only-summary", "--loglevel", "WARNING", "--host", host]
     if not in_users:
         arguments += ["--users", str(users), "--spawn-rate", str(100 if load.open_loop else min(users, 100))]
-        arguments += ["--run-time", f"{math.ceil(load.duration_s)}s"]
+        # A plan begins when all dispatchers are there, and is not to be cut off by the time that they took.
+        whole = load.plan_s is not None and load.plan_s <= load.duration_s
+        arguments += ["--run-time", f"{math.ceil(load.duration_s) + (_GATHER_S if whole else 0)}s"]
     if load.processes > 1:
         arguments += ["--processes", str(load.processes)]
     if load.drain_s:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gevent import GreenletExit, get_hub, sleep
+from gevent import Greenlet, GreenletExit, get_hub, sleep, spawn
 from gevent.pool import Group
 from locust import User, task
 from locust.env import Environment
@@ -34,6 +34,9 @@ from stillhouse.loadtest.target import OPENAI, TRITON
 DEFAULT_HOST = "localhost:8001"
 UNFINISHED = "Unfinished"  # an open loop waited for it after the last arrival, and it did not come
 _NEVER_S = 1e7
+# Users of a closed loop who begin together stay together, for a server that takes the same time for each: then all
+# answers come at once, and all but the first wait for the client.
+_STAGGER_S = 0.005
 _GRACE_S = 0.1
 _PAUSE_S = 0.5  # after a connection that was refused: a dead server is not to be asked a thousand times a second
 
@@ -69,6 +72,7 @@ class LlmUser(User):  # type: ignore[misc]
         self.sampling = sampling_of(options)
         self.requests = Group()
         self.drained = False
+        self.last: Greenlet | None = None  # waits for the plan's last answers
         shape, times_s = run.shape, run.workload.times_s
         shares = max(1, options.num_users or 1)
         self.planned: Iterator[float] | None = None
@@ -80,10 +84,12 @@ class LlmUser(User):  # type: ignore[misc]
         if times_s is None and shape is not None and not shape.in_users:
             arrivals = (options.arrivals, options.seed)
             self.planned = plan(shape.stages, *arrivals, share=number, shares=shares, for_ever=shape.for_ever)
-        if self.planned is not None:
+        if self.planned is None:
+            sleep(number * _STAGGER_S % 1.0)
+        else:
             self._plan_next()
             while times_s is None and self.due_s < time.perf_counter() - _GRACE_S:
-                self._plan_next()  # what was due before this dispatcher was there is nobody's fault
+                self._plan_next()  # of a dispatcher that came after the others had begun
             sleep(self.wait_time())
 
     def wait_time(self) -> float:
@@ -108,6 +114,8 @@ class LlmUser(User):  # type: ignore[misc]
             self.drained = bool(self.environment.stop_timeout)
             self.requests.join(timeout=self.environment.stop_timeout)
         finally:
+            if self.last is not None:
+                self.last.kill()
             self.requests.kill()
 
     def request(self, prompt: Prompt, due_s: float | None) -> None:
@@ -167,9 +175,15 @@ class LlmUser(User):  # type: ignore[misc]
         )
 
     def _plan_next(self) -> None:
-        """After the plan's end nothing is due until the test is over; what was sent goes on."""
         due_s = next(self.planned, None) if self.planned is not None else None
         self.due_s = self.zero_s + (_NEVER_S if due_s is None else due_s)
+        if due_s is None and self.last is None:
+            self.last = spawn(self._come_to_end)
+
+    def _come_to_end(self) -> None:
+        """After the plan's end nothing is due; what was sent goes on."""
+        self.requests.join()
+        hooks.come_to_end(self.environment)
 
 
 class TritonUser(LlmUser):
