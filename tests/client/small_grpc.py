@@ -56,6 +56,12 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         return service_pb2.ModelReadyResponse(ready=request.name in MODELS)
 
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        response = service_pb2.ModelMetadataResponse(name=request.name)
+        for name in self.server.input_names():
+            response.inputs.add(name=name, datatype="BYTES", shape=[1])
+        return response
+
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         response = service_pb2.RepositoryIndexResponse()
         for name, versions in MODELS.items():

@@ -78,6 +78,10 @@ def http_routes(server: Server) -> web.Application:
     async def metadata(request: web.Request) -> web.Response:  # noqa: ARG001
         return web.json_response({"name": "small", "version": "0", "extensions": ["model_repository"]})
 
+    async def model_metadata(request: web.Request) -> web.Response:
+        inputs = [{"name": name, "datatype": "BYTES", "shape": [1]} for name in server.input_names()]
+        return web.json_response({"name": request.match_info["model"], "inputs": inputs})
+
     async def stall(request: web.Request) -> web.Response:
         """POST /stall?s=3: for so long no token leaves."""
         loop = asyncio.get_running_loop()
@@ -94,6 +98,7 @@ def http_routes(server: Server) -> web.Application:
     app.router.add_post("/v2/models/{model}/versions/{version}/generate_stream", generate_stream)
     app.router.add_post("/v2/repository/index", index)
     app.router.add_get("/v2", metadata)
+    app.router.add_get("/v2/models/{model}", model_metadata)
     app.router.add_post("/stall", stall)
     app.router.add_get("/v2/health/ready", ready)
     app.router.add_get("/v2/models/{model}/ready", ready)

@@ -46,8 +46,9 @@ class Garbage(Exception):
 
 
 class Server:
-    def __init__(self, default: Plan, slots: int) -> None:
+    def __init__(self, default: Plan, slots: int, *, takes_messages: bool = True) -> None:
         self.default = default
+        self.takes_messages = takes_messages  # Triton's own vLLM backend does not
         self.slots = asyncio.Semaphore(slots)
         self.log: list[dict[str, Any]] = []
         self.stalled_until_s = 0.0  # of the loop's clock: until then no token leaves
@@ -74,6 +75,8 @@ class Server:
 
     async def answer(self, model: str, inputs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The outputs of one response after another, as the vLLM backend names them; waits for a slot first."""
+        if "messages" in inputs and not self.takes_messages:
+            raise ModelError(f"unexpected inference input 'messages' for model '{model}'")
         async with self.slots:
             async for outputs in self.answer_now(model, inputs):
                 yield outputs
@@ -118,6 +121,9 @@ class Server:
         if not inputs.get("stream"):
             yield self.outputs(text, plan.tokens - 1, plan.tokens, True)
         entry["ended"] = "done"
+
+    def input_names(self) -> list[str]:
+        return ["text_input", "stream", "sampling_parameters", *(["messages"] if self.takes_messages else [])]
 
     def outputs(self, text: str, index: int, new_tokens: int, last: bool) -> dict[str, Any]:
         return {

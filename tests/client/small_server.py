@@ -21,8 +21,7 @@ from small_openai import openai_routes
 from tritonclient.grpc import service_pb2_grpc
 
 
-async def serve(default: Plan, api_key: str, slots: int) -> None:
-    server = Server(default, slots)
+async def serve(server: Server, api_key: str) -> None:
     grpc_server = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Grpc(server), grpc_server)
     grpc_port = grpc_server.add_insecure_port("127.0.0.1:0")
@@ -49,9 +48,10 @@ def main() -> None:
     parser.add_argument("--gap-s", type=float, default=Plan.gap_s)
     parser.add_argument("--api-key", default="", help="of the OpenAI API; everybody is served without")
     parser.add_argument("--slots", type=int, default=10_000, help="answers at a time; others wait for their turn")
+    parser.add_argument("--no-messages", action="store_true", help="over Triton a text alone, as vLLM's own backend")
     options = parser.parse_args()
     plan = Plan(tokens=options.tokens, first_s=options.first_s, gap_s=options.gap_s)
-    asyncio.run(serve(plan, options.api_key, options.slots))
+    asyncio.run(serve(Server(plan, options.slots, takes_messages=not options.no_messages), options.api_key))
 
 
 if __name__ == "__main__":

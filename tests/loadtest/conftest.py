@@ -87,6 +87,14 @@ def guarded_server() -> Iterator[SmallServer]:
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def foreign_server() -> Iterator[SmallServer]:
+    """One whose Triton models take a text alone."""
+    server = start_server("--no-messages", "--first-s", "0.01")
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def locust(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs plain locust on the repository's locustfile, in a folder of its own."""

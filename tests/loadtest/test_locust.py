@@ -170,7 +170,7 @@ def test_the_web_page_starts_a_test_with_our_options(server: Any, tmp_path: Path
         try:
             until(lambda: answers(base))
             page = get(base)
-            for option in ("max_tokens", "prompts", "ignore_eos", "slo", "rate", "no_stream", "synthetic"):
+            for option in ("max_tokens", "prompts", "ignore_eos", "slo", "rate", "no_stream", "synthetic", "tokenizer"):
                 assert option in page
             form = {"user_count": "2", "spawn_rate": "2", "host": server.grpc_host, "model": "support-fp16"}
             form |= {"max_tokens": "4"}

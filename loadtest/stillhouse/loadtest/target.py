@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -43,9 +44,11 @@ class Target(Protocol):
 
 
 class TritonTarget:
-    """Triton's vLLM contract, over gRPC or HTTP."""
+    """Triton's vLLM contract, over gRPC or HTTP; a model that takes no `messages` (vLLM's own) is sent their texts."""
 
     def __init__(self, host: str, token_timeout_s: float) -> None:
+        self._host = host
+        self._takes_messages: dict[tuple[str, str], bool] = {}
         self.client = Client(host, token_timeout_s=token_timeout_s)
 
     def models(self) -> list[str]:
@@ -57,6 +60,8 @@ class TritonTarget:
     def ask(
         self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
     ) -> Iterator[Piece]:
+        if "messages" in prompt and not self._asks_messages(model, version):
+            prompt = _as_text(prompt)
         if stream:
             yield from _pieces(self.client.stream(model, version=version or None, **prompt, **sampling))
             return
@@ -65,6 +70,12 @@ class TritonTarget:
 
     def close(self) -> None:
         self.client.close()
+
+    def _asks_messages(self, model: str, version: str) -> bool:
+        if (model, version) not in self._takes_messages:
+            names = _input_names(self._host, model, version)
+            self._takes_messages[model, version] = "messages" in names or not names
+        return self._takes_messages[model, version]
 
 
 class OpenAiTarget:
@@ -152,6 +163,34 @@ def _pieces(tokens: Generator[Token, None, None]) -> Iterator[Piece]:
             yield Piece(token.text, token.time_s, False, True, token.num_input_tokens, token.num_output_tokens)
     finally:
         tokens.close()  # cancels on the server what the test's end cut off
+
+
+def _as_text(prompt: Prompt) -> Prompt:
+    text = "\n\n".join(str(message.get("content", "")) for message in prompt["messages"])
+    return {"prompt": text, **{name: value for name, value in prompt.items() if name != "messages"}}
+
+
+def _input_names(host: str, model: str, version: str) -> set[str]:
+    """The inputs of a Triton model, as its metadata has them; empty where it tells none."""
+    address = parse_url(host)
+    if not address.is_grpc:
+        path = f"/v2/models/{quote(model, safe='')}" + (f"/versions/{version}" if version else "")
+        try:
+            response = urllib3.request("GET", address.base_url + path, timeout=_ASK_S, retries=False)
+            return {str(entry["name"]) for entry in json.loads(response.data).get("inputs", [])}
+        except (HTTPError, ValueError, AttributeError, KeyError):
+            return set()
+    from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+    client = InferenceServerClient(address.authority, ssl=address.tls)
+    try:
+        metadata = client.get_model_metadata(model, version, client_timeout=_ASK_S)
+        return {str(entry.name) for entry in metadata.inputs}
+    except InferenceServerException:
+        return set()
+    finally:
+        client.close()
 
 
 def _says_v2(base_url: str) -> bool:
