@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.loadtest.capacity import PRECISION, capacity_table, find_capacity, search
+from stillhouse.loadtest.capacity import QUICK, THOROUGH, Effort, capacity_table, find_capacity, search
 from stillhouse.loadtest.diff import changes, diff_table, read_samples, worse
 from stillhouse.loadtest.errors import BadInput, Missed, RunFailed
 from stillhouse.loadtest.load import Load
@@ -26,11 +26,12 @@ def measured(rate: float, *, meets: bool, problems: tuple[str, ...] = ()) -> Loa
     return LoadResult("m", 1, summary, None, load=Load(rate=rate), details={"client": {"problems": list(problems)}})
 
 
+@pytest.mark.parametrize("effort", [THOROUGH, QUICK])
 @pytest.mark.parametrize("truth", [0.07, 0.9, 1.0, 7.3, 120.0])
-def test_the_search_comes_within_ten_per_cent_of_the_truth(truth: float) -> None:
-    found = search(lambda rate: measured(rate, meets=rate <= truth), 1.0)
-    assert truth / PRECISION <= found.rate <= truth
-    assert [probe.load.rate for probe in found.repeats] == [found.rate] * 2
+def test_the_search_comes_within_its_precision_of_the_truth(truth: float, effort: Effort) -> None:
+    found = search(lambda rate: measured(rate, meets=rate <= truth), 1.0, effort)
+    assert truth / effort.precision <= found.rate <= truth
+    assert [probe.load.rate for probe in found.repeats] == [found.rate] * effort.repeats
     assert found.goodput_per_s == found.repeats[0].summary.goodput_per_s
     assert "capacity: " in capacity_table(found)
 
@@ -44,7 +45,7 @@ def test_an_end_point_that_does_not_hold_again_is_lowered() -> None:
         return measured(rate, meets=rate <= 3 or (rate <= 4 and seen.count(rate) == 1))
 
     found = search(probe, 1.0)
-    assert 3 / PRECISION <= found.rate <= 3
+    assert 3 / THOROUGH.precision <= found.rate <= 3
 
 
 def test_a_server_that_never_meets_it_is_told() -> None:

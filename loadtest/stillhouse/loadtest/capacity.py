@@ -1,9 +1,9 @@
 """The highest rate of requests at which a server still keeps an objective, found by search.
 
 The rate is doubled until the objective is missed (or halved until it is met), then the gap between the highest rate
-that met it and the lowest that missed it is halved on a logarithmic scale until they are 10 % apart. The end point is
-repeated; where a repeat misses, it is lowered by 10 % and repeated again. Every probe is an open loop with Poisson
-arrivals: a closed loop would slow down with the server and hide that it is too slow.
+that met it and the lowest that missed it is halved on a logarithmic scale until they are 10 % apart (quickly: 25 %).
+The end point is repeated; where a repeat misses, it is lowered by as much and repeated again. Every probe is an open
+loop with Poisson arrivals: a closed loop would slow down with the server and hide that it is too slow.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ from stillhouse.loadtest.report import align, number
 from stillhouse.loadtest.run import LoadResult, run_locust
 from stillhouse.loadtest.slo import parse_slo
 
-PRECISION = 1.1  # the search ends when the rates on both sides are this close
-REPEATS = 2
 _LOWEST = 0.05  # requests a second
-_LEAST_REQUESTS = 40  # a probe asks so many at least, or its 95th percentile says nothing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How closely a capacity is looked for."""
+
+    precision: float  # the search ends when the rates on both sides are this close
+    repeats: int  # of the end point
+    least_requests: int  # of a probe, or its 95th percentile says nothing
+
+
+THOROUGH, QUICK = Effort(1.1, 2, 40), Effort(1.25, 1, 25)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ def find_capacity(
     load: Load,
     *,
     start: float = 1.0,
+    effort: Effort = THOROUGH,
     metrics_url: str | None = None,
     api_key: str = "",
     progress: Callable[[str], None] | None = None,
@@ -66,7 +76,7 @@ def find_capacity(
         raise BadInput(f"the search starts at a rate above 0, got {start:g}")
 
     def probe(rate: float) -> LoadResult:
-        duration_s = max(load.duration_s, _LEAST_REQUESTS / rate)
+        duration_s = max(load.duration_s, effort.least_requests / rate)
         result = run_locust(
             url, model, replace(load, rate=rate, duration_s=duration_s), metrics_url=metrics_url, api_key=api_key
         )
@@ -76,10 +86,10 @@ def find_capacity(
             progress(_said(rate, result))
         return result
 
-    return search(probe, start)
+    return search(probe, start, effort)
 
 
-def search(probe: Probe, start: float) -> Capacity:
+def search(probe: Probe, start: float, effort: Effort = THOROUGH) -> Capacity:
     """The search itself, over anything that measures a rate."""
     probes: list[LoadResult] = []
 
@@ -95,16 +105,16 @@ def search(probe: Probe, start: float) -> Capacity:
         return result.summary.slo_met
 
     low, high = _bracket(holds, start)
-    while high / low > PRECISION:
+    while high / low > effort.precision:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     while True:
-        if all(holds(low) for _ in range(REPEATS)):
+        if all(holds(low) for _ in range(effort.repeats)):
             break
-        low /= PRECISION
+        low /= effort.precision
         if low < _LOWEST:
             raise _never(low, probes[-1])
-    repeats = tuple(probes[-REPEATS:])
+    repeats = tuple(probes[-effort.repeats :])
     return Capacity(
         rate=low,
         goodput_per_s=statistics.median(result.summary.goodput_per_s or 0.0 for result in repeats),
@@ -148,9 +158,8 @@ def capacity_table(capacity: Capacity) -> str:
         row += [f"{number(spread.p50_ms, 1)} / {number(spread.p95_ms, 1)}" for spread in (s.ttft, s.itl)]
         rows.append([*row, str(sum(s.failures.values()))])
     end = f"capacity: {capacity.rate:.2f} requests/s, goodput {capacity.goodput_per_s:.2f} requests/s"
-    return (
-        f"{align(header, rows)}\n{end}, {capacity.tokens_per_s:.1f} tokens/s ({REPEATS} runs there met the objective)"
-    )
+    runs = "another run" if len(capacity.repeats) == 1 else f"{len(capacity.repeats)} more runs"
+    return f"{align(header, rows)}\n{end}, {capacity.tokens_per_s:.1f} tokens/s ({runs} there met the objective)"
 
 
 def _said(rate: float, result: LoadResult) -> str:

@@ -98,6 +98,7 @@ def capacity(
     model: _MODEL = "",
     start: Annotated[float, typer.Option(help="The rate that the search begins with, in requests/s.")] = 1.0,
     duration: Annotated[str, typer.Option(help="How long one rate is tried (and for 40 requests at least).")] = "20s",
+    quick: Annotated[bool, typer.Option(help="To 25 % instead of 10 %, 25 requests at least, one repeat.")] = False,
     load: Load,
     api_key: _KEY = "",
     metrics_url: _METRICS = None,
@@ -110,14 +111,23 @@ def capacity(
     """
     import json
 
-    from stillhouse.loadtest.capacity import capacity_table, find_capacity
+    from stillhouse.loadtest.capacity import QUICK, THOROUGH, capacity_table, find_capacity
     from stillhouse.loadtest.page import step_of
     from stillhouse.loadtest.save import save_run
     from stillhouse.loadtest.show import tell
     from stillhouse.loadtest.words import parse_duration_s
 
     load = replace(load, duration_s=parse_duration_s(duration))
-    found = find_capacity(url, model, load, start=start, metrics_url=metrics_url, api_key=api_key, progress=tell)
+    found = find_capacity(
+        url,
+        model,
+        load,
+        start=start,
+        effort=QUICK if quick else THOROUGH,
+        metrics_url=metrics_url,
+        api_key=api_key,
+        progress=tell,
+    )
     if save is not None:
         probes = sorted(found.probes, key=lambda probe: probe.load.rate)
         save_run(save, found.repeats[-1], [step_of(f"{p.load.rate:.2f}/s", p.summary) for p in probes], found.to_json())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.loadtest import plots
-from stillhouse.loadtest.report import number
+from stillhouse.loadtest.report import has_thoughts, number
 from stillhouse.loadtest.run import LoadResult
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.shapes import Shape
@@ -22,7 +22,9 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem; border-bottom: 1px solid #e5e7eb; text-align: right }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 svg { width: 100%; height: auto } .bad { background: #fee2e2; padding: .6rem 1rem } .good { color: #047857 }
-.missed { color: #b91c1c } figure { margin: 0 } details pre { overflow-x: auto; background: #f3f4f6; padding: 1rem }
+.missed { color: #b91c1c } figure { margin: 0 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 0 2rem }
+details pre { overflow-x: auto; background: #f3f4f6; padding: 1rem }
 @media (prefers-color-scheme: dark) {
 body { background: #111827; color: #e5e7eb } figure { background: #f9fafb }
 .bad { color: #111827 } details pre { background: #1f2937 } }
@@ -42,12 +44,15 @@ def page(result: LoadResult, steps: Sequence[Step] = ()) -> str:
         _verdicts(result.summary),
     ]
     parts.append(_server(result))
+    pictures = []
     if samples:
-        parts.append(_picture("Latency over time", plots.latency_over_time(samples)))
-        parts.append(_picture("Latency by percentile", plots.percentile_curves(_curves(result))))
-        parts.append(_picture("Throughput, and what was under way", plots.throughput_over_time(samples)))
+        pictures.append(_picture("Latency over time", plots.latency_over_time(samples)))
+        pictures.append(_picture("Latency by percentile", plots.percentile_curves(_curves(result))))
+        pictures.append(_picture("Throughput, and what was under way", plots.throughput_over_time(samples)))
     if len(steps) > 1:
-        parts.append(_picture("Throughput against latency, by load", plots.throughput_against_latency(steps)))
+        pictures.append(_picture("Throughput against latency, by load", plots.throughput_against_latency(steps)))
+    parts.append(f'<div class="plots">{"".join(pictures)}</div>')
+    if len(steps) > 1:
         parts.append(_step_table(steps))
     parts.append(_settings(result))
     body = "\n".join(part for part in parts if part)
@@ -80,6 +85,8 @@ def stage_steps(samples: Sequence[Sample], shape: Shape) -> list[Step]:
 
 def _curves(result: LoadResult) -> dict[str, Any]:
     curves: dict[str, Any] = dict(result.details.get("curves", {}).get(result.model, {}))
+    if not has_thoughts(result.summary):
+        curves.pop("answer", None)
     return curves
 
 
@@ -93,12 +100,10 @@ def _warnings(result: LoadResult) -> str:
 def _figures(s: Summary) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("ms", "mean", "p50", "p90", "p95", "p99", "max"))
     rows = []
-    for name, spread in (
-        ("TTFT", s.ttft),
-        ("First answer token", s.answer),
-        ("Between tokens", s.itl),
-        ("End to end", s.e2e),
-    ):
+    spreads = {"TTFT": s.ttft, "First answer token": s.answer, "Between tokens": s.itl, "End to end": s.e2e}
+    if not has_thoughts(s):
+        del spreads["First answer token"]
+    for name, spread in spreads.items():
         values = (spread.mean_ms, spread.p50_ms, spread.p90_ms, spread.p95_ms, spread.p99_ms, spread.max_ms)
         rows.append(f"<tr><td>{name}</td>" + "".join(f"<td>{number(value, 1)}</td>" for value in values) + "</tr>")
     failures = ", ".join(f"{kind} {count}" for kind, count in sorted(s.failures.items())) or "none"
@@ -154,4 +159,4 @@ def _settings(result: LoadResult) -> str:
 
 
 def _picture(title: str, svg: str) -> str:
-    return f"<h2>{html.escape(title)}</h2><figure>{svg}</figure>"
+    return f"<section><h2>{html.escape(title)}</h2><figure>{svg}</figure></section>"
