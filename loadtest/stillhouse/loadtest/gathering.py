@@ -14,7 +14,7 @@ import gevent
 
 GATHER_S = 10.0  # the longest that the first waits for the last: there may be fewer than were asked for
 
-Answer = Callable[[int, float], None]
+Answer = Callable[[int, int, float], None]
 
 
 class Gathering:
@@ -35,15 +35,18 @@ class Gathering:
         self._patience = None
         self._expected, self._lead_s, self._ended = expected, lead_s, ended
         self._numbers = itertools.count()
-        self._zero_s: float | None = None
+        self._begun: tuple[int, float] | None = None  # shares, and the zero
         self._waiting: list[tuple[int, Answer]] = []
         self._at_end = 0
 
     def come(self, answer: Answer) -> None:
-        """One more user; `answer` gets its number and the zero (of time.time), now or when the last has come."""
+        """One more user; `answer` gets its number, in how many shares the plan goes, and the zero (of time.time).
+
+        Now, or when the last has come. Whose number is not below the shares came later and has none.
+        """
         number = next(self._numbers)
-        if self._zero_s is not None:
-            answer(number, self._zero_s)
+        if self._begun is not None:
+            answer(number, *self._begun)
             return
         self._waiting.append((number, answer))
         if len(self._waiting) >= self._expected:
@@ -52,13 +55,13 @@ class Gathering:
             self._patience = gevent.spawn_later(GATHER_S, self._begin)
 
     def come_to_end(self) -> None:
-        """One dispatcher has sent all of its plan."""
+        """One dispatcher has sent all of its share, and has its answers."""
         self._at_end += 1
-        if self._at_end == self._expected:
+        if self._begun is not None and self._at_end == self._begun[0]:
             self._ended()
 
     def _begin(self) -> None:
-        self._zero_s = time.time() + self._lead_s
         waiting, self._waiting = self._waiting, []
+        self._begun = len(waiting), time.time() + self._lead_s
         for number, answer in waiting:
-            answer(number, self._zero_s)
+            answer(number, *self._begun)

@@ -41,22 +41,22 @@ _REPORTS_S = 5.0  # beyond --stop-timeout, for the workers' last reports
 
 
 _gathering = Gathering()
-_answers: Queue[tuple[int, float]] = Queue()  # of the master to this worker's users
+_answers: Queue[tuple[int, int, float]] = Queue()  # of the master to this worker's users
 
 
-def take_number(environment: Environment) -> tuple[int, float]:
-    """A user's number in the whole test, and the zero of the plan, of this process's time.perf_counter.
+def take_number(environment: Environment) -> tuple[int, int, float]:
+    """A user's number in the whole test, the plan's shares, and its zero, of this process's time.perf_counter.
 
     Waits for the other dispatchers of an open loop.
     """
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.send_message(_NUMBER)
-        number, zero_s = _answers.get(timeout=3 * GATHER_S)
+        number, shares, zero_s = _answers.get(timeout=3 * GATHER_S)
     else:
-        came: AsyncResult[tuple[int, float]] = AsyncResult()
+        came: AsyncResult[tuple[int, int, float]] = AsyncResult()
         _gathering.come(lambda *answer: came.set(answer))
-        number, zero_s = came.get()
-    return number, time.perf_counter() + (zero_s - time.time())
+        number, shares, zero_s = came.get()
+    return number, shares, time.perf_counter() + (zero_s - time.time())
 
 
 def come_to_end(environment: Environment) -> None:

@@ -37,7 +37,6 @@ _NEVER_S = 1e7
 # Users of a closed loop who begin together stay together, for a server that takes the same time for each: then all
 # answers come at once, and all but the first wait for the client.
 _STAGGER_S = 0.005
-_GRACE_S = 0.1
 _PAUSE_S = 0.5  # after a connection that was refused: a dead server is not to be asked a thousand times a second
 
 
@@ -68,29 +67,39 @@ class LlmUser(User):  # type: ignore[misc]
         options = self.environment.parsed_options
         with run.target() as target:
             target.ready()  # connects, so that the first TTFT is that of a connection that stands
-        number, self.zero_s = hooks.take_number(self.environment)
+        number, shares, self.zero_s = hooks.take_number(self.environment)
         self.sampling = sampling_of(options)
         self.requests = Group()
         self.drained = False
         self.last: Greenlet | None = None  # waits for the plan's last answers
-        shape, times_s = run.shape, run.workload.times_s
-        shares = max(1, options.num_users or 1)
         self.planned: Iterator[float] | None = None
+        if run.is_open:
+            self._take_share(number, shares)
+            sleep(self.wait_time())
+        else:
+            self.prompts: Iterator[Prompt] = itertools.cycle(shuffled(run.workload.prompts, options.seed + number))
+            sleep(number * _STAGGER_S % 1.0)
+
+    def _take_share(self, number: int, shares: int) -> None:
+        """This dispatcher's part of the plan; none for one that came after the others had begun."""
+        run, options, times_s = hooks.run, self.environment.parsed_options, hooks.run.workload.times_s
+        if number >= shares:
+            self.planned, self.due_s = iter(()), self.zero_s + _NEVER_S
+            return
         if times_s is not None:
             self.planned = iter(turns(times_s, number, shares))
-            self.prompts: Iterator[Prompt] = iter(turns(run.workload.prompts, number, shares))
-        else:
+            self.prompts = iter(turns(run.workload.prompts, number, shares))
+        elif run.shape is not None:
             self.prompts = itertools.cycle(shuffled(run.workload.prompts, options.seed + number))
-        if times_s is None and shape is not None and not shape.in_users:
-            arrivals = (options.arrivals, options.seed)
-            self.planned = plan(shape.stages, *arrivals, share=number, shares=shares, for_ever=shape.for_ever)
-        if self.planned is None:
-            sleep(number * _STAGGER_S % 1.0)
-        else:
-            self._plan_next()
-            while times_s is None and self.due_s < time.perf_counter() - _GRACE_S:
-                self._plan_next()  # of a dispatcher that came after the others had begun
-            sleep(self.wait_time())
+            self.planned = plan(
+                run.shape.stages,
+                options.arrivals,
+                options.seed,
+                share=number,
+                shares=shares,
+                for_ever=run.shape.for_ever,
+            )
+        self._plan_next()
 
     def wait_time(self) -> float:
         if self.planned is None:
