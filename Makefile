@@ -5,8 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # PyPI's PyTorch brings gigabytes of CUDA. Without a GPU: make demo TORCH_INDEX=<the CPU index named by pytorch.org>
 TORCH_INDEX ?=
-EXTRAS := build,gateway,serve,triton,edge,client,loadtest,dev,cpu
-ROOMS := engine build gateway serve edge client loadtest cli
+EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
+ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
 # How long make soak lasts.
 SECONDS := 600
@@ -52,7 +52,7 @@ setup: $(READY)  ## make the environment (.venv) and nothing else
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "error: Python 3.11 is needed here, $(PYTHON) is another"; echo "hint: make PYTHON=/path/to/python3.11 …"; exit 1; }
-	@echo "setting up .venv (some 2.4 GB; minutes at the first time) …"
+	@echo "setting up .venv (some 3 GB; minutes at the first time) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@# torch first: later on a range would let pip take another build.
 	@$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"

@@ -18,8 +18,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "edge": ({"engine", "gateway"}, TORCH | {"tritonclient", "locust", "onnx"}),
     "client": (set(), TORCH | {"onnxruntime", "onnx", "locust"}),
     "loadtest": ({"client"}, TORCH | {"onnxruntime", "onnx"}),
+    "tune": ({"engine", "build", "client"}, {"tritonclient", "locust", "onnxruntime"}),
     "cli": (
-        {"engine", "build", "gateway", "serve", "edge", "client", "loadtest"},
+        {"engine", "build", "gateway", "serve", "edge", "client", "loadtest", "tune"},
         TORCH | {"onnxruntime", "onnx", "tritonclient"},
     ),
 }

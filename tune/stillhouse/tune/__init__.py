@@ -1,0 +1,1 @@
+"""From raw records to an adapter that the build takes: data, fine-tuning, evaluation, pruning, one pipeline."""
