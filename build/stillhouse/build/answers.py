@@ -57,7 +57,7 @@ def answers(
     asked = [Task.model_validate(task) for task in tasks]
     prompts = [_prompt_ids(text, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     prompts = [prompt[: max(1, record.context_length - GREEDY_TOKENS)] for prompt in prompts]
-    questions = [_Question(text, task) for task in asked]
+    questions = [Question(text, task) for task in asked]
     longest = max([len(prompt) + GREEDY_TOKENS for prompt in prompts] + [question.tokens for question in questions])
     for number, question in enumerate(questions, 1):
         if question.tokens > record.context_length:
@@ -69,20 +69,35 @@ def answers(
     eos = set(record.eos_token_ids)
     greedy_answers = greedy(runner, prompts, [GREEDY_TOKENS] * len(prompts), eos)
     share(0.5)
+    replies = ask(runner, text, questions, eos)
+    share(1.0)
+    return {"greedy": greedy_answers, "right": [reply.right for reply in replies]}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Whether a task was answered right, and in how many tokens (None: it was a choice)."""
+
+    right: bool
+    tokens: int | None
+
+
+def ask(runner: Any, text: Tokenizer, questions: list[Question], eos: set[int]) -> list[Reply]:
+    """A Reply to each question: free ones by greedy decoding, choices by their likelihood."""
     free = [question for question in questions if not question.choices]
     written = greedy(runner, [q.prompt for q in free], [q.task.max_tokens for q in free], eos)
-    right = {
-        id(q): q.task.is_right(text.decode([token for token in ids if token not in eos]))
-        for q, ids in zip(free, written, strict=True)
-    }
-    right |= {
-        id(q): choose(runner, q.prompt, q.choices, q.sizes) == q.task.right_choice for q in questions if q.choices
-    }
-    share(1.0)
-    return {"greedy": greedy_answers, "right": [right[id(question)] for question in questions]}
+    replies: dict[int, Reply] = {}
+    for question, ids in zip(free, written, strict=True):
+        said = [token for token in ids if token not in eos]
+        replies[id(question)] = Reply(question.task.is_right(text.decode(said)), len(said))
+    for question in questions:
+        if question.choices:
+            chosen = choose(runner, question.prompt, question.choices, question.sizes)
+            replies[id(question)] = Reply(chosen == question.task.right_choice, None)
+    return [replies[id(question)] for question in questions]
 
 
-class _Question:
+class Question:
     """A task in tokens: its prompt, and the tokens and characters of each choice."""
 
     def __init__(self, text: Tokenizer, task: Task) -> None:
@@ -154,15 +169,19 @@ def compare(reference: dict[str, Any], other: dict[str, Any], tasks: Tasks | Non
             f"evaluate.tasks: the merged model itself answers none of the {len(known)} tasks in {tasks.label} right",
             hint="look at the tasks' form: a base that was never taught to chat, or answers that nobody writes so",
         )
-    record = TasksRecord(
+    return Replies(len(PROMPTS), tokens, agreement, tasks_record(tasks, known, right))
+
+
+def tasks_record(tasks: Tasks, reference: list[bool], right: list[bool]) -> TasksRecord:
+    """What is left of the reference's right answers, of which there is one at least."""
+    return TasksRecord(
         file=tasks.label,
         sha256=tasks.sha256,
         tasks=len(right),
         accuracy=sum(right) / len(right),
-        reference_accuracy=sum(known) / len(known),
-        accuracy_share=sum(right) / sum(known),
+        reference_accuracy=sum(reference) / len(reference),
+        accuracy_share=sum(right) / sum(reference),
     )
-    return Replies(len(PROMPTS), tokens, agreement, record)
 
 
 def judge_tasks(tasks: TasksRecord | None, gate: GateRecord) -> str | None:

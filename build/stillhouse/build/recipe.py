@@ -20,6 +20,7 @@ else:
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OTHER_ROOMS = ("data", "tune", "prune", "pipeline")  # tables that other commands read of the same file
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 # Above these ratios of perplexity, or below TASK_ACCURACY of the original's, a version is not worth its bytes.
@@ -65,10 +66,15 @@ class EvaluateOptions(_Table):
     """[evaluate]: the held-out text that fidelity is measured on; None is the text that every Python carries.
 
     `tasks` is a JSONL file of questions with known answers (tasks.py), whose accuracy is measured and gated too.
+    The rest is for `stillhouse evaluate` alone: `records` with answers that nobody trained on, and for forgetting
+    `general` records and `general_tasks`, which have nothing to do with the fine-tune.
     """
 
     text: str | None = None
     tasks: str | None = None
+    records: str | None = None
+    general: str | None = None
+    general_tasks: str | None = None
 
 
 class Gate(_Table):
@@ -148,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}", hint='strings need quotes: name = "support"') from None
     try:
-        recipe = Recipe.model_validate(tables)
+        recipe = Recipe.model_validate({key: table for key, table in tables.items() if key not in OTHER_ROOMS})
     except ValidationError as error:
         raise _named(path, error) from None
     if recipe.evaluate.tasks is None and any(gate.task_accuracy is not None for gate in recipe.gate.values()):
@@ -190,8 +196,8 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
             "adapters": adapters,
             "evaluate": evaluate.model_copy(
                 update={
-                    "text": _resolved_file("evaluate.text", evaluate.text, folder),
-                    "tasks": _resolved_file("evaluate.tasks", evaluate.tasks, folder),
+                    key: _resolved_file(f"evaluate.{key}", getattr(evaluate, key), folder)
+                    for key in EvaluateOptions.model_fields
                 }
             ),
         }

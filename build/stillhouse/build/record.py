@@ -91,6 +91,8 @@ def _portable(plan: Plan) -> dict[str, Any]:
         options["calibration"] = Path(options["calibration"]).name if options["calibration"] else None
     resolved["evaluate"]["text"] = plan.text.label if plan.recipe.evaluate.text else None
     resolved["evaluate"]["tasks"] = plan.tasks.label if plan.tasks else None
+    for key in ("records", "general", "general_tasks"):  # which a build does not read
+        del resolved["evaluate"][key]
     return resolved
 
 
