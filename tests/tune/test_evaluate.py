@@ -1,0 +1,168 @@
+"""Figures have intervals, differences have tests, and every model is asked by the same code."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillhouse.build import texts
+from stillhouse.build.recipe import load_recipe
+from stillhouse.engine.errors import UsageError
+from stillhouse.tune import stats
+from stillhouse.tune.evaluate_commands import change_lines
+from stillhouse.tune.evaluation import evaluate, figures, load_evaluation
+from stillhouse.tune.torch_runner import TorchRunner, load
+
+
+def test_mcnemar_is_the_exact_binomial_test_of_the_changed_pairs() -> None:
+    from scipy.stats import binomtest
+
+    chance = random.Random(3)
+    for _ in range(20):
+        before = [chance.random() < 0.6 for _ in range(60)]
+        after = [right if chance.random() < 0.8 else not right for right in before]
+        won = sum(now and not then for now, then in zip(after, before, strict=True))
+        lost = sum(then and not now for now, then in zip(after, before, strict=True))
+        assert stats.mcnemar(after, before) == pytest.approx(
+            binomtest(won, won + lost, 0.5).pvalue if won + lost else 1
+        )
+    assert stats.mcnemar([True] * 5, [True] * 5) == 1.0
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = sum(not stats.mean((rng.random(150) < 0.7).tolist()).excludes(0.7) for _ in range(80))
+    assert 68 <= held <= 80  # of 95 % expected
+
+
+def test_the_same_gain_is_chance_on_few_questions_and_none_on_many() -> None:
+    # 82 % before, 89 % after: of 100 questions, 12 won and 5 lost.
+    before = [True] * 77 + [True] * 5 + [False] * 12 + [False] * 6
+    after = [True] * 77 + [False] * 5 + [True] * 12 + [False] * 6
+    assert stats.mcnemar(after, before) > 0.05
+    assert not stats.difference(after, before).excludes(0.0)
+    assert stats.mcnemar(after * 8, before * 8) < 0.001
+    assert stats.difference(after * 8, before * 8).excludes(0.0)
+
+
+def test_a_perplexity_ratio_is_paired_by_text_and_weighted_by_tokens() -> None:
+    tokens = [10, 30, 5]
+    before = [25.0, 61.0, 14.0]
+    assert stats.perplexity_ratio(before, before, tokens) == stats.Estimate(1.0, 1.0, 1.0)
+    better = [loss - 0.1 * count for loss, count in zip(before, tokens, strict=True)]
+    ratio = stats.perplexity_ratio(better, before, tokens)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx([math.exp(-0.1)] * 3)
+    assert stats.perplexity(before, tokens).value == pytest.approx(math.exp(100 / 45))
+
+
+def test_torch_behind_the_runner_gives_the_logits_of_a_plain_forward(tiny_base: Path) -> None:
+    import torch
+
+    model = load(tiny_base)
+    runner = TorchRunner(model)
+    chance = random.Random(0)
+    rows = [[chance.randrange(1024) for _ in range(length)] for length in (12, 7, 20)]
+    with torch.no_grad():
+        whole = [model(torch.tensor([row])).logits[0].numpy() for row in rows]
+    for slot, row in enumerate(rows):
+        found = runner.prefill(slot, row[:4], 0)
+        np.testing.assert_allclose(found, whole[slot][:4], atol=1e-4)
+        last = runner.prefill(slot, row[4:6], 4, last_only=True)
+        np.testing.assert_allclose(last, whole[slot][5:6], atol=1e-4)
+        again = runner.prefill(slot, row[3:6], 3)  # back, and once more
+        np.testing.assert_allclose(again, whole[slot][3:6], atol=1e-4)
+    places = [6, 6, 6]
+    for _ in range(8):
+        found = runner.decode([row[at] for row, at in zip(rows, places, strict=True)], places)
+        for slot, at in enumerate(places):
+            np.testing.assert_allclose(found[slot], whole[slot][at], atol=1e-4)
+        # The shortest row is done at its last place and is decoded there once more.
+        places = [min(at + 1, len(row) - 1) for row, at in zip(rows, places, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def asked(
+    tuned: tuple[Path, dict[str, Any]], tiny_base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A recipe that measures the test split, tasks of both forms, other records and general text."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    records = [json.loads(line) for line in (dataset / "train.jsonl").read_text("utf-8").splitlines()]
+    tasks = [{"prompt": r["instruction"], "answer": r["output"], "max_tokens": 24} for r in records[:24]]
+    others = [r["output"] for r in records[::-1]]
+    tasks += [
+        {"prompt": r["instruction"], "choices": [r["output"], other], "answer": 0}
+        for r, other in zip(records[:12], others, strict=False)
+    ]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks), "utf-8")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        f'name = "tiny"\nbase = "{tiny_base}"\nadapters = ["{tuned[0]}"]\nprecisions = ["fp16"]\n'
+        f'[evaluate]\ntasks = "tasks.jsonl"\ngeneral = "{dataset}/validation.jsonl"\n'
+        f'[gate.fp16]\ntask_accuracy = 0\n[tune]\ndata = "{dataset}"\n',
+        "utf-8",
+    )
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def evaluated(asked: Path) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "LEAST_TOKENS", 1_000)
+        return figures(evaluate(load_evaluation(asked), asked.parent / "repository"))
+
+
+def test_before_and_after_are_measured_and_the_gain_is_told_from_chance(
+    evaluated: list[dict[str, Any]], tuned: tuple[Path, dict[str, Any]]
+) -> None:
+    base, after = evaluated
+    card = tuned[1]
+    # The build's asking and the trainer agree on what the held-out answers cost.
+    assert base["records_perplexity"]["value"] == pytest.approx(card["before"]["test"]["perplexity"], rel=1e-3)
+    assert after["records_perplexity"]["value"] == pytest.approx(card["after"]["test"]["perplexity"], rel=1e-3)
+    gain = after["change"]["records_perplexity_ratio"]
+    assert gain["more_than_chance"] and gain["high"] < 1
+    assert after["against"] == "base"
+    assert {"exact_match_accuracy", "multiple_choice_accuracy", "tasks_accuracy", "answer_tokens"} <= set(after)
+    assert after["text_perplexity"]["low"] < after["text_perplexity"]["value"] < after["text_perplexity"]["high"]
+
+
+@pytest.mark.slow
+def test_a_built_precision_is_held_against_the_merge_by_the_same_code_as_the_gate(
+    asked: Path, evaluated: list[dict[str, Any]]
+) -> None:
+    from stillhouse.build import pipeline
+
+    repository = asked.parent / "repository"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "LEAST_TOKENS", 1_000)
+        built = pipeline.build(load_recipe(asked), repository).results[0]  # which leaves [tune] to its command
+        assert built.status == "published", built.reason
+        rows = figures(evaluate(load_evaluation(asked), repository))
+    fp16 = rows[2]
+    assert (fp16["model"], fp16["against"], fp16["gate"]) == ("tiny-fp16 v1", "tuned", None)
+    assert fp16["records_perplexity"]["value"] == pytest.approx(evaluated[1]["records_perplexity"]["value"], rel=0.01)
+    assert not fp16["change"]["tasks_accuracy"]["more_than_chance"]
+    assert rows[:2] == evaluated
+
+
+def test_each_change_is_said_in_a_line_with_its_verdict(evaluated: list[dict[str, Any]]) -> None:
+    lines = change_lines(evaluated[1])
+    assert lines[0] == "tuned against base:"
+    assert any("held-out answers" in line and line.endswith("more than chance") for line in lines)
+    assert any("McNemar p =" in line for line in lines)
+
+
+def test_a_recipe_without_adapters_or_without_questions_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n', "utf-8")
+    with pytest.raises(UsageError, match="no adapters"):
+        evaluate(load_recipe(recipe), tmp_path)
+    recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\nadapters = ["a"]\n', "utf-8")
+    with pytest.raises(UsageError, match="neither records nor tasks"):
+        evaluate(load_recipe(recipe), tmp_path)

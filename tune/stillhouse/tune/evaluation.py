@@ -1,0 +1,218 @@
+"""Before, after, and in every precision: what a fine-tune gained, what it cost, and what of it may be chance.
+
+The base stands for before, the merge of base and adapters for after; versions of the model repository are held against
+the merge, as the build holds them.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.build.adapter import open_adapter
+from stillhouse.build.answers import Reply, judge_tasks, tasks_record
+from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
+from stillhouse.build.merge import merge
+from stillhouse.build.recipe import Recipe, load_recipe
+from stillhouse.build.tasks import read_tasks
+from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
+from stillhouse.build.tokenizer_files import write_tokenizer
+from stillhouse.build.verify import read_network
+from stillhouse.engine.errors import UsageError
+from stillhouse.engine.policy import live_versions
+from stillhouse.tune import stats
+from stillhouse.tune.measure import (
+    Losses,
+    Measured,
+    Questions,
+    Subject,
+    checkpoint_subject,
+    measure,
+    version_subject,
+)
+from stillhouse.tune.settings import load_tune_recipe, read_tables
+from stillhouse.tune.splits import find_split, read_split
+
+log = logging.getLogger(__name__)
+
+BASE, TUNED = "base", "tuned"
+_CHANCE = 0.05  # a p above it may well be chance
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Everything that was measured; `against` says for each model but the base which one it is held against."""
+
+    measured: dict[str, Measured]
+    against: dict[str, str]
+    gates: dict[str, str | None]  # of each version: None where it keeps enough of the tasks, else why not
+    labels: dict[str, str]  # what was asked: files' names by kind
+
+
+def load_evaluation(path: Path) -> Recipe:
+    """The recipe at `path`; held-out records that it does not name are [tune]'s test split, else its validation."""
+    recipe = load_recipe(path)
+    if recipe.evaluate.records is not None or "tune" not in read_tables(path):
+        return recipe
+    options = load_tune_recipe(path).tune
+    named = [getattr(options, split) for split in ("test", "validation")]
+    if options.data is not None:
+        named = [find_split(Path(options.data), split) for split in ("test", "validation")]
+    records = next((str(file) for file in named if file is not None), None)
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"records": records})})
+
+
+def evaluate(recipe: Recipe, repository: Path, on_model: Callable[[str], None] = lambda _: None) -> Evaluation:
+    """Measures the base, the merge, and the live version of every precision in `repository`.
+
+    Raises UsageError where the recipe has nothing to tune or measure by; StillhouseError for unsound inputs.
+    """
+    if not recipe.adapters:
+        raise UsageError("no adapters in the recipe: before and after would be the same", hint='adapters = ["…"]')
+    checkpoint = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-evaluate-") as scratch:
+        texts = Path(scratch) / "base"
+        texts.mkdir()
+        write_tokenizer(checkpoint.path, [], texts)
+        asked, labels = questions_of(recipe, texts, checkpoint)
+        on_model("merge")
+        tuned = merged(recipe, checkpoint, Path(scratch))
+        subjects = [
+            checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path)),
+            checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)),
+            *_versions(recipe, repository),
+        ]
+        measured: dict[str, Measured] = {}
+        for subject in subjects:
+            on_model(subject.name)
+            measured[subject.name] = measure(subject, asked)
+    against = {name: BASE if name == TUNED else TUNED for name in measured if name != BASE}
+    return Evaluation(measured, against, _gates(recipe, measured), labels)
+
+
+def merged(recipe: Recipe, checkpoint: Checkpoint, scratch: Path) -> Path:
+    """The build's merge of base and adapters, with its proofs."""
+    adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
+    merge(
+        lambda _: None,
+        base=str(checkpoint.path),
+        adapters=[{"path": str(adapter.path), "weight": adapter.weight} for adapter in adapters],
+        probe_texts=excerpts(evaluation_text(recipe.evaluate.text)),
+        destination=str(scratch / "tuned"),
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    return scratch / "tuned"
+
+
+def questions_of(recipe: Recipe, texts: Path, checkpoint: Checkpoint) -> tuple[Questions, dict[str, str]]:
+    asked = recipe.evaluate
+    if asked.records is None and asked.tasks is None:
+        raise UsageError(
+            "[evaluate] names neither records nor tasks: nothing says what the fine-tune is for",
+            hint='records = "….jsonl" (instruction, input, output) or tasks = "….jsonl" (prompt, answer)',
+        )
+    text = evaluation_text(asked.text)
+    windows = token_windows(token_ids(text, texts / "tokenizer.json"), checkpoint.context_length)
+    found = Questions(
+        records=read_split(Path(asked.records), "evaluate.records") if asked.records else None,
+        general=read_split(Path(asked.general), "evaluate.general") if asked.general else None,
+        tasks=read_tasks(asked.tasks) if asked.tasks else None,
+        general_tasks=read_tasks(asked.general_tasks) if asked.general_tasks else None,
+        windows=windows,
+    )
+    kinds = ("records", "general", "tasks", "general_tasks")
+    labels = {kind: Path(named).name for kind in kinds if (named := getattr(asked, kind)) is not None}
+    return found, labels | {"text": text.label}
+
+
+def _versions(recipe: Recipe, repository: Path) -> Iterator[Subject]:
+    """The live version of each of the recipe's precisions that the repository has."""
+    for precision in recipe.precisions:
+        model = repository / recipe.model_name(precision)
+        live = live_versions(model) if model.is_dir() else []
+        if live:
+            yield version_subject(model / str(live[-1]), f"{recipe.model_name(precision)} v{live[-1]}")
+        else:
+            log.info("%s has no %s: it is not measured", repository, model.name)
+
+
+def _gates(recipe: Recipe, measured: dict[str, Measured]) -> dict[str, str | None]:
+    """Whether each version keeps its share of the merge's right answers: the build's own judgement."""
+    known = [reply.right for reply in measured[TUNED].tasks]
+    if not any(known) or recipe.evaluate.tasks is None:
+        return {}
+    tasks = read_tasks(recipe.evaluate.tasks)
+    gates = {}
+    for precision in recipe.precisions:
+        for name, found in measured.items():
+            if name.startswith(f"{recipe.model_name(precision)} v"):
+                record = tasks_record(tasks, known, [reply.right for reply in found.tasks])
+                gates[name] = judge_tasks(record, recipe.gate_of(precision))
+    return gates
+
+
+def figures(done: Evaluation) -> list[dict[str, Any]]:
+    """For each model its figures with their intervals, and what changed against the one that it is held against."""
+    rows = []
+    for name, found in done.measured.items():
+        row: dict[str, Any] = {"model": name, **_own_figures(found)}
+        if name in done.against:
+            other = done.measured[done.against[name]]
+            row |= {"against": other.name, "change": _changes(found, other), "gate": done.gates.get(name)}
+        rows.append(row)
+    return rows
+
+
+def _own_figures(found: Measured) -> dict[str, Any]:
+    perplexities = {"records": found.records, "general": found.general, "text": found.text}
+    row: dict[str, Any] = {
+        f"{kind}_perplexity": asdict(stats.perplexity(losses.nats, losses.tokens))
+        for kind, losses in perplexities.items()
+        if losses.nats
+    }
+    for kind, replies in _by_form(found).items():
+        row[f"{kind}_accuracy"] = asdict(stats.mean([reply.right for reply in replies]))
+    if found.answer_tokens:
+        row["answer_tokens"] = asdict(stats.mean(found.answer_tokens))
+    return row
+
+
+def _by_form(found: Measured) -> dict[str, list[Reply]]:
+    """The replies by what they are: exact match or multiple choice, the fine-tune's own or general."""
+    named = {
+        "exact_match": [reply for reply in found.tasks if reply.tokens is not None],
+        "multiple_choice": [reply for reply in found.tasks if reply.tokens is None],
+        "tasks": found.tasks,
+        "general_tasks": found.general_tasks,
+    }
+    if not named["exact_match"] or not named["multiple_choice"]:
+        del named["tasks"]  # then it says nothing more
+    return {kind: replies for kind, replies in named.items() if replies}
+
+
+def _changes(found: Measured, other: Measured) -> dict[str, Any]:
+    """What changed, each with its interval and whether that is more than chance."""
+    changes: dict[str, Any] = {}
+    for kind in ("records", "general", "text"):
+        now, then = getattr(found, kind), getattr(other, kind)
+        if now.nats:
+            changes[f"{kind}_perplexity_ratio"] = _ratio(now, then)
+    before = _by_form(other)
+    for kind, replies in _by_form(found).items():
+        now_right, then_right = ([reply.right for reply in part] for part in (replies, before[kind]))
+        p = stats.mcnemar(now_right, then_right)
+        gained = stats.difference(now_right, then_right)
+        changes[f"{kind}_accuracy"] = asdict(gained) | {"mcnemar_p": p, "more_than_chance": p < _CHANCE}
+    if found.answer_tokens:
+        longer = stats.difference(found.answer_tokens, other.answer_tokens)
+        changes["answer_tokens"] = asdict(longer) | {"more_than_chance": longer.excludes(0.0)}
+    return changes
+
+
+def _ratio(now: Losses, then: Losses) -> dict[str, Any]:
+    ratio = stats.perplexity_ratio(now.nats, then.nats, now.tokens)
+    return asdict(ratio) | {"more_than_chance": ratio.excludes(1.0)}
