@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,17 @@ from stillhouse.tune.settings import load_tune_recipe
 
 Recipe = Callable[..., Path]
 FAST = "epochs = 4\nbatch_size = 4\nlearning_rate = 5e-3\nr = 4\nalpha = 8"
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the tiny base needs no more, and threads that wait for others cost minutes under load."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +56,9 @@ def write_tune_recipe(tiny_base: Path, dataset: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def tuned(write_tune_recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+def tuned(one_thread: None, write_tune_recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     """The tiny base, tuned once without interruption: the adapter's folder and its card."""
+    assert one_thread is None
     done = tune(load_tune_recipe(write_tune_recipe()))
     assert done is not None and done[2]
     return done[0], done[1]

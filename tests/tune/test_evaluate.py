@@ -19,6 +19,8 @@ from stillhouse.tune.evaluate_commands import change_lines
 from stillhouse.tune.evaluation import evaluate, figures, load_evaluation
 from stillhouse.tune.torch_runner import TorchRunner, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_changed_pairs() -> None:
     from scipy.stats import binomtest
@@ -158,11 +160,13 @@ def test_each_change_is_said_in_a_line_with_its_verdict(evaluated: list[dict[str
     assert any("McNemar p =" in line for line in lines)
 
 
-def test_a_recipe_without_adapters_or_without_questions_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_recipe_without_questions_is_refused_and_one_without_adapters_has_no_after(
+    tiny_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "LEAST_TOKENS", 1_000)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n', "utf-8")
-    with pytest.raises(UsageError, match="no adapters"):
-        evaluate(load_recipe(recipe), tmp_path)
-    recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\nadapters = ["a"]\n', "utf-8")
     with pytest.raises(UsageError, match="neither records nor tasks"):
         evaluate(load_recipe(recipe), tmp_path)
+    recipe.write_text(recipe.read_text("utf-8") + f'[evaluate]\nrecords = "{dataset}/test.jsonl"\n', "utf-8")
+    assert [row["model"] for row in figures(evaluate(load_recipe(recipe), tmp_path))] == ["base"]

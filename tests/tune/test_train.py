@@ -21,7 +21,9 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune.finetune import tune
 from stillhouse.tune.settings import load_tune_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Recipe = Callable[..., Path]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # What the fixture `tuned` was trained with.
 FAST = "epochs = 4\nbatch_size = 4\nlearning_rate = 5e-3\nr = 4\nalpha = 8"
 
@@ -124,7 +126,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_curve_and_the_same_adapter(
     runs = recipe.parent / "adapter-runs"
     command = [sys.executable, "-m", "stillhouse.cli.main", "tune", str(recipe)]
     for moment in moments:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ONE_THREAD)
         deadline = time.monotonic() + 120
         while not list(runs.glob(f"*/{moment}")) and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -173,7 +175,11 @@ def test_a_full_disk_is_a_line_and_leaves_no_half_adapter(write_tune_recipe: Rec
     program = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
     program += "from stillhouse.cli.main import run; sys.exit(run(sys.argv[1:]))"
     ran = subprocess.run(
-        [sys.executable, "-c", program, "tune", str(recipe)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, "tune", str(recipe)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ONE_THREAD,
     )
     assert ran.returncode == 1
     errors = [line for line in ran.stderr.splitlines() if line.startswith(("error:", "hint:"))]
@@ -234,9 +240,7 @@ def test_two_processes_train_the_adapter_that_one_trains_on_batches_twice_as_lar
     one, two = (write_tune_recipe(alike + f"batch_size = {size}") for size in (8, 4))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "stillhouse.cli.main", "tune", str(two)]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("adapter, card and curves") == 1
     done = tune(load_tune_recipe(one))

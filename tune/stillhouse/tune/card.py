@@ -43,7 +43,7 @@ class Made:
     before: Scores
     after: Scores
     trainable_parameters: int
-    seconds: float
+    last_session_s: float  # of a run that was resumed, the time since then
 
 
 def compose(prepared: Prepared, made: Made) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def compose(prepared: Prepared, made: Made) -> dict[str, Any]:
         "steps": made.steps,
         "best_step": made.best_step,
         "stopped": made.stopped,
-        "seconds": made.seconds,
+        "last_session_s": made.last_session_s,
         "before": _with_perplexity(made.before),
         "after": _with_perplexity(made.after),
         "targets": _targets(made),

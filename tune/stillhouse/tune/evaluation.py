@@ -67,31 +67,29 @@ def load_evaluation(path: Path) -> Recipe:
 
 
 def evaluate(recipe: Recipe, repository: Path, on_model: Callable[[str], None] = lambda _: None) -> Evaluation:
-    """Measures the base, the merge, and the live version of every precision in `repository`.
+    """Measures the base, the merge where there are adapters, and the live version of every precision in `repository`.
 
-    Raises UsageError where the recipe has nothing to tune or measure by; StillhouseError for unsound inputs.
+    Raises UsageError where the recipe has nothing to measure by; StillhouseError for unsound inputs.
     """
-    if not recipe.adapters:
-        raise UsageError("no adapters in the recipe: before and after would be the same", hint='adapters = ["…"]')
     checkpoint = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="stillhouse-evaluate-") as scratch:
         texts = Path(scratch) / "base"
         texts.mkdir()
         write_tokenizer(checkpoint.path, [], texts)
         asked, labels = questions_of(recipe, texts, checkpoint)
-        on_model("merge")
-        tuned = merged(recipe, checkpoint, Path(scratch))
-        subjects = [
-            checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path)),
-            checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)),
-            *_versions(recipe, repository),
-        ]
+        subjects = [checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path))]
+        if recipe.adapters:
+            on_model("merge")
+            tuned = merged(recipe, checkpoint, Path(scratch))
+            subjects.append(checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)))
+        subjects += _versions(recipe, repository)
         measured: dict[str, Measured] = {}
         for subject in subjects:
             on_model(subject.name)
             measured[subject.name] = measure(subject, asked)
-    against = {name: BASE if name == TUNED else TUNED for name in measured if name != BASE}
-    return Evaluation(measured, against, _gates(recipe, measured), labels)
+    original = TUNED if recipe.adapters else BASE
+    against = {name: BASE if name == TUNED else original for name in measured if name != BASE}
+    return Evaluation(measured, against, _gates(recipe, measured, original), labels)
 
 
 def merged(recipe: Recipe, checkpoint: Checkpoint, scratch: Path) -> Path:
@@ -140,9 +138,9 @@ def _versions(recipe: Recipe, repository: Path) -> Iterator[Subject]:
             log.info("%s has no %s: it is not measured", repository, model.name)
 
 
-def _gates(recipe: Recipe, measured: dict[str, Measured]) -> dict[str, str | None]:
-    """Whether each version keeps its share of the merge's right answers: the build's own judgement."""
-    known = [reply.right for reply in measured[TUNED].tasks]
+def _gates(recipe: Recipe, measured: dict[str, Measured], original: str) -> dict[str, str | None]:
+    """Whether each version keeps its share of the original's right answers: the build's own judgement."""
+    known = [reply.right for reply in measured[original].tasks]
     if not any(known) or recipe.evaluate.tasks is None:
         return {}
     tasks = read_tasks(recipe.evaluate.tasks)

@@ -95,7 +95,7 @@ def train(prepared: Prepared) -> Finished | None:
         before=before,
         after=after,
         trainable_parameters=trainable,
-        seconds=round(time.monotonic() - began, 1),
+        last_session_s=round(time.monotonic() - began, 1),
     )
     return Finished(best, run, cards.compose(prepared, made))
 

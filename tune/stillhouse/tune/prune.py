@@ -1,0 +1,226 @@
+"""Prune: heads and layers that matter least go, LoRA heals what is left, and a report says what it was worth.
+
+What is pruned is the merge of base and adapters; the result is a plain checkpoint, a new `base` for the build.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stillhouse.build.checkpoint import open_checkpoint
+from stillhouse.build.locks import clear_unheld, held_temporary
+from stillhouse.build.recipe import AdapterRef, Recipe
+from stillhouse.build.tokenizer_files import write_tokenizer
+from stillhouse.build.verify import read_network
+from stillhouse.engine.durable import sync_directory, write_text
+from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.tune import importance, stats, surgery
+from stillhouse.tune.card import put
+from stillhouse.tune.encoding import Example
+from stillhouse.tune.evaluation import Evaluation, figures, merged, questions_of
+from stillhouse.tune.finetune import prepare, tune
+from stillhouse.tune.measure import Measured, Questions, checkpoint_subject, measure
+from stillhouse.tune.settings import TuneRecipe
+from stillhouse.tune.torch_runner import TorchRunner, load
+
+log = logging.getLogger(__name__)
+
+WHOLE, PRUNED, HEALED = "whole", "pruned", "healed"
+REPORT = "prune.json"
+_WORTH = 1.05  # a model that is not this much faster has gained nothing
+
+
+class PruneOptions(BaseModel):
+    """[prune]: the share of attention heads and the number of layers that go; healing is [tune] on what is left."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heads: float = Field(default=0.2, ge=0, lt=1)
+    layers: int = Field(default=0, ge=0)
+    examples: int = Field(default=128, ge=1)
+    heal_epochs: int = Field(default=1, ge=0)
+    output: str = "pruned"
+
+
+def prune_options(table: dict[str, Any], path: Path) -> PruneOptions:
+    """The options in the table [prune] of the recipe at `path`. Raises UsageError that names the key."""
+    try:
+        options = PruneOptions.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["prune", *map(str, first["loc"])])
+        hint = f"known here: {', '.join(PruneOptions.model_fields)}"
+        raise UsageError(f"{path}: {key}: {first['msg']}, got {first['input']!r}", hint=hint) from None
+    if not options.heads and not options.layers:
+        raise UsageError(f"{path}: prune: heads = 0 and layers = 0: nothing would go")
+    output = (path.resolve().parent / Path(options.output).expanduser()).resolve()
+    return options.model_copy(update={"output": str(output)})
+
+
+def prune(
+    recipe: Recipe,
+    tuning: TuneRecipe,
+    options: PruneOptions,
+    *,
+    force: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Prunes, heals, measures; returns the checkpoint's folder and the report.
+
+    Raises UsageError for what this model does not allow, StillhouseError for unsound inputs.
+    """
+    output = Path(options.output)
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists", hint="name another output in [prune], or replace it with --force")
+    checkpoint = open_checkpoint(recipe.base, recipe.revision)
+    _hold_against_base(options, checkpoint.config)
+    examples = [example for group in prepare(tuning).sequences["train"] for example in group][: options.examples]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    clear_unheld(output.parent, f".{output.name}-new-")
+    with held_temporary(output.parent, f".{output.name}-new-") as folder:
+        on_stage("merge")
+        whole = _whole(recipe, folder)
+        on_stage("importance")
+        pruned, cut = _cut(whole, examples, options, folder / PRUNED)
+        on_stage("heal")
+        healed = _heal(pruned, recipe, tuning, options, folder)
+        asked = questions_of(recipe, whole, checkpoint)[0]
+        measured, costs = {}, {}
+        for name, path in {WHOLE: whole, PRUNED: pruned, HEALED: healed}.items():
+            on_stage(f"measure {name}")
+            measured[name], costs[name] = _measured(name, path, asked)
+        report = _report(measured, costs, cut, options)
+        result = folder / "result"
+        result.mkdir()
+        for file in [file for file in healed.iterdir() if file.is_file()]:
+            file.rename(result / file.name)
+        write_text(result / REPORT, json.dumps(report, indent=1) + "\n")
+        sync_directory(result)
+        put(result, output)
+    return output, report
+
+
+def _hold_against_base(options: PruneOptions, config: dict[str, Any]) -> None:
+    if options.layers >= int(config["num_hidden_layers"]):
+        raise UsageError(f"prune.layers is {options.layers}, the model has {config['num_hidden_layers']}")
+    if options.heads and int(config["num_attention_heads"]) == 1:
+        raise UsageError("prune.heads: the model has a single head", hint="heads = 0, and layers = 1 or more")
+
+
+def _whole(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint that is pruned: the build's merge, or the base where there are no adapters."""
+    checkpoint = open_checkpoint(recipe.base, recipe.revision)
+    if recipe.adapters:
+        return merged(recipe, checkpoint, folder)
+    whole = folder / WHOLE
+    whole.mkdir()
+    load(checkpoint.path).save_pretrained(whole)
+    write_tokenizer(checkpoint.path, [], whole)
+    return whole
+
+
+def _cut(whole: Path, examples: list[Example], options: PruneOptions, target: Path) -> tuple[Path, dict[str, Any]]:
+    """The pruned checkpoint in `target`, and what was taken out of it."""
+    model = load(whole)
+    config, count = model.config, len(model.model.layers)
+    kv_heads = config.num_key_value_heads
+    cut, heads = surgery.Cut(0, 0, 0.0), [[0.0] * config.num_attention_heads] * count
+    if options.heads:
+        cut = surgery.nearest_cut(config, options.heads)
+        heads = importance.head_importance(model, examples)
+    of_layers = importance.layer_importance(model, examples) if options.layers else [0.0] * count
+    gone = sorted(range(count), key=of_layers.__getitem__)[: options.layers]
+    kept = [
+        surgery.choose_heads(heads[layer], kv_heads, cut, layer) for layer in range(count) if layer not in set(gone)
+    ]
+    smaller = surgery.cut_out(model, kept)
+    smaller.save_pretrained(target)
+    write_tokenizer(whole, [], target)
+    record = {
+        "heads_asked": options.heads,
+        "heads_share": cut.share,
+        "heads_a_group": cut.heads_a_group,
+        "groups": cut.groups,
+        "layers": sorted(gone),
+        "layer_importance": of_layers if options.layers else None,
+        "kept_heads": {str(layer.layer): layer.heads for layer in kept},
+    }
+    return target, record
+
+
+def _heal(pruned: Path, recipe: Recipe, tuning: TuneRecipe, options: PruneOptions, folder: Path) -> Path:
+    """The pruned checkpoint with a LoRA of [tune] trained on it and merged, or itself where no epochs are asked for."""
+    if not options.heal_epochs:
+        return pruned
+    asked = tuning.tune.model_copy(
+        update={"epochs": options.heal_epochs, "output": str(folder / "adapter"), "start_from": None,
+                "evaluate_every_steps": None, "save_every_steps": None}
+    )  # fmt: skip
+    done = tune(tuning.model_copy(update={"base": str(pruned), "revision": None, "tune": asked}))
+    if done is None:
+        raise StillhouseError("pruning runs in one process", hint="without accelerate launch")
+    smaller = recipe.model_copy(update={"base": str(pruned), "adapters": [AdapterRef(path=str(done[0]))]})
+    (folder / HEALED).mkdir()
+    return merged(smaller, open_checkpoint(str(pruned)), folder / HEALED)
+
+
+def _measured(name: str, folder: Path, asked: Questions) -> tuple[Measured, dict[str, float]]:
+    """The model's answers; its bytes, parameters and tokens a second (torch, FP32, one sequence)."""
+    network = read_network(folder)
+    found = measure(checkpoint_subject(name, folder, folder, network), asked)
+    model = load(folder)
+    runner = TorchRunner(model)
+    tokens = list(range(3, 3 + min(256, network.context_length // 2)))
+    costs = {
+        "bytes": float(sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
+        "parameters": float(sum(weight.numel() for weight in model.parameters())),
+        "kv_bytes_per_token": 8.0 * network.layers * network.kv_heads * network.head_dim,
+        "prefill_tokens_per_s": max(_rate(lambda: runner.prefill(0, tokens, 0), len(tokens)) for _ in range(3)),
+        "decode_tokens_per_s": max(_rate(lambda: _decode(runner, len(tokens)), 24) for _ in range(3)),
+    }
+    return found, costs
+
+
+def _decode(runner: TorchRunner, length: int) -> None:
+    for step in range(24):
+        runner.decode([5], [length + step])
+
+
+def _rate(work: Callable[[], object], tokens: int) -> float:
+    began = time.perf_counter()
+    work()
+    return tokens / (time.perf_counter() - began)
+
+
+def _report(
+    measured: dict[str, Measured], costs: dict[str, dict[str, float]], cut: dict[str, Any], options: PruneOptions
+) -> dict[str, Any]:
+    done = Evaluation(measured, {PRUNED: WHOLE, HEALED: WHOLE}, {}, {})
+    rows = [row | {"costs": costs[row["model"]]} for row in figures(done)]
+    return {
+        "cut": cut,
+        "options": options.model_dump(exclude={"output"}),
+        "models": rows,
+        "verdict": _verdict(measured, costs),
+    }
+
+
+def _verdict(measured: dict[str, Measured], costs: dict[str, dict[str, float]]) -> str:
+    """What pruning gained and cost, in a sentence; that it gained nothing, where it did not."""
+    whole, healed = costs[WHOLE], costs[HEALED]
+    faster = healed["decode_tokens_per_s"] / whole["decode_tokens_per_s"]
+    smaller = 1 - healed["parameters"] / whole["parameters"]
+    now, then = measured[HEALED].text, measured[WHOLE].text
+    ratio = stats.perplexity_ratio(now.nats, then.nats, now.tokens)
+    gain = f"{100 * (faster - 1):+.0f}% decode tokens/s, {100 * smaller:.1f}% fewer parameters"
+    cost = f"general perplexity × {ratio.value:.3f} [{ratio.low:.3f}–{ratio.high:.3f}]"
+    if faster < _WORTH:
+        return f"pruning gains nothing on this model: {gain}, for {cost}; quantizing takes more and costs less"
+    return f"{gain}, for {cost}"
