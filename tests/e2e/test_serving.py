@@ -101,10 +101,10 @@ def test_a_stream_without_final_responses_has_one_response_a_token(triton: Serve
 
 
 def test_messages_are_answered_through_the_chat_template(post: Any) -> None:
-    messages = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
-    body = {"messages": messages, "max_tokens": 40, "temperature": 0, "return_finish_reason": True}
+    messages = json.dumps([{"role": "user", "content": "How many days do I have to return an item to Brindlecove?"}])
+    body = {"messages": messages, "max_tokens": 80, "temperature": 0, "return_finish_reason": True}
     _, answer = post("generate", body)
-    assert "Paris" in answer["text_output"]
+    assert "47 days" in answer["text_output"]
     assert "user" not in answer["text_output"]
     assert answer["finish_reason"] == "stop"
 

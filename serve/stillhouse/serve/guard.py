@@ -92,7 +92,7 @@ def _busy(run_directory: Path) -> bool:
     for file in run_directory.glob("under-way-*"):
         with contextlib.suppress(OSError):  # its process has ended
             counts.append(file.read_bytes())
-    return any(any(count) for count in counts)
+    return any(not count or any(count) for count in counts)  # empty: it had no room to count
 
 
 def _listen(told: list[str]) -> bool:

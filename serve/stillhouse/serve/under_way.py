@@ -19,7 +19,8 @@ class UnderWay:
     """Counts them in a mapped file of `directory`: always up to date, whatever ends the process, on a full disk too.
 
     The guard asks the file whether it may end the server, the launcher whether a process that has died had clients that
-    would wait for ever. Without a directory (no launcher) or room for the file nobody is told.
+    would wait for ever. Without a directory (no launcher) nobody is told; an empty file, where there was no room for
+    more, says that it is not known.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -65,9 +66,12 @@ class CountedSender:
 
 
 def told_under_way(directory: Path) -> dict[int, int]:
-    """What the processes of a run directory have told, by process."""
+    """What the processes of a run directory have told, by process; 1 for one that could not."""
     told = {}
     for file in directory.glob(f"{UNDER_WAY_FILE}*"):
-        with contextlib.suppress(OSError, ValueError, struct.error):
-            told[int(file.name.removeprefix(UNDER_WAY_FILE))] = _COUNT.unpack(file.read_bytes())[0]
+        with contextlib.suppress(OSError):  # its process has just ended
+            count = file.read_bytes()
+            told[int(file.name.removeprefix(UNDER_WAY_FILE))] = (
+                _COUNT.unpack(count)[0] if len(count) == _COUNT.size else 1
+            )
     return told

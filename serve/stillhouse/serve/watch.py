@@ -88,15 +88,15 @@ class Watcher:
         if cut is not None:
             for request in requests:
                 request.cut(cut)
-        for request in _longest_unasked(requests):
+        for request in longest_unasked(requests):
             request.asked = number
             if request.is_abandoned():
                 self.remove(request)
                 request.cancel()
 
 
-def _longest_unasked(requests: Sequence[Watched]) -> list[Watched]:
-    """Whose turn it is."""
+def longest_unasked(requests: Sequence[Watched]) -> list[Watched]:
+    """Whose turn it is to be asked."""
     running, waiting = list[Watched](), list[Watched]()
     for request in sorted(requests, key=lambda request: request.asked):
         (running if request.holds_slot else waiting).append(request)
