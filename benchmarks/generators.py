@@ -1,12 +1,15 @@
-"""Our load test beside a public load generator: NVIDIA's aiperf, on the same server, in turns.
+"""Our load test beside a public load generator: NVIDIA's aiperf, on the same servers, in turns.
 
     python benchmarks/generators.py --setup            # aiperf's environment, once (700 MB)
     python benchmarks/generators.py                    # a table on stdout, benchmarks/results/generators.json
     python benchmarks/generators.py --write-docs       # the table goes into docs/loadtest.md
 
-`stillhouse serve` is asked over its OpenAI API by both: as many users at a time, the same made-up prompts, answers of
-the same fixed length, greedily. They take turns (A B A B …), each for the same time. Both calculate the time between
-tokens as (end to end - time to first token) / (tokens - 1), and count tokens as the server does.
+Both ask over the OpenAI API: as many users at a time, the same made-up prompts, answers of the same fixed length,
+greedily. They take turns (A B A B …), each for the same time. Both calculate the time between tokens as
+(end to end - time to first token) / (tokens - 1), and count tokens as the server does.
+
+Two servers are asked: `stillhouse serve`, from which a generator on the same machine takes processors (aiperf is nine
+processes), so that the ratio tells of both; and the tests' server of known delays, which needs next to none.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -25,9 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import publish
+from known_delays import MODEL as SMALL_MODEL
+from known_delays import host_of, small_server
 from machine import describe
 from roster import ENVIRONMENTS, HERE, ROOT, PeerError, PeerSpec, set_up
-from served import Served, served
+from served import served
 
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.run import run_locust
@@ -38,15 +45,24 @@ AIPERF = PeerSpec("aiperf", "", "aiperf")
 PROMPTS, PROMPT_LENGTHS = 400, "input=uniform(24, 48)"
 WARM_UP_S = 3.0
 FIGURES = {
-    "ttft_p50_ms": ("time to first token, p50", "ms"),
-    "ttft_p95_ms": ("the same, p95", "ms"),
-    "itl_p50_ms": ("between tokens, p50", "ms"),
-    "itl_p95_ms": ("the same, p95", "ms"),
+    "ttft_p50_ms": ("time to first token, p50", " ms"),
+    "ttft_p95_ms": ("the same, p95", " ms"),
+    "itl_p50_ms": ("between tokens, p50", " ms"),
+    "itl_p95_ms": ("the same, p95", " ms"),
     "tokens_per_s": ("tokens/s", ""),
 }
 
 
-def ours(server: Served, prompts: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Asked:
+    """A server, as a generator needs it."""
+
+    openai_url: str
+    model: str
+    metrics_url: str
+
+
+def ours(server: Asked, prompts: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
     load = Load(
         users=args.users,
         duration_s=seconds,
@@ -69,7 +85,7 @@ def ours(server: Served, prompts: Path, args: argparse.Namespace, seconds: float
     }
 
 
-def aiperf(server: Served, prompts: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
+def aiperf(server: Asked, prompts: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
     """Its own export of the same figures. Raises PeerError with the end of its log."""
     with tempfile.TemporaryDirectory() as folder:
         questions = Path(folder) / "questions.jsonl"
@@ -108,11 +124,26 @@ def aiperf(server: Served, prompts: Path, args: argparse.Namespace, seconds: flo
 GENERATORS: dict[str, Callable[..., dict[str, float]]] = {"stillhouse": ours, "aiperf": aiperf}
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+@contextmanager
+def real(args: argparse.Namespace) -> Iterator[Asked]:
+    with served(args.model) as server:
+        yield Asked(server.openai_url, server.model, server.metrics_url)
+
+
+@contextmanager
+def small(args: argparse.Namespace) -> Iterator[Asked]:  # noqa: ARG001
+    with small_server() as ports:
+        yield Asked(f"{host_of(ports, 'openai')}/v1", SMALL_MODEL, "http://127.0.0.1:1")
+
+
+SERVERS = {"stillhouse serve": real, "known delays": small}
+
+
+def measure(args: argparse.Namespace, asked: Callable[..., Any]) -> dict[str, list[dict[str, float]]]:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in GENERATORS}
     synthetic = parse_synthetic(PROMPT_LENGTHS)
     assert synthetic is not None
-    with tempfile.TemporaryDirectory() as folder, served(args.model) as server:
+    with tempfile.TemporaryDirectory() as folder, asked(args) as server:
         prompts = Path(folder) / "prompts.jsonl"
         made = synthetic.prompts(PROMPTS, args.seed)
         prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in made), "utf-8")
@@ -125,12 +156,13 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    lines = ["| | stillhouse loadtest | aiperf | ratio |", "|---|--:|--:|--:|"]
-    for key, (title, unit) in FIGURES.items():
-        mine, theirs = ([one[key] for one in report["rounds"][name]] for name in GENERATORS)
-        ratio = median(a / b for a, b in zip(mine, theirs, strict=True))
-        cells = [f"{median(values):,.1f} {unit} ({min(values):,.1f}–{max(values):,.1f})" for values in (mine, theirs)]
-        lines.append(f"| {title} | {' | '.join(cells)} | {ratio:.2f} |")
+    lines = ["| server | | stillhouse loadtest | aiperf | ratio |", "|---|---|--:|--:|--:|"]
+    for server, rounds in report["servers"].items():
+        for key, (title, unit) in FIGURES.items():
+            mine, theirs = ([one[key] for one in rounds[name]] for name in GENERATORS)
+            ratio = median(a / b for a, b in zip(mine, theirs, strict=True))
+            cells = [f"{median(of):,.1f}{unit} ({min(of):,.1f}–{max(of):,.1f})" for of in (mine, theirs)]
+            lines.append(f"| {server} | {title} | {' | '.join(cells)} | {ratio:.2f} |")
     machine = report["machine"]
     lines += [
         "",
@@ -146,6 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="make aiperf's environment, and end")
     parser.add_argument("--model", type=Path, default=ROOT / "model_repository/support-int4")
+    parser.add_argument("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS))
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--seconds", type=float, default=15)
@@ -161,20 +194,14 @@ def main() -> int:
         print(f"error: {why.replace('--setup aiperf', '--setup')}", file=sys.stderr)
         return 1
     try:
-        rounds = measure(args)
+        found = {name: measure(args, SERVERS[name]) for name in args.servers}
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     about = {"users": args.users, "tokens": args.tokens, "seconds": args.seconds, "model": args.model.name}
     about |= {"measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": describe()}
-    publish(
-        about | {"rounds": rounds},
-        markdown(about | {"rounds": rounds}),
-        args.out,
-        [DOCS] if args.write_docs else [],
-        BEGIN,
-        END,
-    )
+    report = about | {"servers": found}
+    publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
     return 0
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from stillhouse.loadtest.errors import BadInput
 from stillhouse.loadtest.histogram import Latencies
 from stillhouse.loadtest.pieces import AnswerClock, Piece
+from stillhouse.loadtest.report import token_table
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.slo import is_good, parse_slo
 from stillhouse.loadtest.tally import Tally, summarize, tally_up
@@ -147,3 +148,10 @@ def test_of_an_answer_that_was_cut_off_nobody_knows_whether_it_thought() -> None
     for piece in pieces("hm", "well"):
         clock.add(piece)
     assert clock.first_answer_s(whole=False) is None
+
+
+def test_a_first_answer_token_is_told_of_answers_that_thought_before() -> None:
+    (summary,) = summarize([sample(0.2, 1.2, answer_s=0.2), sample(0.1, 0.4, 3, "cut")])
+    assert summary.with_thoughts == 0 and "first answer token" not in token_table([summary])
+    (summary,) = summarize([sample(0.2, 1.2, answer_s=0.2), sample(0.2, 1.2, answer_s=0.7)])
+    assert summary.with_thoughts == 1 and "first answer token" in token_table([summary])

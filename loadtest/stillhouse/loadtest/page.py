@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.loadtest import plots
-from stillhouse.loadtest.report import has_thoughts, number
+from stillhouse.loadtest.report import number
 from stillhouse.loadtest.run import LoadResult
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.shapes import Shape
@@ -85,7 +85,7 @@ def stage_steps(samples: Sequence[Sample], shape: Shape) -> list[Step]:
 
 def _curves(result: LoadResult) -> dict[str, Any]:
     curves: dict[str, Any] = dict(result.details.get("curves", {}).get(result.model, {}))
-    if not has_thoughts(result.summary):
+    if not result.summary.with_thoughts:
         curves.pop("answer", None)
     return curves
 
@@ -101,7 +101,7 @@ def _figures(s: Summary) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("ms", "mean", "p50", "p90", "p95", "p99", "max"))
     rows = []
     spreads = {"TTFT": s.ttft, "First answer token": s.answer, "Between tokens": s.itl, "End to end": s.e2e}
-    if not has_thoughts(s):
+    if not s.with_thoughts:
         del spreads["First answer token"]
     for name, spread in spreads.items():
         values = (spread.mean_ms, spread.p50_ms, spread.p90_ms, spread.p95_ms, spread.p99_ms, spread.max_ms)

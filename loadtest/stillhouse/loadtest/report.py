@@ -62,16 +62,11 @@ def step_table(steps: Sequence[Step]) -> str:
     return align(["load", "tokens/s", "TTFT p95 ms", "ITL p95 ms"], rows)
 
 
-def has_thoughts(summary: Summary) -> bool:
-    """Whether answers began with thoughts, so that their first token is not that of the answer."""
-    return summary.answer.p50_ms > summary.ttft.p50_ms
-
-
 def _more(summary: Summary) -> list[str]:
     """What not every run has: thoughts before the answer, an objective."""
     lines = []
     answer = summary.answer
-    if has_thoughts(summary):
+    if summary.with_thoughts:
         lines.append(f"{summary.model}: first answer token p50 {answer.p50_ms:.1f} ms, p95 {answer.p95_ms:.1f} ms")
     if summary.count_check is not None:
         lines.append(f"{summary.model}: {summary.count_check}")

@@ -50,6 +50,7 @@ class Summary:
     good: int | None = None  # requests that met the objective; None without one
     goodput_per_s: float | None = None
     verdicts: list[Verdict] = field(default_factory=list)
+    with_thoughts: int = 0  # finished answers whose first token was of thoughts
     count_check: CountCheck | None = None  # None without a tokenizer
 
     @property
@@ -93,6 +94,7 @@ class Tally:
     begun_s: float = math.inf
     ended_s: float = -math.inf
     counted_by_server: bool = True
+    with_thoughts: int = 0
     count_check: CountCheck = field(default_factory=CountCheck)
     latencies: dict[str, Latencies] = field(default_factory=lambda: {name: Latencies() for name in (*METRICS, "late")})
 
@@ -114,6 +116,7 @@ class Tally:
         if well:
             self.requests += 1
             self.answer_tokens += sample.tokens
+            self.with_thoughts += sample.answer_s is not None and sample.answer_s != sample.ttft_s
             if sample.recounted is not None and sample.counted_by_server:
                 self.count_check.add(sample.tokens, sample.recounted)
         elif failed:
@@ -137,6 +140,7 @@ class Tally:
         self.good += other.good
         self.tokens += other.tokens
         self.answer_tokens += other.answer_tokens
+        self.with_thoughts += other.with_thoughts
         self.prompt_tokens += other.prompt_tokens
         self.prompts += other.prompts
         self.begun_s = min(self.begun_s, other.begun_s)
@@ -177,6 +181,7 @@ class Tally:
             prompt_tokens_per_request=self.prompt_tokens / self.prompts if self.prompts else None,
             good=None if slo is None else self.good,
             goodput_per_s=None if slo is None else _per(self.good, duration_s),
+            with_thoughts=self.with_thoughts,
             count_check=self.count_check if self.count_check.answers else None,
             verdicts=[] if slo is None else [self._verdict(limit) for limit in slo.limits],
             **spreads,
