@@ -32,7 +32,8 @@ from stillhouse.loadtest.run import run_locust
 
 DOCS, BEGIN, END = ROOT / "docs/loadtest.md", "<!-- under 200 ms: begin -->", "<!-- under 200 ms: end -->"
 QUESTIONS = ROOT / "examples/support/heldout.jsonl"
-SLO = "ttft_p95<200ms, errors<1%"
+LIMIT_MS = 200
+SLO = f"ttft_p95<{LIMIT_MS}ms, errors<1%"
 MAX_TOKENS = 48  # answers end by themselves before that
 
 
@@ -44,7 +45,7 @@ def write_prompts(path: Path) -> Path:
 
 
 def measure(model: Path, prompts: Path, alone_s: float, probe_s: float) -> dict[str, Any]:
-    """One precision's figures; `capacity_per_s` is None where not even a request every 20 s is answered in time."""
+    """One precision's figures; `capacity_per_s` is None where not even one user gets it."""
     with served(model) as server:
         url, name = server.grpc_url, server.model
         load = Load(users=1, duration_s=3, max_tokens=MAX_TOKENS, prompts=prompts)
@@ -60,6 +61,8 @@ def measure(model: Path, prompts: Path, alone_s: float, probe_s: float) -> dict[
             "problems": alone.problems,
             "capacity_per_s": None,
         }
+        if alone.summary.ttft.p95_ms >= LIMIT_MS:
+            return found  # what one user does not get, many need not be tried for
         load = Load(duration_s=probe_s, max_tokens=MAX_TOKENS, prompts=prompts, slo=SLO)
         try:
             capacity = find_capacity(
