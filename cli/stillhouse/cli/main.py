@@ -36,6 +36,7 @@ COMMANDS = {
     "chat": ("stillhouse.client.commands:chat", "Talk with a served model."),
     "edge": ("stillhouse.edge.commands:app", "Run a version on this device, without a server."),
     "loadtest": ("stillhouse.loadtest.commands:app", "Drive a server with Locust and print LLM metrics."),
+    "data": ("stillhouse.tune.data_commands:app", "Turn raw records into a dataset to tune on."),
     "bench": ("stillhouse.cli.bench:app", "Measure the engine against its peers."),
 }
 # The extras that bring what a room imports, where they are more than its own name.

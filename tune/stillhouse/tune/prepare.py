@@ -1,0 +1,176 @@
+"""`stillhouse data prepare`: from raw records to a numbered, immutable dataset, or to one line that says why not.
+
+    read, check, mask ─▶ filters ─▶ duplicates ─▶ contamination ─▶ synthetic ─▶ perplexity ─▶ split ─▶ balance ─▶ write
+
+A dataset is made in a folder `.new-…` beside its versions and renamed to its number at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from stillhouse.build.cache import key_of
+from stillhouse.build.locks import clear_unheld, held_temporary
+from stillhouse.build.progress import Reporter
+from stillhouse.engine.directory import locked, sha256_of, version_numbers
+from stillhouse.engine.durable import sync_directory
+from stillhouse.engine.errors import StillhouseError
+from stillhouse.tune.data_recipe import DataRecipe
+from stillhouse.tune.intake import Read
+from stillhouse.tune.readers import files_of, form_of, label_of
+from stillhouse.tune.screening import screen
+from stillhouse.tune.steps import Steps
+from stillhouse.tune.writing import write_cards, write_dataset
+
+CARD = "dataset.json"
+TEMPORARY = ".new-"
+_KEPT_OF_A_FAILURE = ("rejects.jsonl", "removed.jsonl")
+_STEPS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Where a dataset lies, whether this call made it, and its card (dataset.json)."""
+
+    path: Path
+    new: bool
+    card: dict[str, Any]
+
+
+def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool = False) -> Prepared:
+    """Makes the next version of `output`/`recipe.name`, or finds the one that the same inputs made.
+
+    Raises StillhouseError where a source or the recipe is wrong, nothing is left, or the disk is full; then there is no
+    new version, and rejects.jsonl and removed.jsonl beside the versions say what was rejected and dropped until then.
+    """
+    parent = output / recipe.name
+    sources = _sources(recipe)
+    inputs = key_of({"recipe": _portable(recipe), "sources": sources, "read": _other_inputs(recipe)})
+    with _sentences(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        clear_unheld(parent, TEMPORARY)
+        same = None if force else find_same(parent, inputs)
+        if same is not None:
+            return same
+        with held_temporary(parent, TEMPORARY) as folder, _kept_of_a_failure(folder, parent):
+            work = folder / ".work"
+            work.mkdir()
+            steps = Steps(reporter, _STEPS)
+            with screen(recipe, folder, work, parent, steps) as screened:
+                figures, pictures = write_dataset(recipe, screened, folder, steps)
+            shutil.rmtree(work)
+            card = {
+                "schema": 1,
+                "name": recipe.name,
+                "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                "inputs_sha256": inputs,
+                "seed": recipe.seed,
+                "recipe": _portable(recipe),
+                "sources": [source | _counts(source["path"], screened.read) for source in sources],
+                **figures,
+            }
+            return _publish(folder, parent, card, pictures)
+
+
+def find_same(parent: Path, inputs: str) -> Prepared | None:
+    """The newest version that was made from the same inputs and is whole."""
+    for number in reversed(version_numbers(parent)):
+        path = parent / str(number)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            card = json.loads((path / CARD).read_text("utf-8"))
+            whole = all(sha256_of(path / split["file"]) == split["sha256"] for split in card["splits"].values())
+            if card["inputs_sha256"] == inputs and whole:
+                return Prepared(path, False, card)
+    return None
+
+
+def _publish(folder: Path, parent: Path, card: dict[str, Any], pictures: list[str]) -> Prepared:
+    with locked(parent):
+        card["version"] = max(version_numbers(parent), default=0) + 1
+        write_cards(folder, card, pictures)
+        sync_directory(folder)
+        path = parent / str(card["version"])
+        folder.rename(path)
+        sync_directory(parent)
+    for name in _KEPT_OF_A_FAILURE:  # an earlier run's, which is mended now
+        (parent / name).unlink(missing_ok=True)
+    return Prepared(path, True, card)
+
+
+def _sources(recipe: DataRecipe) -> list[dict[str, Any]]:
+    """Every file that is read, named as seen from the recipe, its size and hash; a dataset on the hub by its id."""
+    found: list[dict[str, Any]] = []
+    for source in recipe.sources:
+        files = files_of(source)
+        if form_of(source) == "dataset":
+            digest = key_of({str(file.relative_to(source.path)): sha256_of(file) for file in files}) if files else None
+            size = sum(file.stat().st_size for file in files) if files else None
+            found.append({"path": label_of(source.path, recipe.folder), "bytes": size, "sha256": digest})
+            continue
+        for file in files:
+            label = label_of(str(file), recipe.folder)
+            found.append({"path": label, "bytes": file.stat().st_size, "sha256": sha256_of(file)})
+    return found
+
+
+def _portable(recipe: DataRecipe) -> dict[str, Any]:
+    """The recipe with paths as seen from its folder: the same wherever it lies."""
+    plain = recipe.model_dump(mode="json")
+    for source in plain["sources"]:
+        source["path"] = label_of(source["path"], recipe.folder)
+    against = plain["contamination"]["against"]
+    plain["contamination"]["against"] = [label_of(file, recipe.folder) for file in against]
+    for table, key in ((plain, "base"), (plain["perplexity"] or {}, "model")):
+        if table.get(key):
+            table[key] = label_of(table[key], recipe.folder)
+    return plain
+
+
+def _other_inputs(recipe: DataRecipe) -> list[str]:
+    """Hashes of what is read beside the sources: evaluation files, and the scoring model's weights."""
+    files = [Path(file) for file in recipe.contamination.against]
+    if recipe.scoring_model:
+        files += sorted(Path(recipe.scoring_model).glob("*.safetensors"))
+    return [sha256_of(file) for file in files if file.is_file()]
+
+
+def _counts(label: str, read: Read) -> dict[str, int]:
+    counts = read.get(label, Counter())
+    return {"records": counts["records"], "rejected": counts["rejected"]}
+
+
+@contextlib.contextmanager
+def _kept_of_a_failure(folder: Path, parent: Path) -> Iterator[None]:
+    """What was rejected and dropped outlives a run that failed."""
+    try:
+        yield
+    except StillhouseError:
+        for name in _KEPT_OF_A_FAILURE:
+            if (folder / name).is_file() and (folder / name).stat().st_size:
+                shutil.copyfile(folder / name, parent / name)
+        raise
+
+
+@contextlib.contextmanager
+def _sentences(parent: Path) -> Iterator[None]:
+    """The system's errors become a line; a folder that holds nothing does not stay behind."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(parent.parent)):
+            raise StillhouseError(f"cannot read {error.filename}: {error.strerror}", hint="is it yours?") from error
+        raise StillhouseError(
+            f"cannot write the dataset into {parent}: {error.strerror or error}",
+            hint="free some disk space, or name another folder with --output; versions that were there are whole",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
