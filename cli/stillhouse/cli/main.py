@@ -21,6 +21,7 @@ INTERRUPTED = 130
 # Name: where its function (or group of commands) lives, and the line that `stillhouse --help` says of it.
 COMMANDS = {
     "init": ("stillhouse.build.commands:init", "Write a commented recipe.toml."),
+    "data": ("stillhouse.tune.data_commands:app", "Turn raw records into a dataset to tune on."),
     "tune": ("stillhouse.tune.tune_commands:tune", "Train a LoRA adapter on a dataset, watched and resumable."),
     "evaluate": ("stillhouse.tune.evaluate_commands:evaluate", "Measure base, fine-tune and versions, with intervals."),
     "prune": ("stillhouse.tune.prune_commands:prune", "Take out heads and layers that matter least, heal, report."),
@@ -36,7 +37,6 @@ COMMANDS = {
     "chat": ("stillhouse.client.commands:chat", "Talk with a served model."),
     "edge": ("stillhouse.edge.commands:app", "Run a version on this device, without a server."),
     "loadtest": ("stillhouse.loadtest.commands:app", "Drive a server with Locust and print LLM metrics."),
-    "data": ("stillhouse.tune.data_commands:app", "Turn raw records into a dataset to tune on."),
     "bench": ("stillhouse.cli.bench:app", "Measure the engine against its peers."),
 }
 # The extras that bring what a room imports, where they are more than its own name.
