@@ -132,8 +132,12 @@ def test_balancing_one_class_or_none_is_refused(tmp_path: Path, run: Any, made: 
 
 
 def test_topics_tell_subjects_apart_and_thin_ones_are_named(tmp_path: Path, run: Any, tools: Any, made: Any) -> None:
-    bread = ["How do I bake bread with {} flour?", "Which oven bakes {} bread best?", "Is {} flour good for bread?"]
-    ride = ["How do I mend a {} bicycle wheel?", "Which chain fits a {} bicycle?", "May a {} bicycle wheel wobble?"]
+    bread = ["Bake {} flour dough into bread how?", "Is {} bread dough flour?", "May {} bread be flour and dough?"]
+    ride = [
+        "Mend a {} bicycle wheel and chain how?",
+        "Is a {} bicycle chain a wheel?",
+        "May a {} bicycle wheel chain rust?",
+    ]
     prompts = [text.format(kind) for _ in range(3) for kind in ("rye", "spelt", "oat", "barley") for text in bread]
     prompts += [text.format(kind) for kind in ("child's", "racing", "folding", "rusty") for text in ride]
     rows = [{**row, "instruction": prompt} for row, prompt in zip(made(48), prompts, strict=True)]
