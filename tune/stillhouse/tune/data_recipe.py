@@ -61,7 +61,7 @@ class Filters(_Table):
     max_output_chars: int | None = Field(default=None, ge=1)
     max_prompt_chars: int | None = Field(default=None, ge=1)
     languages: list[str] = []
-    language_min_chars: int = Field(default=40, ge=1)
+    language_min_chars: int = Field(default=100, ge=1)
 
 
 class Duplicates(_Table):
