@@ -190,6 +190,7 @@ def test_perplexity_cuts_both_tails_of_a_real_models_scores(
     assert done.card["perplexity"]["scored"] == 10
 
 
+@pytest.mark.slow
 def test_a_batch_of_answers_scores_as_each_alone(base_dir: Path, tmp_path: Path, made: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
