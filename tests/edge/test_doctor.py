@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from stillhouse.cli.main import run
+from stillhouse.edge import doctor
 from stillhouse.edge.device import Device
 from stillhouse.edge.doctor import Check, examine
 from stillhouse.edge.fatbin import kernels_of
@@ -55,6 +62,14 @@ def test_the_table_goes_on_on_an_ordinary_pc(
     assert "CPUExecutionProvider" in table
 
 
+def test_a_terminal_that_knows_ascii_alone_gets_its_table(orin_nano: Path) -> None:
+    command = [sys.executable, "-m", "stillhouse.cli.main", "edge", "doctor", "--root", str(orin_nano)]
+    variables = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=variables, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"cpu-thermal 98.5 ?C" in done.stdout and b"Traceback" not in done.stderr
+
+
 def test_a_provider_that_is_not_there_is_refused_or_fallen_back_from_by_name(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -66,14 +81,75 @@ def test_a_provider_that_is_not_there_is_refused_or_fallen_back_from_by_name(
     assert "running on CPUExecutionProvider" in caplog.text
 
 
-def test_provider_cuda_ends_instead_of_falling_back(
-    support_repository: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
+def test_a_provider_that_is_asked_for_and_not_there_ends_it_instead_of_falling_back(
+    provider: str, name: str, support_repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = str(support_repository / "support-int4" / "1")
-    assert run(["edge", "generate", directory, "--prompt", "x", "--provider", "cuda"]) == 1
+    assert run(["edge", "generate", directory, "--prompt", "x", "--provider", provider]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "has no CUDAExecutionProvider" in captured.err
+    assert f"has no {name}ExecutionProvider" in captured.err
+
+
+def test_tensorrt_has_cuda_beside_it_for_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def session_on(path: str, options: Any, providers: list[str]) -> Any:  # noqa: ARG001
+        asked.append(providers)
+        return SimpleNamespace(get_providers=lambda: [providers[0], "CPUExecutionProvider"])
+
+    monkeypatch.setattr(session.ort, "get_available_providers", lambda: [*session.PROVIDERS.values()])
+    monkeypatch.setattr(session.ort, "InferenceSession", session_on)
+    # What starts TensorRT and not CUDA would leave attention to the CPU: that is no session on a GPU.
+    with pytest.raises(EngineError, match="CUDAExecutionProvider does not start"):
+        session.open_session(Path("model.onnx"), threads=1, provider="tensorrt")
+    assert asked == [["TensorrtExecutionProvider", "CUDAExecutionProvider"]]
+
+
+@pytest.mark.parametrize(
+    ("version", "installed", "said"),
+    [
+        ("1.19.2", ["onnxruntime"], "1.23.2 or newer is needed"),
+        ("1.32.0", ["onnxruntime", "onnxruntime-gpu"], "they overwrite each other"),
+        ("1.32.0", ["onnxruntime-gpu", "onnxruntime-genai"], ""),
+        ("1.24.0.dev20260101+jp6", [], ""),  # JetPack's own, or built from the source
+    ],
+)
+def test_a_wrong_onnx_runtime_is_told_apart(
+    version: str, installed: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_distributions", lambda: iter(installed))
+    check = doctor._version(SimpleNamespace(__version__=version))
+    assert (check.state, said in check.advice) == ("fail" if said else "ok", True)
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), "no ONNX Runtime is installed"),
+        (ImportError("libcudart.so.12: cannot open shared object file"), "cannot be imported: libcudart.so.12"),
+    ],
+)
+def test_without_an_onnx_runtime_that_can_be_imported_a_line_says_what_to_install(
+    fails: ImportError,
+    said: str,
+    tiny_repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "onnxruntime":
+                raise fails
+
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    version = str(tiny_repository / "tiny-fp16" / "1")
+    for command in (["generate", version, "--prompt", "x"], ["bench", version], ["serve", version], ["chat", version]):
+        assert run(["edge", *command]) == 1
+        captured = capsys.readouterr()
+        assert said in captured.err and "JetPack's own index" in captured.err
 
 
 def entry(kind: int, architecture: int, body: bytes) -> bytes:
