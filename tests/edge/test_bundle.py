@@ -140,5 +140,19 @@ def test_a_bundle_installs_and_answers_without_a_network(tiny_repository: Path, 
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_reads_the_unit_without_a_word(bundled: Path, tmp_path: Path) -> None:
+    program = tmp_path / "opt/venv/bin/stillhouse"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    text = (bundled / "stillhouse.service").read_text()
+    for name, value in (("PREFIX", tmp_path / "opt"), ("MODEL", "tiny-fp16"), ("HOST", "::1"), ("PORT", 9000)):
+        text = text.replace(f"@{name}@", str(value))
+    unit = tmp_path / "stillhouse.service"
+    unit.write_text(text.replace("@USER@", "daemon"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def can_unshare() -> bool:
     return subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 0
