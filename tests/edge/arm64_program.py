@@ -1,6 +1,9 @@
-"""Runs on both machines, in an interpreter of its own: logits of a text and a greedy answer, as JSON and .npy.
+"""Runs on both machines, in an interpreter of its own: logits of a text and a greedy answer of each version.
 
-python arm64_program.py VERSION OUT.npy TOKEN,TOKEN,… COUNT
+python arm64_program.py FOLDER TOKEN,TOKEN,… COUNT VERSION…
+
+Writes FOLDER/MODEL.npy, the logits (tokens + COUNT − 1, vocab_size) of the text and then of the answer, a token a step,
+and prints {"machine", "answers": {MODEL: token ids}}.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stillhouse.engine import session
 from stillhouse.engine.directory import open_version
@@ -18,23 +23,36 @@ from stillhouse.engine.runner import OrtRunner
 
 
 def main() -> None:
-    directory, out, prompt, count = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    tokens = [int(token) for token in prompt.split(",")]
+    folder, prompt, count, directories = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
     # Without Arm's own kernels both machines compute by the same algorithm; an emulated core must not spin.
     settings = {"mlas.disable_kleidiai": "1", "session.intra_op.allow_spinning": "0"}
     session._sharing_the_cpu = lambda: settings
+    tokens = [int(token) for token in prompt.split(",")]
+    answers = {}
+    for directory in directories:
+        model, logits, answers[model] = ask(Path(directory), tokens, count)
+        np.save(folder / f"{model}.npy", logits)
+    print(json.dumps({"machine": platform.machine(), "answers": answers}))
+
+
+def ask(directory: Path, tokens: list[int], count: int) -> tuple[str, NDArray[Any], list[int]]:
+    """The model's name, its logits for `tokens` and for what it goes on with, and these `count` tokens."""
     version = open_version(directory)
-    network = version.manifest.network
     runner = OrtRunner(
-        version.model_path, network=network, slots=1, max_len=len(tokens) + count, threads=1, provider="cpu"
+        version.model_path,
+        network=version.manifest.network,
+        slots=1,
+        max_len=len(tokens) + count,
+        threads=1,
+        provider="cpu",
     )
-    logits = runner.prefill(0, tokens, 0).copy()
+    logits = list(runner.prefill(0, tokens, 0))
     answer = [int(logits[-1].argmax())]
     while len(answer) < count:
         past = len(tokens) + len(answer) - 1
-        answer.append(int(runner.decode(answer[-1:], [past])[0].argmax()))
-    np.save(out, logits)
-    print(json.dumps({"machine": platform.machine(), "answer": answer}))
+        logits.append(runner.decode(answer[-1:], [past])[0].copy())
+        answer.append(int(logits[-1].argmax()))
+    return version.manifest.model, np.stack(logits), answer
 
 
 if __name__ == "__main__":
