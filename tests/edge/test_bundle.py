@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging import tags
+from packaging.utils import parse_wheel_filename
 
 from stillhouse.cli.main import run
 from stillhouse.edge import bundling
@@ -152,6 +154,37 @@ def test_systemd_reads_the_unit_without_a_word(bundled: Path, tmp_path: Path) ->
     unit.write_text(text.replace("@USER@", "daemon"))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("python", ["3.10", "3.12"])
+def test_every_wheel_of_a_bundle_fits_the_boards_python_and_pip_resolves_them_offline(
+    python: str, tiny_repository: Path, tmp_path: Path
+) -> None:
+    """JetPack 6's Python and JetPack 7's; none of them is emulated."""
+    version, tar = tiny_repository / "tiny-fp16" / "1", tmp_path / "tiny.tar"
+    assert run(["edge", "bundle", str(version), "-o", str(tar), "--python", python]) == 0
+    with tarfile.open(tar) as archive:
+        archive.extractall(tmp_path, filter="data")
+    wheels = tmp_path / "tiny-fp16-1" / "wheels"
+    target, numbers = Target(python, "aarch64"), tuple(map(int, python.split(".")))
+    platforms = [target.pip_options()[at + 1] for at, word in enumerate(target.pip_options()) if word == "--platform"]
+    fitting = {
+        *tags.cpython_tags(numbers, platforms=platforms),
+        *tags.compatible_tags(numbers, f"cp{numbers[0]}{numbers[1]}", platforms),
+    }
+    names = [file.name for file in wheels.glob("*.whl")]
+    assert not [name for name in names if not fitting & parse_wheel_filename(name)[3]]
+    assert any(name.startswith("onnxruntime-") and "aarch64" in name for name in names)
+    offline = ["--dry-run", "--no-index", "--find-links", str(wheels), "--target", str(tmp_path / "target")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--ignore-installed", *offline, *target.pip_options(),
+         "stillhouse[edge,cpu]"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Would install" in done.stdout
 
 
 def can_unshare() -> bool:
