@@ -114,7 +114,7 @@ def build(out: Path, tokenizer: Path, shape: dict[str, Any]) -> Path:
         repeat_last_layer(built, shape["num_hidden_layers"])
         for name in TOKENIZER_FILES:
             shutil.copy(tokenizer / name, built)
-        _write_manifest(built, shape)
+        write_manifest(built, shape)
         built.rename(out)
     return out
 
@@ -192,7 +192,8 @@ def _tensor_bytes(tensor: Any) -> int:
     return int(where["length"]) if where else len(tensor.raw_data)
 
 
-def _write_manifest(directory: Path, shape: dict[str, Any]) -> None:
+def write_manifest(directory: Path, shape: dict[str, Any]) -> None:
+    """Makes a folder of such a model a version directory."""
     from stillhouse.engine.directory import sha256_of
     from stillhouse.engine.manifest import BaseRecord, FileRecord, Manifest, MemoryRecord, ModelRecord
 
