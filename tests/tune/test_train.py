@@ -110,6 +110,20 @@ def test_the_same_recipe_does_nothing_a_second_time_and_another_does_not_overwri
         tune(load_tune_recipe(other))
 
 
+def test_forced_the_same_recipe_is_trained_again_to_the_same_adapter(write_tune_recipe: Recipe) -> None:
+    recipe = load_tune_recipe(write_tune_recipe("epochs = 1\nbatch_size = 8\nr = 2\nlearning_rate = 5e-3"))
+    first = tune(recipe)
+    assert first is not None
+    folder, runs = first[0], first[0].parent / "adapter-runs"
+    before = weights(folder)
+    again = tune(recipe, force=True)
+    assert again is not None and again[2]
+    assert len(list(runs.glob("*/checkpoint-6/whole"))) == 2  # two runs, each trained to its end
+    assert curve(again[1]) == pytest.approx(curve(first[1]), abs=1e-5)
+    for name, value in before.items():
+        assert weights(folder)[name] == pytest.approx(value, abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     "moments",
     [

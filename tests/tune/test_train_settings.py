@@ -188,6 +188,45 @@ def test_packed_examples_are_whole_and_see_nothing_of_each_other(tiny_base: Path
     assert float(together) == pytest.approx(math.fsum(alone) / len(alone), abs=1e-5)
 
 
+def test_a_record_whose_weight_is_null_counts_as_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(RECORD | {"weight": None}) + "\n" + json.dumps(RECORD | {"weight": 3}), "utf-8")
+    assert read_split(file, "train").weights == [1.0, 3.0]
+
+
+def test_a_record_that_the_template_refuses_is_named_by_file_and_number(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(tiny_base, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system turn') }}"
+        "{% endif %}{{ message.content }}{% endfor %}",
+        "utf-8",
+    )
+    file = tmp_path / "train.jsonl"
+    turns = [("system", "Be kind."), ("user", "?"), ("assistant", "!")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    file.write_text(json.dumps(RECORD) + "\n\n" + json.dumps(chat) + "\n", "utf-8")
+    with pytest.raises(StillhouseError, match=r"train\.jsonl: record 3: .*no system turn"):
+        Encoder(Tokenizer(folder), [2]).split(read_split(file, "train"))
+
+
+def test_other_arithmetic_or_more_processes_are_other_inputs(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load_tune_recipe(recipe("", files='train = "train.jsonl"\npatience = 0'))
+    Path(asked.tune.train or "").write_text((json.dumps(RECORD) + "\n") * 4, "utf-8")
+    alone = prepare(asked).inputs
+    monkeypatch.setenv("RANK", "0")
+    assert prepare(asked).inputs == alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepare(asked).inputs != alone
+
+
+def verdict(history: watch.History, **settings: Any) -> watch.Verdict | None:
+    judge = watch.Judge(**settings)
+    for row in history:
+        judge.read(row)
+    return judge.verdict
+
+
 def rows(values: list[float], **more: Any) -> list[dict[str, Any]]:
     return [{"step": at, "loss": value, **more} for at, value in enumerate(values, 1)]
 
@@ -195,27 +234,33 @@ def rows(values: list[float], **more: Any) -> list[dict[str, Any]]:
 def test_a_loss_that_rises_over_a_window_is_a_divergence_and_noise_is_none() -> None:
     falling = [3.0 - 0.02 * step + (0.4 if step % 7 == 0 else 0.0) for step in range(100)]
     settings: dict[str, Any] = {"patience": 2, "window": 10, "rise": 0.5}
-    assert watch.verdict(rows(falling), **settings) is None
-    found = watch.verdict(rows([*falling, *([2.5] * 10)]), **settings)
+    assert verdict(rows(falling), **settings) is None
+    found = verdict(rows([*falling, *([2.5] * 10)]), **settings)
     assert found is not None and found.kind == "diverged" and 90 <= found.good_step <= 100
+    # Row by row it finds the first window that rose so far, as looking at all of the history does.
+    losses = [*falling, *([2.5] * 10)]
+    means = [math.fsum(losses[at : at + 10]) / 10 for at in range(len(losses) - 9)]
+    at = next(at for at in range(10, len(means)) if means[at] - min(means[: at - 9]) > 0.5)
+    assert found.reason.endswith(f"to {means[at]:.3f} (to step {at + 10})")
+    assert found.good_step == means.index(min(means[: at - 9])) + 10
     assert watch.calm_step(rows([*falling, 2.5]), 10) >= 90
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "eval_loss"])
 def test_a_figure_that_is_not_finite_is_a_divergence(key: str) -> None:
     history = [*rows([1.0, 1.0]), {"step": 3, key: float("nan")}]
-    found = watch.verdict(history, patience=2, window=10, rise=0.5)
+    found = verdict(history, patience=2, window=10, rise=0.5)
     assert found is not None and found.kind == "diverged" and found.good_step == 2
-    without = watch.verdict(history, patience=2, window=10, rise=0.5, gradients=False)
+    without = verdict(history, patience=2, window=10, rise=0.5, gradients=False)
     assert (without is None) == (key == "grad_norm")
 
 
 def test_a_run_ends_early_when_the_validation_loss_was_not_improved_for_the_patience() -> None:
     history = [{"step": 10 * at, "eval_loss": loss} for at, loss in enumerate([1.0, 0.8, 0.9, 0.85], 1)]
-    found = watch.verdict(history, patience=2, window=10, rise=0.5)
+    found = verdict(history, patience=2, window=10, rise=0.5)
     assert found is not None and found.kind == "early" and found.good_step == 20
-    assert watch.verdict(history[:3], patience=2, window=10, rise=0.5) is None
-    assert watch.verdict(history, patience=0, window=10, rise=0.5) is None
+    assert verdict(history[:3], patience=2, window=10, rise=0.5) is None
+    assert verdict(history, patience=0, window=10, rise=0.5) is None
     assert watch.best_step(history) == 20
 
 

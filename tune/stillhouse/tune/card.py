@@ -14,9 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.build.locks import clear_unheld, held_temporary
-from stillhouse.engine.durable import sync_directory, write_text
-from stillhouse.tune import watch
+from stillhouse.engine.durable import write_text
+from stillhouse.tune import replacing, watch
 
 if TYPE_CHECKING:
     from stillhouse.tune.finetune import Prepared
@@ -110,8 +109,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def publish(finished: Finished, output: Path) -> None:
     """Puts the adapter, its card and its curves at `output`: whole, or not at all; what was there is replaced."""
-    clear_unheld(output.parent, f".{output.name}-new-")
-    with held_temporary(output.parent, f".{output.name}-new-") as folder:
+    with replacing.beside(output) as folder:
         shutil.copyfile(finished.adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
         config = json.loads((finished.adapter / "adapter_config.json").read_text("utf-8"))
         for key in ("target_modules", "modules_to_save", "exclude_modules"):
@@ -121,17 +119,7 @@ def publish(finished: Finished, output: Path) -> None:
         shutil.copyfile(finished.run / PICTURE, folder / PICTURE)
         write_text(folder / CARD, json.dumps(finished.card, indent=1, ensure_ascii=False) + "\n")
         write_text(folder / "README.md", readme(finished.card))
-        sync_directory(folder)
-        put(folder, output)
-
-
-def put(folder: Path, output: Path) -> None:
-    """Renames `folder` to `output`; what was there goes once the new one stands."""
-    with held_temporary(output.parent, f".{output.name}-old-") as aside:
-        if output.exists():
-            output.rename(aside / output.name)
-        folder.rename(output)
-    sync_directory(output.parent)
+        replacing.put(folder, output)
 
 
 def readme(card: dict[str, Any]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from pathlib import Path
 
 from stillhouse.engine.durable import sync_directory, write_text
+from stillhouse.tune.replacing import sync_tree
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WHOLE = "whole"
@@ -21,14 +21,7 @@ def step_of(checkpoint: Path) -> int:
 
 def mark_whole(checkpoint: Path) -> None:
     """Says that `checkpoint` is complete; its files reach the disk before the mark does."""
-    for file in checkpoint.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    sync_directory(checkpoint)
+    sync_tree(checkpoint)
     write_text(checkpoint / _WHOLE, "")
     sync_directory(checkpoint)
     sync_directory(checkpoint.parent)
@@ -57,7 +50,7 @@ def keep(run: Path, steps: set[int], newest: int = 2) -> None:
 
 
 def last_good(run: Path, good_step: int) -> Path | None:
-    """The newest whole checkpoint that was saved no later than `good_step`, else the oldest one there is."""
+    """The newest whole checkpoint that was saved no later than `good_step`; None where there is none."""
     whole = whole_checkpoints(run)
     before = [path for path in whole if step_of(path) <= good_step]
     return before[-1] if before else None

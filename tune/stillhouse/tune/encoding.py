@@ -9,10 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.text import Tokenizer
-from stillhouse.tune.splits import Message
+from stillhouse.tune.splits import Message, Split
 
 _MARK = "\u241f"
 _THINKS, _THOUGHT = "<think>", "</think>"
@@ -45,6 +47,20 @@ class Encoder:
         """An example for each answer in the conversation."""
         places = [at for at, message in enumerate(conversation) if message["role"] == "assistant" and at > 0]
         return [self._example(conversation[:at], conversation[at]["content"], weight) for at in places]
+
+    def split(self, split: Split) -> list[list[Example]]:
+        """The examples of each of the split's conversations; StillhouseError that names a record that is refused."""
+        records = zip(split.numbers, split.conversations, split.weights, strict=True)
+        return [self._record(split.path, *record) for record in records]
+
+    def _record(self, file: Path, number: int, conversation: Sequence[Message], weight: float) -> list[Example]:
+        try:
+            return self.examples(conversation, weight)
+        except InvalidRequest as error:
+            raise StillhouseError(
+                f"{file}: record {number}: {error}",
+                hint="change or leave out the record: this base would not be served with such a conversation",
+            ) from error
 
     def _example(self, asked: Sequence[Message], answer: str, weight: float) -> Example:
         if not self._text.has_chat_template:

@@ -1,7 +1,8 @@
 """A fine-tune from recipe to adapter folder: prepared, trained or resumed, and published whole.
 
 The run's folder is `<output>-runs/<hash of all inputs>`: the same recipe finds it again after a kill and goes on from
-the last whole checkpoint. The result is built beside `output` and renamed.
+the last whole checkpoint. One that is to train again has a folder named after the result that it replaces, too. The
+result is built beside `output` and renamed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.recipe import AdapterRef
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
+from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.text import Tokenizer
 from stillhouse.tune import card as cards
+from stillhouse.tune import replacing
 from stillhouse.tune.encoding import Encoder, Example, fitting, pack
 from stillhouse.tune.machine import Machine, machine_for
 from stillhouse.tune.settings import ALL_LINEAR, TuneOptions, TuneRecipe
@@ -57,18 +60,22 @@ def tune(recipe: TuneRecipe, *, force: bool = False) -> tuple[Path, dict[str, An
     None in the processes of a distributed run that are not the first. Raises UsageError for settings that make no
     sense on this base, data or machine, StillhouseError where the run diverged or another one holds its folder.
     """
+    output = Path(recipe.tune.output)
+    replacing.restore(output)
+    replacing.hold_replaceable(output, cards.CARD, "stillhouse tune")
     prepared = prepare(recipe)
-    output = Path(prepared.options.output)
+    known = cards.read(output)
+    same = known is not None and known["inputs"] == prepared.inputs
+    if known is not None and same and not force:
+        return (output, known, False) if prepared.machine.rank == 0 else None
     if output.exists() and not force:
-        known = cards.read(output)
-        if known is not None and known["inputs"] == prepared.inputs:
-            return (output, known, False) if prepared.machine.rank == 0 else None
         raise UsageError(
-            f"{output} exists"
-            + (" and was made from other inputs" if known else " and is no result of stillhouse tune"),
+            f"{output} exists and was made from other inputs",
             hint="name another output in [tune], or replace it with --force",
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if same:  # the run's folder is at its end: the new training, and what goes on from its kill, has another
+        replaced = sha256_of(output / cards.CARD)
+        prepared = replace(prepared, run=prepared.run.with_name(f"{prepared.run.name}-{replaced[:8]}"))
     prepared.run.mkdir(parents=True, exist_ok=True)
     with _held(prepared.run, prepared.machine):
         from stillhouse.tune.training_run import train
@@ -101,7 +108,7 @@ def prepare(recipe: TuneRecipe) -> Prepared:
     for name, split in splits.items():
         sequences[name], data[name] = _sequences(split, encoder, options)
     _hold_against_data(options, machine, sequences)
-    inputs = _inputs_hash(recipe, checkpoint, splits)
+    inputs = _inputs_hash(recipe, checkpoint, machine, splits)
     run = Path(f"{options.output}-runs") / inputs[:16]
     return Prepared(recipe, checkpoint, machine, data, sequences, inputs, run)
 
@@ -157,8 +164,7 @@ def _encoder(checkpoint: Checkpoint) -> Encoder:
 
 def _sequences(split: Split, encoder: Encoder, options: TuneOptions) -> tuple[list[list[Example]], dict[str, Any]]:
     """The split's sequences, and what the card says of it; too long examples are left out and counted, aloud."""
-    weighted = zip(split.conversations, split.weights, strict=True)
-    examples = [example for conversation, weight in weighted for example in encoder.examples(conversation, weight)]
+    examples = [example for of_one in encoder.split(split) for example in of_one]
     kept = fitting(examples, options.max_length)
     if not kept:
         raise StillhouseError(
@@ -200,8 +206,8 @@ def _hold_against_data(options: TuneOptions, machine: Machine, sequences: dict[s
             )
 
 
-def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, splits: dict[str, Split]) -> str:
-    """The sha256 over all that decides the result: base, data, earlier adapter, settings."""
+def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, splits: dict[str, Split]) -> str:
+    """The sha256 over all that decides the result: base, data, earlier adapter, settings, the machine's arithmetic."""
     paths = {"data", "train", "validation", "test", "output", "start_from"}
     earlier = recipe.tune.start_from
     said = {
@@ -209,6 +215,7 @@ def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, splits: dict[str, S
         "data": {name: split.sha256 for name, split in splits.items()},
         "start_from": open_adapter(AdapterRef(path=earlier), checkpoint).sha256 if earlier else None,
         "settings": recipe.tune.model_dump(exclude=paths),
+        "machine": {"cuda": machine.cuda, "precision": machine.precision, "processes": machine.processes},
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

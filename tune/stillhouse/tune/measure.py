@@ -16,6 +16,7 @@ import numpy as np
 from stillhouse.build.answers import Question, Reply, ask, greedy
 from stillhouse.build.tasks import Tasks
 from stillhouse.build.verify import log_softmax
+from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import ModelRecord
 from stillhouse.engine.text import Tokenizer
@@ -102,7 +103,7 @@ def measure(subject: Subject, asked: Questions) -> Measured:
 
 def _examples(split: Split | None, encoder: Encoder) -> list[Example]:
     """The last answer of every conversation."""
-    return [encoder.examples(conversation)[-1] for conversation in split.conversations] if split else []
+    return [examples[-1] for examples in encoder.split(split)] if split else []
 
 
 def _questions(tasks: Tasks | None, subject: Subject) -> list[Question]:
@@ -144,18 +145,17 @@ def checkpoint_subject(name: str, weights: Path, texts: Path, network: ModelReco
     return Subject(name, network, Tokenizer(texts), opened)
 
 
-def version_subject(directory: Path, name: str) -> Subject:
-    """A built version, run by the engine."""
-    from stillhouse.engine.directory import open_version
+def version_subject(version: VersionDirectory, name: str) -> Subject:
+    """A built version, run by the engine: where its target is not there, on the CPU, which is said."""
+    from stillhouse.engine.session import choose_provider
 
-    version = open_version(directory)
     network = version.manifest.network
+    provider = choose_provider("auto", version.manifest.target)
 
     @contextmanager
     def opened(longest: int) -> Iterator[Any]:
         from stillhouse.engine.runner import OrtRunner
 
-        provider = "cuda" if version.manifest.target == "cuda" else "cpu"
         yield OrtRunner(version.model_path, network=network, slots=SLOTS, max_len=longest, provider=provider)
 
-    return Subject(name, network, Tokenizer(directory), opened)
+    return Subject(name, network, Tokenizer(version.path), opened)

@@ -13,7 +13,10 @@ from stillhouse.tune.settings import TuneOptions
 
 
 class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Says when to evaluate, save and stop; shows the line, feeds TensorBoard, marks checkpoints that are whole."""
+    """Says when to evaluate, save and stop; shows the line, feeds TensorBoard, marks checkpoints that are whole.
+
+    `history` is what was logged before this session.
+    """
 
     def __init__(
         self,
@@ -21,24 +24,27 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         run: Path,
         line: watch.Line,
         *,
+        history: watch.History,
         evaluate_every: int | None,
         save_every: int,
         fp16: bool,
     ) -> None:
         self._options, self._run, self._line = options, run, line
-        self._evaluate_every, self._save_every, self._fp16 = evaluate_every, save_every, fp16
-        self._board: Any = None
-
-    def judge(self, history: watch.History) -> watch.Verdict | None:
-        """What the history says: None to go on."""
-        options = self._options
-        return watch.verdict(
-            history,
+        self._evaluate_every, self._save_every = evaluate_every, save_every
+        self._judge = watch.Judge(
             patience=options.patience,
             window=options.divergence_window,
             rise=options.divergence_rise,
-            gradients=not self._fp16,
+            gradients=not fp16,
         )
+        for row in history:
+            self._judge.read(row)
+        self._board: Any = None
+
+    @property
+    def verdict(self) -> watch.Verdict | None:
+        """Why the run ends, or should not go on; None while it may."""
+        return self._judge.verdict
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -51,7 +57,7 @@ class Observer(TrainerCallback):  # type: ignore[misc, unused-ignore]
         control.should_save = step % self._save_every == 0 or control.should_evaluate or last
 
     def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if (ended := self.judge(state.log_history)) is not None:
+        if (ended := self._judge.read(state.log_history[-1])) is not None:
             control.should_training_stop = True
             if ended.kind == "diverged":
                 control.should_save = control.should_evaluate = False

@@ -23,13 +23,17 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One file of a dataset: its conversations, each ending with an answer, their weights, and the file's sha256."""
+    """One file of a dataset: its conversations, each ending with an answer, their weights, and the file's sha256.
+
+    `numbers` are the records' own in the file, from 1 (of JSONL, its lines).
+    """
 
     name: str
     path: Path
     sha256: str
     conversations: list[list[Message]]
     weights: list[float]
+    numbers: list[int]
 
 
 def find_split(folder: Path, name: str) -> Path | None:
@@ -39,13 +43,14 @@ def find_split(folder: Path, name: str) -> Path | None:
 
 def read_split(path: Path, name: str) -> Split:
     """The conversations in `path`. Raises StillhouseError that names the first record which is none."""
-    conversations, weights = [], []
+    conversations, weights, numbers = [], [], []
     for number, record in _records(path):
+        numbers.append(number)
         conversations.append(_conversation(record, path, number))
         weights.append(_weight(record, path, number))
     if not conversations:
         raise StillhouseError(f"{name}: {path} has no record", hint=_HINT)
-    return Split(name, path, sha256_of(path), conversations, weights)
+    return Split(name, path, sha256_of(path), conversations, weights, numbers)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -107,7 +112,8 @@ def _conversation(record: Any, path: Path, number: int) -> list[Message]:
 
 
 def _weight(record: dict[str, Any], path: Path, number: int) -> float:
-    weight = record.get("weight", 1.0)
+    weight = record.get("weight")
+    weight = 1.0 if weight is None else weight  # a column of Parquet has nulls where it has nothing
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
         raise StillhouseError(f"{path}: record {number} has a weight that is no number from 0 on", hint=_HINT)
     return float(weight)

@@ -34,10 +34,19 @@ class Finished:
     card: dict[str, Any]
 
 
+class Diverged(StillhouseError):
+    """The run was stopped because its loss went astray, as `reason` says."""
+
+    def __init__(self, reason: str, kept: str) -> None:
+        hint = "a lower learning_rate, more warmup, a smaller clip; save_every_steps saves more often"
+        super().__init__(f"diverged: {reason}; {kept}", hint=hint)
+        self.reason = reason
+
+
 def train(prepared: Prepared) -> Finished | None:
     """Trains, or goes on where a killed run stopped; None in all processes but the first.
 
-    Raises StillhouseError where the run diverged; the message names the last good checkpoint, which is kept.
+    Raises Diverged where the loss went astray; the message names the last good checkpoint, which is kept.
     """
     options, machine, run = prepared.options, prepared.machine, prepared.run
     if machine.rank == 0:
@@ -52,11 +61,12 @@ def train(prepared: Prepared) -> Finished | None:
     log.info(
         "%s step %d of %d; the run's folder is %s", "going on from" if newest else "training from", first, steps, run
     )
-    line = watch.line_for_terminal(first, steps)
+    line = watch.line_for_terminal(first, steps) if machine.rank == 0 else watch.LogLine(first)
     observer = Observer(
         options,
         run,
         line,
+        history=history,
         evaluate_every=evaluate_every,
         save_every=options.save_every_steps or evaluate_every or an_epoch,
         fp16=machine.precision == "fp16",
@@ -72,10 +82,10 @@ def train(prepared: Prepared) -> Finished | None:
                 callbacks=[observer],
             )
             before = _before(trainer, prepared)
-            if first < steps and observer.judge(history) is None:
+            if first < steps and observer.verdict is None:
                 trainer.train(resume_from_checkpoint=str(newest) if newest else None)
                 history = trainer.state.log_history
-            ended = observer.judge(history)
+            ended = observer.verdict
             if machine.rank == 0 and history:
                 cards.draw_losses(history, run, title=prepared.recipe.name)
             if ended is not None and ended.kind == "diverged":
@@ -137,10 +147,7 @@ def _after(trainer: training.LoraTrainer, prepared: Prepared, best: Path) -> dic
     return {name: trainer.score(prepared.sequences[name]) for name in _MEASURED if name in prepared.sequences}
 
 
-def _diverged(ended: watch.Verdict, run: Path) -> StillhouseError:
+def _diverged(ended: watch.Verdict, run: Path) -> Diverged:
     good = checkpoints.last_good(run, ended.good_step)
     kept = f"the last good checkpoint is kept: {good}" if good else "it did so before the first checkpoint"
-    return StillhouseError(
-        f"diverged: {ended.reason}; {kept}",
-        hint="a lower learning_rate, more warmup, a smaller clip; save_every_steps saves more often",
-    )
+    return Diverged(ended.reason, kept)

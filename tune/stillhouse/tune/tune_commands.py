@@ -11,7 +11,7 @@ import typer
 
 def tune(
     recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table [tune].")],
-    force: Annotated[bool, typer.Option(help="Replace the output that is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Train again, and replace the adapter that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter on a dataset; after a kill, the same command goes on where it was.

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,41 +59,66 @@ def calm_step(history: History, window: int) -> int:
     return steps[int(means.argmin()) + window - 1][0] if len(means) else (steps[-1][0] if steps else 0)
 
 
-def verdict(history: History, *, patience: int, window: int, rise: float, gradients: bool = True) -> Verdict | None:
-    """None where the run may go on.
+class Judge:
+    """Reads a history row by row, each once; its first verdict is its last.
 
-    It ends early where the validation loss has not improved for `patience` evaluations (0: never). It has diverged
+    A run ends early where the validation loss has not improved for `patience` evaluations (0: never). It has diverged
     where a loss or gradient is not finite, or where the mean loss of the last `window` steps is more than `rise` nats
     above the lowest mean of any earlier window. With FP16's loss scaling a gradient may well be infinite: then
     `gradients` are not judged.
     """
-    keys = ("loss", "eval_loss", *(["grad_norm"] if gradients else []))
-    return _not_finite(history, keys) or _risen(losses(history), window, rise) or _no_better(history, patience)
 
+    def __init__(self, *, patience: int, window: int, rise: float, gradients: bool = True) -> None:
+        self._patience, self._window, self._rise = patience, window, rise
+        self._names = {"loss": "the training loss", "eval_loss": "the validation loss"}
+        self._names |= {"grad_norm": "the gradient"} if gradients else {}
+        self._newest: deque[float] = deque(maxlen=window)  # losses
+        self._means: deque[tuple[float, int]] = deque(maxlen=window)  # of the newest windows, each with its last step
+        self._lowest = (math.inf, 0)  # of the windows before those
+        self._best: tuple[float, int] | None = None  # validation loss, step
+        self._not_better = 0
+        self.verdict: Verdict | None = None
 
-def _not_finite(history: History, keys: Sequence[str]) -> Verdict | None:
-    for row in history:
-        for key in keys:
+    def read(self, row: Mapping[str, Any]) -> Verdict | None:
+        """The verdict once `row` is known: None where the run may go on."""
+        if self.verdict is None:
+            self.verdict = self._not_finite(row) or self._risen(row) or self._no_better(row)
+        return self.verdict
+
+    def _not_finite(self, row: Mapping[str, Any]) -> Verdict | None:
+        for key, name in self._names.items():
             if key in row and not math.isfinite(row[key]):
-                word = {"loss": "the training loss", "grad_norm": "the gradient", "eval_loss": "the validation loss"}
-                return Verdict("diverged", f"{word[key]} is {row[key]} at step {row['step']}", int(row["step"]) - 1)
-    return None
-
-
-def _risen(steps: list[tuple[int, float]], window: int, rise: float) -> Verdict | None:
-    if len(steps) < 2 * window:
+                return Verdict("diverged", f"{name} is {row[key]} at step {row['step']}", int(row["step"]) - 1)
         return None
-    means = _window_means([loss for _, loss in steps], window)
-    now, earlier = float(means[-1]), means[:-window]
-    lowest = int(earlier.argmin())
-    if now - earlier[lowest] <= rise:
-        return None
-    good = steps[lowest + window - 1][0]
-    reason = (
-        f"the training loss rose from {earlier[lowest]:.3f} (mean of the {window} steps to {good}) "
-        f"to {now:.3f} (to step {steps[-1][0]})"
-    )
-    return Verdict("diverged", reason, good)
+
+    def _risen(self, row: Mapping[str, Any]) -> Verdict | None:
+        if "loss" not in row:
+            return None
+        self._newest.append(float(row["loss"]))
+        if len(self._newest) < self._window:
+            return None
+        if len(self._means) == self._window:  # the oldest mean's window ends before this one begins
+            self._lowest = min(self._lowest, self._means[0])
+        now, step = math.fsum(self._newest) / self._window, int(row["step"])
+        self._means.append((now, step))
+        lowest, good = self._lowest
+        if now - lowest <= self._rise:
+            return None
+        reason = f"the training loss rose from {lowest:.3f} (mean of the {self._window} steps to {good}) "
+        return Verdict("diverged", reason + f"to {now:.3f} (to step {step})", good)
+
+    def _no_better(self, row: Mapping[str, Any]) -> Verdict | None:
+        if not self._patience or "eval_loss" not in row:
+            return None
+        if self._best is None or row["eval_loss"] < self._best[0]:
+            self._best, self._not_better = (float(row["eval_loss"]), int(row["step"])), 0
+            return None
+        self._not_better += 1
+        if self._not_better < self._patience:
+            return None
+        loss, step = self._best
+        times = self._patience
+        return Verdict("early", f"validation loss {loss:.4f} at step {step} was not improved {times} times", step)
 
 
 def _window_means(values: list[float], window: int) -> NDArray[np.float64]:
@@ -101,17 +127,6 @@ def _window_means(values: list[float], window: int) -> NDArray[np.float64]:
         return np.empty(0)
     means: NDArray[np.float64] = np.convolve(values, np.full(window, 1 / window), "valid")
     return means
-
-
-def _no_better(history: History, patience: int) -> Verdict | None:
-    found = validation_losses(history)
-    if not patience or not found:
-        return None
-    best_at = min(range(len(found)), key=lambda at: (found[at][1], at))
-    if len(found) - 1 - best_at < patience:
-        return None
-    step, loss = found[best_at]
-    return Verdict("early", f"validation loss {loss:.4f} at step {step} was not improved {patience} times", step)
 
 
 class Line(Protocol):
