@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from stillhouse.build import texts
+from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import load_recipe
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune import stats
 from stillhouse.tune.evaluate_commands import change_lines
-from stillhouse.tune.evaluation import evaluate, figures, load_evaluation
+from stillhouse.tune.evaluation import evaluate, figures, load_evaluation, versions_of
 from stillhouse.tune.torch_runner import TorchRunner, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,10 +38,40 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_changed_pairs() -> None:
     assert stats.mcnemar([True] * 5, [True] * 5) == 1.0
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("estimate", [stats.mean, stats.share])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(estimate: Any) -> None:
     rng = np.random.default_rng(0)
-    held = sum(not stats.mean((rng.random(150) < 0.7).tolist()).excludes(0.7) for _ in range(80))
+    held = sum(not estimate((rng.random(150) < 0.7).tolist()).excludes(0.7) for _ in range(80))
     assert 68 <= held <= 80  # of 95 % expected
+
+
+@pytest.mark.parametrize("right", [0, 1, 7, 12, 20])
+def test_the_interval_of_a_share_is_wilsons(right: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, 20).proportion_ci(method="wilson")
+    found = stats.share([True] * right + [False] * (20 - right))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    # One of the paper's own: 36 right both times, 12 only after, 2 only before.
+    after = [True] * 36 + [True] * 12 + [False] * 2
+    before = [True] * 36 + [False] * 12 + [True] * 2
+    found = stats.share_difference(after, before)
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    all_won = stats.share_difference([True] * 12, [False] * 12)
+    assert all_won.value == 1.0 and 0.5 < all_won.low < 0.9 and all_won.high == 1.0
+
+
+def test_of_one_question_or_a_few_nothing_is_called_more_than_chance() -> None:
+    better = {count: stats.perplexity_ratio([10.0] * count, [20.0] * count, [10] * count) for count in (1, 9, 10)}
+    assert better[1].low == better[1].high < 1  # resampling one text finds that one text
+    assert {count: found.more_than_chance(1.0) for count, found in better.items()} == {1: None, 9: None, 10: True}
+    assert stats.more_right_than_chance([True] * 9, [False] * 9) is None
+    assert stats.more_right_than_chance([True] * 10, [False] * 10) is True
+    one = stats.share([True])
+    assert one.low < 0.5 and one.high == 1.0
 
 
 def test_the_same_gain_is_chance_on_few_questions_and_none_on_many() -> None:
@@ -48,15 +79,15 @@ def test_the_same_gain_is_chance_on_few_questions_and_none_on_many() -> None:
     before = [True] * 77 + [True] * 5 + [False] * 12 + [False] * 6
     after = [True] * 77 + [False] * 5 + [True] * 12 + [False] * 6
     assert stats.mcnemar(after, before) > 0.05
-    assert not stats.difference(after, before).excludes(0.0)
+    assert not stats.share_difference(after, before).excludes(0.0)
     assert stats.mcnemar(after * 8, before * 8) < 0.001
-    assert stats.difference(after * 8, before * 8).excludes(0.0)
+    assert stats.share_difference(after * 8, before * 8).excludes(0.0)
 
 
 def test_a_perplexity_ratio_is_paired_by_text_and_weighted_by_tokens() -> None:
     tokens = [10, 30, 5]
     before = [25.0, 61.0, 14.0]
-    assert stats.perplexity_ratio(before, before, tokens) == stats.Estimate(1.0, 1.0, 1.0)
+    assert stats.perplexity_ratio(before, before, tokens) == stats.Estimate(1.0, 1.0, 1.0, 3)
     better = [loss - 0.1 * count for loss, count in zip(before, tokens, strict=True)]
     ratio = stats.perplexity_ratio(better, before, tokens)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx([math.exp(-0.1)] * 3)
@@ -136,7 +167,7 @@ def test_before_and_after_are_measured_and_the_gain_is_told_from_chance(
 
 @pytest.mark.slow
 def test_a_built_precision_is_held_against_the_merge_by_the_same_code_as_the_gate(
-    asked: Path, evaluated: list[dict[str, Any]]
+    asked: Path, evaluated: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     from stillhouse.build import pipeline
 
@@ -149,8 +180,13 @@ def test_a_built_precision_is_held_against_the_merge_by_the_same_code_as_the_gat
     fp16 = rows[2]
     assert (fp16["model"], fp16["against"], fp16["gate"]) == ("tiny-fp16 v1", "tuned", None)
     assert fp16["records_perplexity"]["value"] == pytest.approx(evaluated[1]["records_perplexity"]["value"], rel=0.01)
-    assert not fp16["change"]["tasks_accuracy"]["more_than_chance"]
+    assert fp16["change"]["tasks_accuracy"]["more_than_chance"] is False
     assert rows[:2] == evaluated
+    assert "other adapters" not in caplog.text
+    alone = load_evaluation(asked).model_copy(update={"adapters": []})
+    checkpoint = open_checkpoint(alone.base)
+    assert [subject.name for subject in versions_of(alone, checkpoint, repository)] == ["tiny-fp16 v1"]
+    assert "was built from other adapters" in caplog.text
 
 
 def test_each_change_is_said_in_a_line_with_its_verdict(evaluated: list[dict[str, Any]]) -> None:
@@ -158,6 +194,7 @@ def test_each_change_is_said_in_a_line_with_its_verdict(evaluated: list[dict[str
     assert lines[0] == "tuned against base:"
     assert any("held-out answers" in line and line.endswith("more than chance") for line in lines)
     assert any("McNemar p =" in line for line in lines)
+    assert any("general text" in line and line.endswith("too few to tell") for line in lines)  # two windows
 
 
 def test_a_recipe_without_questions_is_refused_and_one_without_adapters_has_no_after(

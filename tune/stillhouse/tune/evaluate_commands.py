@@ -21,6 +21,7 @@ _NAMES = {
     "general_tasks_accuracy": "general tasks",
     "text_perplexity": "perplexity, general text",
 }
+_VERDICTS = {True: "more than chance", False: "may be chance", None: "too few to tell"}
 
 
 def evaluate(
@@ -70,7 +71,11 @@ def figures_table(rows: list[dict[str, Any]]) -> Any:
 def _cell(key: str, found: dict[str, float]) -> str:
     if key.endswith("_accuracy"):
         return f"{100 * found['value']:.1f}% [{100 * found['low']:.0f}–{100 * found['high']:.0f}]"
+    from stillhouse.tune.stats import LEAST
+
     digits = 1 if key == "answer_tokens" else 2
+    if found["count"] < LEAST:  # resampled, so few have no interval worth the name
+        return f"{found['value']:.{digits}f} (of {found['count']})"
     return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}–{found['high']:.{digits}f}]"
 
 
@@ -79,7 +84,7 @@ def change_lines(row: dict[str, Any]) -> list[str]:
     lines = [f"{row['model']} against {row['against']}:"]
     for key, found in row["change"].items():
         name = _NAMES[key.removesuffix("_ratio")]
-        verdict = "more than chance" if found["more_than_chance"] else "may be chance"
+        verdict = _VERDICTS[found["more_than_chance"]]
         if key.endswith("_ratio"):
             what = f"× {found['value']:.4f} [{found['low']:.4f}–{found['high']:.4f}]"
         elif key.endswith("_accuracy"):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.build.adapter import open_adapter
+from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.answers import Reply, judge_tasks, tasks_record
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.merge import merge
@@ -22,6 +22,7 @@ from stillhouse.build.tasks import read_tasks
 from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
+from stillhouse.engine.directory import VersionDirectory, open_version
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.policy import live_versions
 from stillhouse.tune import stats
@@ -40,7 +41,6 @@ from stillhouse.tune.splits import find_split, read_split
 log = logging.getLogger(__name__)
 
 BASE, TUNED = "base", "tuned"
-_CHANCE = 0.05  # a p above it may well be chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def evaluate(recipe: Recipe, repository: Path, on_model: Callable[[str], None] =
             on_model("merge")
             tuned = merged(recipe, checkpoint, Path(scratch))
             subjects.append(checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)))
-        subjects += _versions(recipe, repository)
+        subjects += versions_of(recipe, checkpoint, repository)
         measured: dict[str, Measured] = {}
         for subject in subjects:
             on_model(subject.name)
@@ -127,15 +127,25 @@ def questions_of(recipe: Recipe, texts: Path, checkpoint: Checkpoint) -> tuple[Q
     return found, labels | {"text": text.label}
 
 
-def _versions(recipe: Recipe, repository: Path) -> Iterator[Subject]:
+def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Subject]:
     """The live version of each of the recipe's precisions that the repository has."""
+    adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
     for precision in recipe.precisions:
         model = repository / recipe.model_name(precision)
         live = live_versions(model) if model.is_dir() else []
         if live:
-            yield version_subject(model / str(live[-1]), f"{recipe.model_name(precision)} v{live[-1]}")
+            version = open_version(model / str(live[-1]))
+            _note_other_adapters(version, adapters)
+            yield version_subject(version, f"{recipe.model_name(precision)} v{live[-1]}")
         else:
             log.info("%s has no %s: it is not measured", repository, model.name)
+
+
+def _note_other_adapters(version: VersionDirectory, adapters: list[Adapter]) -> None:
+    """Warns where a version was built from other adapters: then it is held against what it was not made from."""
+    built = [(record.sha256, record.weight) for record in version.manifest.adapters]
+    if built != [(adapter.sha256, adapter.weight) for adapter in adapters]:
+        log.warning("warning: %s was built from other adapters than the recipe names; build it again", version.path)
 
 
 def _gates(recipe: Recipe, measured: dict[str, Measured], original: str) -> dict[str, str | None]:
@@ -173,7 +183,7 @@ def _own_figures(found: Measured) -> dict[str, Any]:
         if losses.nats
     }
     for kind, replies in _by_form(found).items():
-        row[f"{kind}_accuracy"] = asdict(stats.mean([reply.right for reply in replies]))
+        row[f"{kind}_accuracy"] = asdict(stats.share([reply.right for reply in replies]))
     if found.answer_tokens:
         row["answer_tokens"] = asdict(stats.mean(found.answer_tokens))
     return row
@@ -193,7 +203,7 @@ def _by_form(found: Measured) -> dict[str, list[Reply]]:
 
 
 def _changes(found: Measured, other: Measured) -> dict[str, Any]:
-    """What changed, each with its interval and whether that is more than chance."""
+    """What changed, each with its interval and whether that is more than chance: None where too few were asked."""
     changes: dict[str, Any] = {}
     for kind in ("records", "general", "text"):
         now, then = getattr(found, kind), getattr(other, kind)
@@ -202,15 +212,16 @@ def _changes(found: Measured, other: Measured) -> dict[str, Any]:
     before = _by_form(other)
     for kind, replies in _by_form(found).items():
         now_right, then_right = ([reply.right for reply in part] for part in (replies, before[kind]))
-        p = stats.mcnemar(now_right, then_right)
-        gained = stats.difference(now_right, then_right)
-        changes[f"{kind}_accuracy"] = asdict(gained) | {"mcnemar_p": p, "more_than_chance": p < _CHANCE}
+        changes[f"{kind}_accuracy"] = asdict(stats.share_difference(now_right, then_right)) | {
+            "mcnemar_p": stats.mcnemar(now_right, then_right),
+            "more_than_chance": stats.more_right_than_chance(now_right, then_right),
+        }
     if found.answer_tokens:
         longer = stats.difference(found.answer_tokens, other.answer_tokens)
-        changes["answer_tokens"] = asdict(longer) | {"more_than_chance": longer.excludes(0.0)}
+        changes["answer_tokens"] = asdict(longer) | {"more_than_chance": longer.more_than_chance(0.0)}
     return changes
 
 
 def _ratio(now: Losses, then: Losses) -> dict[str, Any]:
     ratio = stats.perplexity_ratio(now.nats, then.nats, now.tokens)
-    return asdict(ratio) | {"more_than_chance": ratio.excludes(1.0)}
+    return asdict(ratio) | {"more_than_chance": ratio.more_than_chance(1.0)}
