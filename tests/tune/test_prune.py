@@ -12,13 +12,16 @@ import pytest
 
 from stillhouse.build import texts
 from stillhouse.build.checkpoint import open_checkpoint
-from stillhouse.engine.errors import UsageError
+from stillhouse.build.recipe import load_recipe
+from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune import importance
 from stillhouse.tune.encoding import Example
 from stillhouse.tune.evaluation import load_evaluation
-from stillhouse.tune.prune import prune, prune_options
-from stillhouse.tune.settings import load_tune_recipe
+from stillhouse.tune.measure import Losses, Measured
+from stillhouse.tune.prune import prune, prune_options, verdict_of
+from stillhouse.tune.settings import TuneRecipe, load_tune_recipe
 from stillhouse.tune.surgery import Cut, Kept, choose_heads, cut_out, nearest_cut
+from stillhouse.tune.training_run import Diverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,6 +164,37 @@ def test_the_result_is_a_plain_checkpoint_smaller_and_healed(pruned: tuple[Path,
     assert json.loads((folder / "prune.json").read_text("utf-8")) == report
     assert "perplexity" in report["verdict"]
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_verdict_tells_size_from_speed_and_nothing_gained_from_both() -> None:
+    losses = Losses([30.0, 40.0], [10, 10])
+    measured = {name: Measured(name, Losses(), Losses(), losses, [], [], []) for name in ("whole", "healed")}
+
+    def said(parameters: float, kv_bytes: float, speed: float) -> str:
+        whole = {"parameters": 100.0, "kv_bytes_per_token": 100.0, "decode_tokens_per_s": 100.0}
+        healed = {"parameters": parameters, "kv_bytes_per_token": kv_bytes, "decode_tokens_per_s": speed}
+        return verdict_of(measured, {"whole": whole, "healed": healed})
+
+    smaller = said(80, 50, 101)
+    assert smaller.startswith("20.0% fewer parameters, 50.0% less KV cache a token; not faster (+1% decode tokens/s)")
+    assert said(80, 100, 120).startswith("20.0% fewer parameters; +20% decode tokens/s; for general perplexity × 1.000")
+    assert said(97, 100, 101).startswith("pruning gains nothing")
+
+
+def test_a_healing_that_diverges_says_that_nothing_of_it_is_kept(
+    tiny_base: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(asked: TuneRecipe) -> None:
+        raise Diverged("the loss is nan at step 3", f"the last good checkpoint is kept: {asked.tune.output}")
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n[tune]\ndata = "{dataset}"\n', "utf-8")
+    monkeypatch.setattr("stillhouse.tune.prune.tune", diverges)
+    options = prune_options({"heads": 0.5, "examples": 4}, recipe)
+    with pytest.raises(StillhouseError, match="the loss is nan at step 3; nothing of it is kept") as stopped:
+        prune(load_recipe(recipe), load_tune_recipe(recipe), options)
+    assert str(tmp_path) not in str(stopped.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
 @pytest.mark.slow

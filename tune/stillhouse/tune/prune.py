@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,26 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillhouse.build.checkpoint import open_checkpoint
-from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.build.recipe import AdapterRef, Recipe
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
-from stillhouse.engine.durable import sync_directory, write_text
+from stillhouse.engine.durable import write_text
 from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.tune import importance, stats, surgery
-from stillhouse.tune.card import put
+from stillhouse.tune import importance, replacing, stats, surgery
+from stillhouse.tune.costs import costs_of
 from stillhouse.tune.encoding import Example
 from stillhouse.tune.evaluation import Evaluation, figures, merged, questions_of
 from stillhouse.tune.finetune import prepare, tune
-from stillhouse.tune.measure import Measured, Questions, checkpoint_subject, measure
+from stillhouse.tune.measure import Measured, checkpoint_subject, measure
 from stillhouse.tune.settings import TuneRecipe
-from stillhouse.tune.torch_runner import TorchRunner, load
+from stillhouse.tune.torch_runner import load
+from stillhouse.tune.training_run import Diverged
 
 log = logging.getLogger(__name__)
 
 WHOLE, PRUNED, HEALED = "whole", "pruned", "healed"
 REPORT = "prune.json"
-_WORTH = 1.05  # a model that is not this much faster has gained nothing
+_WORTH = 1.05  # a model that is not this much faster, or as much smaller, has gained nothing
 
 
 class PruneOptions(BaseModel):
@@ -77,14 +77,17 @@ def prune(
     Raises UsageError for what this model does not allow, StillhouseError for unsound inputs.
     """
     output = Path(options.output)
+    replacing.restore(output)
+    replacing.hold_replaceable(output, REPORT, "stillhouse prune")
     if output.exists() and not force:
         raise UsageError(f"{output} exists", hint="name another output in [prune], or replace it with --force")
+    if output == Path(recipe.base):
+        raise UsageError(f"prune.output is the base, {output}", hint="name another output in [prune]")
     checkpoint = open_checkpoint(recipe.base, recipe.revision)
     _hold_against_base(options, checkpoint.config)
-    examples = [example for group in prepare(tuning).sequences["train"] for example in group][: options.examples]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    clear_unheld(output.parent, f".{output.name}-new-")
-    with held_temporary(output.parent, f".{output.name}-new-") as folder:
+    examples = [example for group in prepare(tuning).sequences["train"] for example in group]
+    examples = random.Random(tuning.tune.seed).sample(examples, min(options.examples, len(examples)))
+    with replacing.beside(output) as folder:
         on_stage("merge")
         whole = _whole(recipe, folder)
         on_stage("importance")
@@ -92,18 +95,20 @@ def prune(
         on_stage("heal")
         healed = _heal(pruned, recipe, tuning, options, folder)
         asked = questions_of(recipe, whole, checkpoint)[0]
-        measured, costs = {}, {}
+        measured = {}
         for name, path in {WHOLE: whole, PRUNED: pruned, HEALED: healed}.items():
             on_stage(f"measure {name}")
-            measured[name], costs[name] = _measured(name, path, asked)
+            measured[name] = measure(checkpoint_subject(name, path, path, read_network(path)), asked)
+        on_stage("measure speed")
+        costs = costs_of({WHOLE: whole, HEALED: healed})
+        costs[PRUNED] = costs[HEALED]  # the healed one's shape: healing only changes numbers
         report = _report(measured, costs, cut, options)
         result = folder / "result"
         result.mkdir()
         for file in [file for file in healed.iterdir() if file.is_file()]:
             file.rename(result / file.name)
         write_text(result / REPORT, json.dumps(report, indent=1) + "\n")
-        sync_directory(result)
-        put(result, output)
+        replacing.put(result, output)
     return output, report
 
 
@@ -163,40 +168,21 @@ def _heal(pruned: Path, recipe: Recipe, tuning: TuneRecipe, options: PruneOption
         update={"epochs": options.heal_epochs, "output": str(folder / "adapter"), "start_from": None,
                 "evaluate_every_steps": None, "save_every_steps": None}
     )  # fmt: skip
-    done = tune(tuning.model_copy(update={"base": str(pruned), "revision": None, "tune": asked}))
+    try:
+        done = tune(tuning.model_copy(update={"base": str(pruned), "revision": None, "tune": asked}))
+    except UsageError:
+        raise
+    except StillhouseError as error:  # what it says of kept checkpoints does not hold here: they go with the rest
+        reason = f"diverged: {error.reason}" if isinstance(error, Diverged) else str(error)
+        raise StillhouseError(
+            f"healing: {reason}; nothing of it is kept, and it is not resumed",
+            hint="a lower learning_rate or a smaller batch_size in [tune], or heal_epochs = 0",
+        ) from error
     if done is None:
         raise StillhouseError("pruning runs in one process", hint="without accelerate launch")
     smaller = recipe.model_copy(update={"base": str(pruned), "adapters": [AdapterRef(path=str(done[0]))]})
     (folder / HEALED).mkdir()
     return merged(smaller, open_checkpoint(str(pruned)), folder / HEALED)
-
-
-def _measured(name: str, folder: Path, asked: Questions) -> tuple[Measured, dict[str, float]]:
-    """The model's answers; its bytes, parameters and tokens a second (torch, FP32, one sequence)."""
-    network = read_network(folder)
-    found = measure(checkpoint_subject(name, folder, folder, network), asked)
-    model = load(folder)
-    runner = TorchRunner(model)
-    tokens = list(range(3, 3 + min(256, network.context_length // 2)))
-    costs = {
-        "bytes": float(sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
-        "parameters": float(sum(weight.numel() for weight in model.parameters())),
-        "kv_bytes_per_token": 8.0 * network.layers * network.kv_heads * network.head_dim,
-        "prefill_tokens_per_s": max(_rate(lambda: runner.prefill(0, tokens, 0), len(tokens)) for _ in range(3)),
-        "decode_tokens_per_s": max(_rate(lambda: _decode(runner, len(tokens)), 24) for _ in range(3)),
-    }
-    return found, costs
-
-
-def _decode(runner: TorchRunner, length: int) -> None:
-    for step in range(24):
-        runner.decode([5], [length + step])
-
-
-def _rate(work: Callable[[], object], tokens: int) -> float:
-    began = time.perf_counter()
-    work()
-    return tokens / (time.perf_counter() - began)
 
 
 def _report(
@@ -208,19 +194,22 @@ def _report(
         "cut": cut,
         "options": options.model_dump(exclude={"output"}),
         "models": rows,
-        "verdict": _verdict(measured, costs),
+        "verdict": verdict_of(measured, costs),
     }
 
 
-def _verdict(measured: dict[str, Measured], costs: dict[str, dict[str, float]]) -> str:
-    """What pruning gained and cost, in a sentence; that it gained nothing, where it did not."""
-    whole, healed = costs[WHOLE], costs[HEALED]
-    faster = healed["decode_tokens_per_s"] / whole["decode_tokens_per_s"]
-    smaller = 1 - healed["parameters"] / whole["parameters"]
+def verdict_of(measured: dict[str, Measured], costs: dict[str, dict[str, float]]) -> str:
+    """What pruning gained in size and in speed, each for itself, and what it cost; that it gained nothing, if so."""
+    parts = {"parameters": "fewer parameters", "kv_bytes_per_token": "less KV cache a token"}
+    saved = {words: 1 - costs[HEALED][key] / costs[WHOLE][key] for key, words in parts.items()}
+    faster = costs[HEALED]["decode_tokens_per_s"] / costs[WHOLE]["decode_tokens_per_s"]
+    size = ", ".join(f"{100 * share:.1f}% {words}" for words, share in saved.items() if share)
+    speed = f"{100 * (faster - 1):+.0f}% decode tokens/s"
+    speed = speed if faster >= _WORTH else f"not faster ({speed})"
     now, then = measured[HEALED].text, measured[WHOLE].text
     ratio = stats.perplexity_ratio(now.nats, then.nats, now.tokens)
-    gain = f"{100 * (faster - 1):+.0f}% decode tokens/s, {100 * smaller:.1f}% fewer parameters"
     cost = f"general perplexity × {ratio.value:.3f} [{ratio.low:.3f}–{ratio.high:.3f}]"
-    if faster < _WORTH:
-        return f"pruning gains nothing on this model: {gain}, for {cost}; quantizing takes more and costs less"
-    return f"{gain}, for {cost}"
+    said = f"{size}; {speed}; for {cost}"
+    if faster < _WORTH and max(saved.values()) < _WORTH - 1:
+        return f"pruning gains nothing worth having on this model: {said}"
+    return said
