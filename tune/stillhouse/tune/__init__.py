@@ -11,4 +11,13 @@ screening.py steps.py                    the order of it, with counts
 splitting.py balance.py coverage.py      groups into splits, classes, what is thin
 writing.py dataset_files.py dataset_card.py data_pictures.py    the dataset's folder
 prepare.py data_commands.py              one whole, immutable version or none; the command line
+
+`stillhouse tune`, `evaluate` and `prune`:
+settings.py machine.py splits.py encoding.py       what is asked for, on what, from which records, in which tokens
+finetune.py training_run.py training.py            a run from recipe to result, its session, the Trainer
+observer.py watch.py checkpoints.py                what happens beside it, what its history says, what is kept
+card.py replacing.py                               the result, and how it takes an earlier one's place
+evaluation.py measure.py torch_runner.py stats.py  who is asked, what, by which runner, and what may be chance
+prune.py importance.py surgery.py costs.py         pruning whole, what matters, what goes, what that gains
+tune_commands.py evaluate_commands.py prune_commands.py quiet.py    the command line
 """
