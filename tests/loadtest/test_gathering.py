@@ -64,6 +64,21 @@ def test_a_test_ends_when_all_plans_are_at_their_end() -> None:
     )
 
 
+def test_a_plan_that_outlasts_the_patience_ends_by_itself() -> None:
+    run_with_gevent(
+        """
+        module.GATHER_S = 0.05
+        gathering.restart(2, 0.0, lambda: ended.append(1))
+        come(); come()
+        gevent.sleep(0.2)
+        gathering.come_to_end(); gathering.come_to_end()
+        assert ended == [1]
+        come()
+        assert answers[2] == (2, *answers[0][1:]), "shares and zero are the same for who comes later"
+        """
+    )
+
+
 def run_with_gevent(body: str) -> None:
     """In a process of its own: gevent's hub stays out of pytest's."""
     head = """

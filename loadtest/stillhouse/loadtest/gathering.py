@@ -61,6 +61,8 @@ class Gathering:
             self._ended()
 
     def _begin(self) -> None:
+        if self._begun is not None:
+            return  # the last came before the patience was at its end
         waiting, self._waiting = self._waiting, []
         self._begun = len(waiting), time.time() + self._lead_s
         for number, answer in waiting:
