@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.loadtest import target as module
 from stillhouse.loadtest.target import open_target
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -27,3 +28,15 @@ def test_messages_stay_messages_for_a_model_that_takes_them(shared_server: Any, 
     list(target.ask("support-int4", "", {"messages": MESSAGES}, {"max_tokens": 3}, stream=True))
     target.close()
     assert "messages" in shared_server.log()[-1]["inputs"]
+
+
+def test_after_preparing_no_request_of_any_target_asks_what_the_model_takes(
+    foreign_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, other = (open_target(foreign_server.http_host) for _ in range(2))
+    prepared.prepare("support-int4", "")
+    monkeypatch.setattr(module, "_input_names", lambda *_: pytest.fail("asked within a request"))
+    for target in (prepared, other):
+        list(target.ask("support-int4", "", {"messages": MESSAGES}, {"max_tokens": 3}, stream=True))
+        target.close()
+    assert foreign_server.log()[-1]["inputs"]["text_input"] == "Be brief.\n\nHello"

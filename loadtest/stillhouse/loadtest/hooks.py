@@ -175,6 +175,7 @@ def _prepare(environment: Environment) -> None:
         target = run.new_target()
         try:
             run.model = choose_model(target, options.model)
+            target.prepare(run.model, options.model_version)
         finally:
             target.close()
     except (LoadtestError, ClientError) as problem:

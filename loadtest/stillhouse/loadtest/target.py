@@ -24,6 +24,9 @@ from stillhouse.loadtest.prompts import Prompt
 TRITON, OPENAI = "triton", "openai"
 _ASK_S = 10.0
 
+# Whether a Triton model takes `messages`, by host, model and version: many targets share a host.
+_takes_messages: dict[tuple[str, str, str], bool] = {}
+
 
 class Target(Protocol):
     """A server that streams answers."""
@@ -33,6 +36,9 @@ class Target(Protocol):
 
     def ready(self) -> bool:
         """Whether it answers at all; connects, so that a first request need not."""
+
+    def prepare(self, model: str, version: str) -> None:
+        """Finds out what `ask` must know of a model: once before a test, for no latency would contain it."""
 
     def ask(
         self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
@@ -48,7 +54,6 @@ class TritonTarget:
 
     def __init__(self, host: str, token_timeout_s: float) -> None:
         self._host = host
-        self._takes_messages: dict[tuple[str, str], bool] = {}
         self.client = Client(host, token_timeout_s=token_timeout_s)
 
     def models(self) -> list[str]:
@@ -57,10 +62,16 @@ class TritonTarget:
     def ready(self) -> bool:
         return self.client.ready()
 
+    def prepare(self, model: str, version: str) -> None:
+        names = _input_names(self._host, model, version)
+        _takes_messages[self._host, model, version] = "messages" in names or not names
+
     def ask(
         self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
     ) -> Iterator[Piece]:
-        if "messages" in prompt and not self._asks_messages(model, version):
+        if (self._host, model, version) not in _takes_messages:
+            self.prepare(model, version)
+        if "messages" in prompt and not _takes_messages[self._host, model, version]:
             prompt = _as_text(prompt)
         if stream:
             yield from _pieces(self.client.stream(model, version=version or None, **prompt, **sampling))
@@ -70,12 +81,6 @@ class TritonTarget:
 
     def close(self) -> None:
         self.client.close()
-
-    def _asks_messages(self, model: str, version: str) -> bool:
-        if (model, version) not in self._takes_messages:
-            names = _input_names(self._host, model, version)
-            self._takes_messages[model, version] = "messages" in names or not names
-        return self._takes_messages[model, version]
 
 
 class OpenAiTarget:
@@ -92,6 +97,9 @@ class OpenAiTarget:
 
     def ready(self) -> bool:
         return self.client.ready()
+
+    def prepare(self, model: str, version: str) -> None:
+        """Nothing: every model takes messages."""
 
     def ask(
         self,
