@@ -152,6 +152,23 @@ def test_without_an_onnx_runtime_that_can_be_imported_a_line_says_what_to_instal
         assert said in captured.err and "JetPack's own index" in captured.err
 
 
+def test_an_onnx_runtime_of_another_python_or_processor_is_a_line_too(tiny_repository: Path, tmp_path: Path) -> None:
+    compiled = "onnxruntime.capi.onnxruntime_pybind11_state"
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    (tmp_path / "onnxruntime" / "capi" / "__init__.py").touch()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(f"import {compiled}\n")
+    version = str(tiny_repository / "tiny-fp16" / "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "stillhouse.cli.main", "edge", "generate", version, "--prompt", "x"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"error: ONNX Runtime cannot be imported: No module named '{compiled}'\nhint: install"
+    )
+
+
 def entry(kind: int, architecture: int, body: bytes) -> bytes:
     head = struct.pack("<HHIQIIHHI", kind, 0, 64, len(body), 0, 0, 0, 8, architecture)
     return head.ljust(64, b"\0") + body

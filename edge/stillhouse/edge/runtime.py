@@ -12,11 +12,18 @@ def require_onnxruntime() -> None:
     try:
         import onnxruntime  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
+        if error.name == "onnxruntime":
+            raise StillhouseError("no ONNX Runtime is installed", hint=INSTALL_RUNTIME) from None
+        # What is not found below it is its compiled part: the wheel is of another Python or another processor.
+        if not (error.name or "").startswith("onnxruntime."):
             raise
-        raise StillhouseError("no ONNX Runtime is installed", hint=INSTALL_RUNTIME) from None
+        raise _broken(error) from error
     except Exception as error:  # whatever a broken installation throws
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StillhouseError(
-            f"ONNX Runtime cannot be imported: {first[:200]}", hint=f"install it anew: {INSTALL_RUNTIME}"
-        ) from error
+        raise _broken(error) from error
+
+
+def _broken(error: Exception) -> StillhouseError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return StillhouseError(
+        f"ONNX Runtime cannot be imported: {first[:200]}", hint=f"install it anew: {INSTALL_RUNTIME}"
+    )
