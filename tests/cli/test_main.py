@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_no_command_prints_the_help_and_is_wrong_usage() -> None:
 
 def test_the_version_is_printed() -> None:
     assert stillhouse("--version").stdout.strip().count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("ascii:strict", b"caf? 9 ?C"), ("utf-8:surrogateescape", b"caf\xe9 9 \xc2\xb0C")]
+)
+def test_only_what_the_output_would_refuse_is_replaced(encoding: str, written: bytes) -> None:
+    """The C locale's way gives a name back the bytes that it has."""
+    code = "from stillhouse.cli import main\nmain.run = lambda _: print('caf\\udce9 9 \\xb0C', end='')\nmain.main()"
+    variables = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, written), done.stderr
 
 
 def test_an_error_is_one_line_with_a_hint_and_no_trace(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # What is no UTF-8 is refused by who reads the text, in a line, and not by Python.
         sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character is no reason to end.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal that cannot show a character is no reason to end; who chose another handling has it.
         sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
