@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from stillhouse.engine.text import Tokenizer
 
-pytestmark = [pytest.mark.aarch64, pytest.mark.slow, pytest.mark.timeout(900)]
+# The example may have to be built first.
+pytestmark = [pytest.mark.aarch64, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / ".arm64"
