@@ -71,3 +71,5 @@ def test_the_questions_are_those_that_the_fine_tune_has_not_seen(tmp_path: Path)
 def test_each_has_its_place_in_the_page(module: Any) -> None:
     text = module.DOCS.read_text("utf-8")
     assert text.count(module.BEGIN) == text.count(module.END) == 1
+    written = text.split(module.BEGIN)[1].split(module.END)[0]
+    assert "\n|" in written or "not run yet: the command puts it here" in written
