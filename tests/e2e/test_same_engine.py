@@ -28,7 +28,14 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.parametrize("model", ["support-fp16", "support-int8", "support-int4"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("support-fp16", marks=pytest.mark.slow),
+        pytest.param("support-int8", marks=pytest.mark.slow),
+        "support-int4",
+    ],
+)
 def test_triton_and_the_edge_runner_give_the_same_greedy_answers(
     post: Any, support_repository: Path, model: str
 ) -> None:
