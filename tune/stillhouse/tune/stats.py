@@ -78,8 +78,8 @@ def share_difference(after: Sequence[bool], before: Sequence[bool]) -> Estimate:
     now, then = share(after), share(before)
     both = sum(one and other for one, other in zip(after, before, strict=True))
     # phi, with its correction for continuity: how far the two go together, by which both intervals are added.
-    common = both * now.count - sum(after) * sum(before)
-    common = min(common, max(common - now.count / 2, 0))
+    together = float(both * now.count - sum(after) * sum(before))
+    common = min(together, max(together - now.count / 2, 0.0))
     spread = math.sqrt(math.prod((sum(after), sum(before), now.count - sum(after), now.count - sum(before))))
     phi = common / spread if spread else 0.0
     value = now.value - then.value
