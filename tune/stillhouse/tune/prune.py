@@ -164,8 +164,9 @@ def _heal(pruned: Path, recipe: Recipe, tuning: TuneRecipe, options: PruneOption
     """The pruned checkpoint with a LoRA of [tune] trained on it and merged, or itself where no epochs are asked for."""
     if not options.heal_epochs:
         return pruned
+    # In a folder of its own: `folder` is locked by this process, and putting a result locks where it lies.
     asked = tuning.tune.model_copy(
-        update={"epochs": options.heal_epochs, "output": str(folder / "adapter"), "start_from": None,
+        update={"epochs": options.heal_epochs, "output": str(folder / "healing" / "adapter"), "start_from": None,
                 "evaluate_every_steps": None, "save_every_steps": None}
     )  # fmt: skip
     try:

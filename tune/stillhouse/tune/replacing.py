@@ -90,7 +90,7 @@ def _restore(output: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(parent: Path) -> Iterator[None]:
-    """Renames below `parent` are one process's at a time."""
+    """Renames below `parent` are one process's at a time; it must not be a folder that the caller holds itself."""
     descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
