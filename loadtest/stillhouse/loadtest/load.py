@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
@@ -106,7 +107,10 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
         whole = load.plan_s is not None and load.plan_s <= load.duration_s
         arguments += ["--run-time", f"{math.ceil(load.duration_s) + (_GATHER_S if whole else 0)}s"]
     if load.processes > 1:
-        arguments += ["--processes", str(load.processes)]
+        # A port of its own, so that two load tests can run on a machine.
+        port = str(_free_port())
+        arguments += ["--processes", str(load.processes), "--master-bind-host", "127.0.0.1"]
+        arguments += ["--master-bind-port", port, "--master-port", port]
     if load.drain_s:
         arguments += ["--stop-timeout", str(load.drain_s)]
     arguments += ["--result", str(folder / "result.json"), "--progress", str(folder / "progress.json")]
@@ -169,3 +173,8 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
