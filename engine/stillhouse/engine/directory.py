@@ -107,7 +107,10 @@ def model_directories(repository: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the flock of a model's directory; waits for whoever holds it: one that publishes, removes or promotes."""
+    """Holds the flock of a directory (a model's: publishing, removing, promoting); waits for whoever holds it.
+
+    It must not be one that the caller holds itself.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -6,13 +6,13 @@ The earlier one steps aside to `.NAME-old`. Whoever finds that without a NAME pu
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from stillhouse.build.locks import clear_unheld, held_temporary
+from stillhouse.engine.directory import locked
 from stillhouse.engine.durable import sync_directory
 from stillhouse.engine.errors import UsageError
 
@@ -21,7 +21,7 @@ def restore(output: Path) -> None:
     """Puts the earlier result back where a replacement was killed half-way; clears it where the new one stands."""
     if not output.parent.is_dir():
         return
-    with _locked(output.parent):
+    with locked(output.parent):
         _restore(output)
 
 
@@ -47,7 +47,7 @@ def beside(output: Path) -> Iterator[Path]:
 def put(folder: Path, output: Path) -> None:
     """Renames `folder`, once its files are on the disk, to `output`; what was there goes when the new one stands."""
     sync_tree(folder)
-    with _locked(output.parent):
+    with locked(output.parent):
         _restore(output)
         try:
             if output.exists():
@@ -86,14 +86,3 @@ def _restore(output: Path) -> None:
         shutil.rmtree(aside)
     else:
         aside.rename(output)
-
-
-@contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[None]:
-    """Renames below `parent` are one process's at a time; it must not be a folder that the caller holds itself."""
-    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
