@@ -163,11 +163,13 @@ def test_the_real_models_four_bits_differ_by_what_the_processors_kernels_do(
 
 def test_edge_generate_answers_on_aarch64(emulated: list[str], support_repository: Path, tmp_path: Path) -> None:
     version = str(support_repository / "support-int4" / "1")
-    command = ["-m", "stillhouse.cli.main", "edge", "generate", version, "--prompt", "How do I return a parcel?"]
+    # What the fine-tune was taught is what four bits are sure of, on whichever kernels.
+    prompt = "How many days do I have to return an item to Brindlecove?"
+    command = ["-m", "stillhouse.cli.main", "edge", "generate", version, "--prompt", prompt]
     variables = emulation() | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
         [*emulated, *command, "--max-tokens", "16", "--threads", "1"], capture_output=True, text=True,
         env=os.environ | variables, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "return" in done.stdout
+    assert "47 days" in done.stdout
