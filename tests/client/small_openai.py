@@ -34,9 +34,11 @@ def openai_routes(server: Server, api_key: str) -> web.Application:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         sent, thoughts = 0, server.plan(inputs).think
+        # What names an event: some clients go by `object`.
+        name = {"id": "1", "object": "chat.completion.chunk" if chat else "text_completion", "model": body["model"]}
 
         async def send(choices: list[dict[str, Any]], **more: Any) -> None:
-            await response.write(b"data: " + json.dumps({"choices": choices, **more}).encode() + b"\n\n")
+            await response.write(b"data: " + json.dumps({**name, "choices": choices, **more}).encode() + b"\n\n")
 
         try:
             async for outputs in server.answer(body["model"], inputs):
