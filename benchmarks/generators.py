@@ -8,14 +8,17 @@ Both ask over the OpenAI API: as many users at a time, the same made-up prompts,
 greedily. They take turns (A B A B …), each for the same time. Both calculate the time between tokens as
 (end to end - time to first token) / (tokens - 1), and count tokens as the server does.
 
-Two servers are asked: `stillhouse serve`, from which a generator on the same machine takes processors (aiperf is nine
-processes), so that the ratio tells of both; and the tests' server of known delays, which needs next to none.
+Two servers are asked: `stillhouse serve`, which has half of the processors to itself, and the generators the others
+(aiperf is nine processes, which would take them from the server); and the tests' server of known delays, which needs
+next to none. The first is asked by one user: several begin together in aiperf and keep step, while ours are spread over
+a second, and prompts that come together wait for one another; it would be another load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,11 +63,12 @@ class Asked:
     openai_url: str
     model: str
     metrics_url: str
+    users: int
 
 
 def ours(server: Asked, prompts: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
     load = Load(
-        users=args.users,
+        users=server.users,
         duration_s=seconds,
         max_tokens=args.tokens,
         ignore_eos=True,
@@ -94,7 +98,7 @@ def aiperf(server: Asked, prompts: Path, args: argparse.Namespace, seconds: floa
         command = [ENVIRONMENTS / "aiperf/bin/aiperf", "profile", "-m", server.model, "--endpoint-type", "chat"]
         command += ["--url", server.openai_url.removesuffix("/v1"), "--streaming", "--use-server-token-count"]
         command += ["--input-file", questions, "--custom-dataset-type", "single_turn"]
-        command += ["--concurrency", args.users, "--benchmark-duration", seconds, "--workers-max", 1]
+        command += ["--concurrency", server.users, "--benchmark-duration", seconds, "--workers-max", 1]
         inputs = {"max_tokens": args.tokens, "ignore_eos": True, "temperature": 0}
         for name, value in inputs.items():
             command += ["--extra-inputs", f"{name}:{json.dumps(value)}"]
@@ -126,14 +130,21 @@ GENERATORS: dict[str, Callable[..., dict[str, float]]] = {"stillhouse": ours, "a
 
 @contextmanager
 def real(args: argparse.Namespace) -> Iterator[Asked]:
-    with served(args.model) as server:
-        yield Asked(server.openai_url, server.model, server.metrics_url)
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    try:
+        os.sched_setaffinity(0, cores[:half] or cores)  # a process that starts now inherits it
+        with served(args.model, {"threads": max(1, half)}) as server:
+            os.sched_setaffinity(0, cores[half:])
+            yield Asked(server.openai_url, server.model, server.metrics_url, users=1)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @contextmanager
 def small(args: argparse.Namespace) -> Iterator[Asked]:  # noqa: ARG001
     with small_server() as ports:
-        yield Asked(f"{host_of(ports, 'openai')}/v1", SMALL_MODEL, "http://127.0.0.1:1")
+        yield Asked(f"{host_of(ports, 'openai')}/v1", SMALL_MODEL, "http://127.0.0.1:1", users=4)
 
 
 SERVERS = {"stillhouse serve": real, "known delays": small}
@@ -167,8 +178,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"Medians of {report['seconds']:g} s a round (lowest–highest); the ratio is the median of the "
-        f"{len(mine)} rounds'. {report['users']} users, answers of {report['tokens']} tokens, {report['model']}; "
-        f"generator and server share the machine: {machine['processor']}, {machine['cores']} cores. "
+        f"{len(mine)} rounds'. One user of `stillhouse serve`, four of the known delays; "
+        f"answers of {report['tokens']} tokens, {report['model']}; "
+        f"machine: {machine['processor']}, {machine['cores']} cores, half of them for `stillhouse serve` alone. "
         f"Measured {report['measured']}.",
     ]
     return "\n".join(lines) + "\n"
@@ -179,7 +191,6 @@ def main() -> int:
     parser.add_argument("--setup", action="store_true", help="make aiperf's environment, and end")
     parser.add_argument("--model", type=Path, default=ROOT / "model_repository/support-int4")
     parser.add_argument("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS))
-    parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--rounds", type=int, default=3)
@@ -198,7 +209,7 @@ def main() -> int:
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    about = {"users": args.users, "tokens": args.tokens, "seconds": args.seconds, "model": args.model.name}
+    about = {"tokens": args.tokens, "seconds": args.seconds, "model": args.model.name}
     about |= {"measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": describe()}
     report = about | {"servers": found}
     publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
