@@ -161,6 +161,15 @@ def tiny_repository(tiny_base: Path, kept_cache: Path, tmp_path_factory: pytest.
     return folder / "repository"
 
 
+@pytest.fixture(scope="session")
+def emulated(repo_root: Path) -> list[str]:
+    """The beginning of a command line of the Python on the emulated aarch64: deploy/arm64.sh lays it out."""
+    place, qemu = repo_root / ".arm64", shutil.which("qemu-aarch64-static")
+    if qemu is None or not (place / "done").is_file():
+        pytest.skip("the emulated machine is not laid out: make arm64")
+    return [qemu, "-L", str(place / "sysroot"), str(place / "sysroot/usr/bin/python3.11")]
+
+
 @pytest.fixture
 def add_version(tiny_repository: Path) -> Callable[..., Path]:
     """Puts tiny-fp16 as version N into a repository and makes it the live one there; `change` may spoil its files."""

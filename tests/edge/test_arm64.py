@@ -46,15 +46,6 @@ class Said:
 
 
 @pytest.fixture(scope="module")
-def emulated() -> list[str]:
-    """The beginning of a command line of the emulated machine's Python."""
-    qemu = shutil.which("qemu-aarch64-static")
-    if qemu is None or not (PLACE / "done").is_file():
-        pytest.skip("the emulated machine is not laid out: make arm64")
-    return [qemu, "-L", str(PLACE / "sysroot"), str(PLACE / "sysroot/usr/bin/python3.11")]
-
-
-@pytest.fixture(scope="module")
 def reciting(
     emulated: list[str], tiny_base: Path, kept_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[int]]:

@@ -8,6 +8,15 @@ PREFIX=${PREFIX:-/opt/stillhouse}
 case $PREFIX in /*) ;; *) PREFIX=$PWD/$PREFIX ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
+
+fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
+
+# Before anything of the bundle is read.
+command -v sha256sum >/dev/null || fail "sha256sum is missing" "install coreutils"
+damaged=$(sha256sum --check --quiet --strict SHA256SUMS 2>/dev/null) || {
+  damaged=${damaged%%: FAILED*}
+  fail "this bundle is damaged: ${damaged:-SHA256SUMS}" "copy it here again"
+}
 . ./bundle.conf
 
 PYTHON=${PYTHON:-python$PYTHON_VERSION}
@@ -16,11 +25,6 @@ PORT=${PORT:-9000}
 SERVICE_USER=${SERVICE_USER:-stillhouse}
 service=yes
 [ "${1:-}" = --no-service ] && service=no
-
-fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
-
-command -v sha256sum >/dev/null || fail "sha256sum is missing" "install coreutils"
-sha256sum --check --quiet SHA256SUMS || fail "this bundle is damaged" "copy it here again"
 
 command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON" "name another: PYTHON=python3 ./install.sh"
 found=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
