@@ -89,12 +89,14 @@ def install(bundled: Path, prefix: Path, **environment: str) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, check=False)
 
 
-def test_a_damaged_bundle_is_not_installed(bundled: Path, tmp_path: Path) -> None:
-    with (bundled / "model/tiny-fp16/1/tokenizer.json").open("a") as stream:
-        stream.write(" ")
+@pytest.mark.parametrize("file", ["model/tiny-fp16/1/tokenizer.json", "bundle.conf", "SHA256SUMS"])
+def test_a_damaged_bundle_is_not_installed(file: str, bundled: Path, tmp_path: Path) -> None:
+    """Nor is anything of it read before, such as what the shell cannot."""
+    with (bundled / file).open("a") as stream:
+        stream.write("'")
     done = install(bundled, tmp_path / "prefix")
     assert done.returncode == 1
-    assert "this bundle is damaged" in done.stderr
+    assert done.stderr.splitlines() == [f"error: this bundle is damaged: {file}", "hint: copy it here again"]
     assert not (tmp_path / "prefix").exists()
 
 
