@@ -76,6 +76,17 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key(
     assert hinted in refused.value.hint
 
 
+def test_a_key_can_be_changed_for_once(tmp_path: Path) -> None:
+    file = recipe_of(tmp_path, 'name = "a"\nbase = "owner/model"\n[gate.int4]\nperplexity_ratio = 1.1\n')
+    changes = ["gate.int4.perplexity_ratio=1.2", "quantize.int8.block_size=64", 'adapters=["/x"]', "base=owner/other"]
+    recipe = load_recipe(file, changes)
+    assert (recipe.gate["int4"].perplexity_ratio, recipe.options("int8").block_size) == (1.2, 64)
+    assert ([adapter.path for adapter in recipe.adapters], recipe.base) == (["/x"], "owner/other")
+    for change, words in (("base", "cannot set 'base'"), ("name.of.it=1", "name is no table"), ("nam=1", "key 'nam'")):
+        with pytest.raises(UsageError, match=words):
+            load_recipe(file, [change])
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no recipe at .*nowhere\.toml"):
         load_recipe(tmp_path / "nowhere.toml")

@@ -16,9 +16,10 @@ from stillhouse.build.recipe import load_recipe
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune import importance
 from stillhouse.tune.encoding import Example
-from stillhouse.tune.evaluation import load_evaluation
+from stillhouse.tune.evaluation_recipe import load_evaluation
 from stillhouse.tune.measure import Losses, Measured
-from stillhouse.tune.prune import prune, prune_options, verdict_of
+from stillhouse.tune.prune import prune, verdict_of
+from stillhouse.tune.prune_options import prune_options
 from stillhouse.tune.settings import TuneRecipe, load_tune_recipe
 from stillhouse.tune.surgery import Cut, Kept, choose_heads, cut_out, nearest_cut
 from stillhouse.tune.training_run import Diverged

@@ -10,7 +10,8 @@ import pytest
 
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune import replacing
-from stillhouse.tune.prune import prune, prune_options
+from stillhouse.tune.prune import prune
+from stillhouse.tune.prune_options import prune_options
 from stillhouse.tune.settings import load_tune_recipe
 
 

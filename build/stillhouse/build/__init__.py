@@ -1,6 +1,6 @@
 """From a checkpoint and its adapters to proven versions in a Triton repository.
 
-recipe.py checkpoint.py adapter.py     what is asked for, read and refused by name
+recipe.py checkpoint.py adapter.py     what is asked for, read and refused by name (tables.py, of every room)
 hub.py texts.py tasks.py starter.py    where it comes from; held-out text, tasks; a recipe to start from
 merge.py export.py quantize.py         the stages that make weights; each runs in a process of its own (worker.py)
 proof.py vocabulary.py                 what a merge did, in figures; new tokens and tied embeddings

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from stillhouse.build.tables import read_tables, validated
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.manifest import GateRecord, Precision, Target
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 OTHER_ROOMS = ("data", "tune", "prune", "pipeline")  # tables that other commands read of the same file
+_NOUNS = {"precisions": "precision", "quantize": "precision", "gate": "precision", "target": "target"}
+Figure = Literal[
+    "records_perplexity", "exact_match_accuracy", "multiple_choice_accuracy", "tasks_accuracy", "general_perplexity",
+    "general_tasks_accuracy", "text_perplexity",
+]  # fmt: skip
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 # Above these ratios of perplexity, or below TASK_ACCURACY of the original's, a version is not worth its bytes.
 TASK_ACCURACY = 0.9
+EVALUATION_FILES = ("text", "tasks", "records", "general", "general_tasks")
 DEFAULT_GATES: dict[str, GateRecord] = {
     "fp32": GateRecord(perplexity_ratio=1.0001),
     "fp16": GateRecord(perplexity_ratio=1.005),
@@ -67,7 +68,8 @@ class EvaluateOptions(_Table):
 
     `tasks` is a JSONL file of questions with known answers (tasks.py), whose accuracy is measured and gated too.
     The rest is for `stillhouse evaluate` alone: `records` with answers that nobody trained on, and for forgetting
-    `general` records and `general_tasks`, which have nothing to do with the fine-tune.
+    `general` records and `general_tasks`, which have nothing to do with the fine-tune. `better` and `not_worse` name
+    figures in which the fine-tune must beat the base, or must not be beaten by it, by more than chance.
     """
 
     text: str | None = None
@@ -75,6 +77,8 @@ class EvaluateOptions(_Table):
     records: str | None = None
     general: str | None = None
     general_tasks: str | None = None
+    better: list[Figure] = Field(default_factory=list)
+    not_worse: list[Figure] = Field(default_factory=list)
 
 
 class Gate(_Table):
@@ -134,29 +138,14 @@ class Recipe(_Table):
         return DEFAULT_GATES[precision].model_copy(update=tasks | asked)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """The recipe at `path`; its relative paths are made absolute against the recipe's folder.
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path`, with `changes` made (tables.py) and its relative paths made absolute against its folder.
 
     Raises UsageError that names the key and the known ones, or the file that is not there.
     """
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UsageError(
-            f"no recipe at {path}", hint="name a recipe.toml; examples/support/recipe.toml is one"
-        ) from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder, not a recipe", hint=f"name the file, e.g. {path}/recipe.toml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}", hint="a recipe is a TOML file in UTF-8") from None
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}", hint='strings need quotes: name = "support"') from None
-    try:
-        recipe = Recipe.model_validate({key: table for key, table in tables.items() if key not in OTHER_ROOMS})
-    except ValidationError as error:
-        raise _named(path, error) from None
+    tables = read_tables(path, changes)
+    own = {key: table for key, table in tables.items() if key not in OTHER_ROOMS}
+    recipe = validated(path, Recipe, own, nouns=_NOUNS)
     if recipe.evaluate.tasks is None and any(gate.task_accuracy is not None for gate in recipe.gate.values()):
         raise UsageError(
             f"{path}: gate: task_accuracy, but there are no tasks", hint='name some: [evaluate] tasks = "….jsonl"'
@@ -196,8 +185,7 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
             "adapters": adapters,
             "evaluate": evaluate.model_copy(
                 update={
-                    key: _resolved_file(f"evaluate.{key}", getattr(evaluate, key), folder)
-                    for key in EvaluateOptions.model_fields
+                    key: _resolved_file(f"evaluate.{key}", getattr(evaluate, key), folder) for key in EVALUATION_FILES
                 }
             ),
         }
@@ -216,32 +204,3 @@ def _resolved_file(key: str, name: str | None, folder: Path) -> str | None:
 def _named_twice(names: Sequence[str]) -> str | None:
     """The first name that is there a second time."""
     return next((name for place, name in enumerate(names) if name in names[:place]), None)
-
-
-def _named(path: Path, error: ValidationError) -> UsageError:
-    """One line for the first fault: the key as it is written in the recipe, and what is known there."""
-    first = error.errors()[0]
-    where = [part for part in first["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in where)
-    known = _known_keys(where)
-    if first["type"] == "extra_forbidden":
-        return UsageError(f"{path}: unknown key '{key}'", hint=f"known here: {', '.join(known)}")
-    if first["type"] == "missing":
-        return UsageError(f"{path}: '{key}' is missing", hint='a recipe needs at least name = "…" and base = "…"')
-    if first["type"] == "literal_error":
-        expected = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
-        noun = {"precisions": "precision", "quantize": "precision", "gate": "precision"}.get(str(where[0]), key)
-        return UsageError(f"{path}: {key}: unknown {noun} {first['input']!r}", hint=f"known: {expected}")
-    message = first["msg"].removeprefix("Value error, ")
-    return UsageError(f"{path}: {key}: {message}", hint=f"known here: {', '.join(known)}")
-
-
-def _known_keys(where: list[int | str]) -> list[str]:
-    tables: dict[str, type[BaseModel]] = {
-        "adapters": AdapterRef,
-        "quantize": QuantizeOptions,
-        "evaluate": EvaluateOptions,
-        "gate": Gate,
-    }
-    table = tables.get(str(where[0]), Recipe) if len(where) > 1 else Recipe
-    return list(table.model_fields)

@@ -41,6 +41,11 @@ target = "cpu"
 # text = "held-out.txt"             # never a text that was trained or calibrated on
 # tasks = "tasks.jsonl"             # a task a line: {{"prompt": "…", "choices": ["…", "…"], "answer": 0}},
 #                                   # or {{"prompt": "…", "answer": "…"}} for an exact match
+# records = "held-out.jsonl"        # the rest is for `stillhouse evaluate`: answers that nobody trained on,
+# general = "general.jsonl"         # and what has nothing to do with the fine-tune: was it forgotten?
+# general_tasks = "tasks.jsonl"
+# better = ["records_perplexity"]   # the fine-tune must beat the base in these by more than chance,
+# not_worse = ["general_tasks_accuracy"]  # and not lose to it in those
 
 # What a version must hold to be published.
 # [gate.int4]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stillhouse.engine.durable import write_text
 from stillhouse.tune import replacing, watch
+from stillhouse.tune.settings import PLACES
 
 if TYPE_CHECKING:
     from stillhouse.tune.finetune import Prepared
@@ -55,7 +56,7 @@ def compose(prepared: Prepared, made: Made) -> dict[str, Any]:
         "inputs": prepared.inputs,
         "base": {"id": checkpoint.id, "sha256": checkpoint.sha256},
         "data": prepared.data,
-        "settings": options.model_dump(exclude={"data", "train", "validation", "test", "output", "start_from"}),
+        "settings": options.model_dump(exclude=PLACES),
         "start_from": Path(options.start_from).name if options.start_from else None,
         "machine": {
             "device": "cuda" if prepared.machine.cuda else "cpu",

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from stillhouse.build.recipe import HUB_ID, NAME, resolve_source
-from stillhouse.engine.errors import UsageError
-from stillhouse.tune.tables import read_tables
+from stillhouse.build.tables import read_tables, validated
+from stillhouse.engine.errors import UsageError, shown
 
 Share = float
 FORMATS = ("jsonl", "json", "csv", "parquet", "dataset")
 FIELDS = ("instruction", "input", "output", "messages", "label", "group")
+_SHARED = ("name", "base", "revision")
 PERSONAL = ("email", "phone", "card", "id")
 
 
@@ -214,8 +215,22 @@ class DataRecipe(_Table):
 
 
 def load_data_recipe(path: Path) -> DataRecipe:
-    """The recipe at `path`, its relative paths made absolute. Raises UsageError that names the key that is wrong."""
-    recipe = read_tables(path, DataRecipe)
+    """The recipe at `path`, its relative paths made absolute. Raises UsageError that names the key that is wrong.
+
+    A recipe.toml of the other rooms holds it as a table [data], whose name and base are those above it, or names its
+    file: data = "data.toml".
+    """
+    tables = read_tables(path)
+    within: tuple[str, ...] = ()
+    if isinstance(named := tables.get("data"), str):
+        path = path.resolve().parent / Path(named).expanduser()
+        tables = read_tables(path)
+    elif isinstance(named, dict):
+        tables, within = {key: tables[key] for key in _SHARED if key in tables} | named, ("data",)
+    elif named is not None:
+        hint = 'data = "data.toml", or a table [data]'
+        raise UsageError(f"{path}: data: a recipe's file or a recipe, got {shown(named)}", hint=hint)
+    recipe = validated(path, DataRecipe, tables, within=within)
     folder = path.resolve().parent
     update: dict[str, Any] = {
         "sources": [source.model_copy(update={"path": _resolved(source, folder)}) for source in recipe.sources],

@@ -17,7 +17,7 @@ from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.answers import Reply, judge_tasks, tasks_record
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.merge import merge
-from stillhouse.build.recipe import Recipe, load_recipe
+from stillhouse.build.recipe import Recipe
 from stillhouse.build.tasks import read_tasks
 from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
 from stillhouse.build.tokenizer_files import write_tokenizer
@@ -26,6 +26,7 @@ from stillhouse.engine.directory import VersionDirectory, open_version
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.policy import live_versions
 from stillhouse.tune import stats
+from stillhouse.tune.evaluation_recipe import refuse_unmeasured
 from stillhouse.tune.measure import (
     Losses,
     Measured,
@@ -35,8 +36,7 @@ from stillhouse.tune.measure import (
     measure,
     version_subject,
 )
-from stillhouse.tune.settings import load_tune_recipe, read_tables
-from stillhouse.tune.splits import find_split, read_split
+from stillhouse.tune.splits import read_split
 
 log = logging.getLogger(__name__)
 
@@ -53,24 +53,13 @@ class Evaluation:
     labels: dict[str, str]  # what was asked: files' names by kind
 
 
-def load_evaluation(path: Path) -> Recipe:
-    """The recipe at `path`; held-out records that it does not name are [tune]'s test split, else its validation."""
-    recipe = load_recipe(path)
-    if recipe.evaluate.records is not None or "tune" not in read_tables(path):
-        return recipe
-    options = load_tune_recipe(path).tune
-    named = [getattr(options, split) for split in ("test", "validation")]
-    if options.data is not None:
-        named = [find_split(Path(options.data), split) for split in ("test", "validation")]
-    records = next((str(file) for file in named if file is not None), None)
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"records": records})})
-
-
-def evaluate(recipe: Recipe, repository: Path, on_model: Callable[[str], None] = lambda _: None) -> Evaluation:
+def evaluate(recipe: Recipe, repository: Path | None, on_model: Callable[[str], None] = lambda _: None) -> Evaluation:
     """Measures the base, the merge where there are adapters, and the live version of every precision in `repository`.
 
-    Raises UsageError where the recipe has nothing to measure by; StillhouseError for unsound inputs.
+    Without a repository, no versions. Raises UsageError where the recipe has nothing to measure or to gate by;
+    StillhouseError for unsound inputs.
     """
+    refuse_unmeasured(recipe)
     checkpoint = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="stillhouse-evaluate-") as scratch:
         texts = Path(scratch) / "base"
@@ -82,7 +71,7 @@ def evaluate(recipe: Recipe, repository: Path, on_model: Callable[[str], None] =
             on_model("merge")
             tuned = merged(recipe, checkpoint, Path(scratch))
             subjects.append(checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)))
-        subjects += versions_of(recipe, checkpoint, repository)
+        subjects += versions_of(recipe, checkpoint, repository) if repository is not None else []
         measured: dict[str, Measured] = {}
         for subject in subjects:
             on_model(subject.name)

@@ -31,7 +31,7 @@ from stillhouse.tune import card as cards
 from stillhouse.tune import replacing
 from stillhouse.tune.encoding import Encoder, Example, fitting, pack
 from stillhouse.tune.machine import Machine, machine_for
-from stillhouse.tune.settings import ALL_LINEAR, TuneOptions, TuneRecipe
+from stillhouse.tune.settings import ALL_LINEAR, PLACES, TuneOptions, TuneRecipe
 from stillhouse.tune.splits import Split, find_split, read_split
 
 log = logging.getLogger(__name__)
@@ -208,13 +208,12 @@ def _hold_against_data(options: TuneOptions, machine: Machine, sequences: dict[s
 
 def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, splits: dict[str, Split]) -> str:
     """The sha256 over all that decides the result: base, data, earlier adapter, settings, the machine's arithmetic."""
-    paths = {"data", "train", "validation", "test", "output", "start_from"}
     earlier = recipe.tune.start_from
     said = {
         "base": checkpoint.sha256,
         "data": {name: split.sha256 for name, split in splits.items()},
         "start_from": open_adapter(AdapterRef(path=earlier), checkpoint).sha256 if earlier else None,
-        "settings": recipe.tune.model_dump(exclude=paths),
+        "settings": recipe.tune.model_dump(exclude=PLACES),
         "machine": {"cuda": machine.cuda, "precision": machine.precision, "processes": machine.processes},
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -23,9 +23,9 @@ from stillhouse.build.progress import Reporter
 from stillhouse.engine.directory import locked, sha256_of, version_numbers
 from stillhouse.engine.durable import sync_directory
 from stillhouse.engine.errors import StillhouseError
+from stillhouse.tune.data_inputs import inputs_of, portable, sources_of
 from stillhouse.tune.data_recipe import DataRecipe
 from stillhouse.tune.intake import Read
-from stillhouse.tune.readers import files_of, form_of, label_of
 from stillhouse.tune.screening import screen
 from stillhouse.tune.steps import Steps
 from stillhouse.tune.writing import write_cards, write_dataset
@@ -52,8 +52,8 @@ def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool
     new version, and rejects.jsonl and removed.jsonl beside the versions say what was rejected and dropped until then.
     """
     parent = output / recipe.name
-    sources = _sources(recipe)
-    inputs = key_of({"recipe": _portable(recipe), "sources": sources, "read": _other_inputs(recipe)})
+    sources = sources_of(recipe)
+    inputs = key_of(inputs_of(recipe, sources))
     with _sentences(parent):
         parent.mkdir(parents=True, exist_ok=True)
         clear_unheld(parent, TEMPORARY)
@@ -73,7 +73,7 @@ def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool
                 "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "inputs_sha256": inputs,
                 "seed": recipe.seed,
-                "recipe": _portable(recipe),
+                "recipe": portable(recipe),
                 "sources": [source | _counts(source["path"], screened.read) for source in sources],
                 **figures,
             }
@@ -103,43 +103,6 @@ def _publish(folder: Path, parent: Path, card: dict[str, Any], pictures: list[st
     for name in _KEPT_OF_A_FAILURE:  # an earlier run's, which is mended now
         (parent / name).unlink(missing_ok=True)
     return Prepared(path, True, card)
-
-
-def _sources(recipe: DataRecipe) -> list[dict[str, Any]]:
-    """Every file that is read, named as seen from the recipe, its size and hash; a dataset on the hub by its id."""
-    found: list[dict[str, Any]] = []
-    for source in recipe.sources:
-        files = files_of(source)
-        if form_of(source) == "dataset":
-            digest = key_of({str(file.relative_to(source.path)): sha256_of(file) for file in files}) if files else None
-            size = sum(file.stat().st_size for file in files) if files else None
-            found.append({"path": label_of(source.path, recipe.folder), "bytes": size, "sha256": digest})
-            continue
-        for file in files:
-            label = label_of(str(file), recipe.folder)
-            found.append({"path": label, "bytes": file.stat().st_size, "sha256": sha256_of(file)})
-    return found
-
-
-def _portable(recipe: DataRecipe) -> dict[str, Any]:
-    """The recipe with paths as seen from its folder: the same wherever it lies."""
-    plain = recipe.model_dump(mode="json")
-    for source in plain["sources"]:
-        source["path"] = label_of(source["path"], recipe.folder)
-    against = plain["contamination"]["against"]
-    plain["contamination"]["against"] = [label_of(file, recipe.folder) for file in against]
-    for table, key in ((plain, "base"), (plain["perplexity"] or {}, "model")):
-        if table.get(key):
-            table[key] = label_of(table[key], recipe.folder)
-    return plain
-
-
-def _other_inputs(recipe: DataRecipe) -> list[str]:
-    """Hashes of what is read beside the sources: evaluation files, and the scoring model's weights."""
-    files = [Path(file) for file in recipe.contamination.against]
-    if recipe.scoring_model:
-        files += sorted(Path(recipe.scoring_model).glob("*.safetensors"))
-    return [sha256_of(file) for file in files if file.is_file()]
 
 
 def _counts(label: str, read: Read) -> dict[str, int]:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import AdapterRef, Recipe
 from stillhouse.build.tokenizer_files import write_tokenizer
@@ -26,6 +24,7 @@ from stillhouse.tune.encoding import Example
 from stillhouse.tune.evaluation import Evaluation, figures, merged, questions_of
 from stillhouse.tune.finetune import prepare, tune
 from stillhouse.tune.measure import Measured, checkpoint_subject, measure
+from stillhouse.tune.prune_options import REPORT, PruneOptions
 from stillhouse.tune.settings import TuneRecipe
 from stillhouse.tune.torch_runner import load
 from stillhouse.tune.training_run import Diverged
@@ -33,35 +32,7 @@ from stillhouse.tune.training_run import Diverged
 log = logging.getLogger(__name__)
 
 WHOLE, PRUNED, HEALED = "whole", "pruned", "healed"
-REPORT = "prune.json"
 _WORTH = 1.05  # a model that is not this much faster, or as much smaller, has gained nothing
-
-
-class PruneOptions(BaseModel):
-    """[prune]: the share of attention heads and the number of layers that go; healing is [tune] on what is left."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    heads: float = Field(default=0.2, ge=0, lt=1)
-    layers: int = Field(default=0, ge=0)
-    examples: int = Field(default=128, ge=1)
-    heal_epochs: int = Field(default=1, ge=0)
-    output: str = "pruned"
-
-
-def prune_options(table: dict[str, Any], path: Path) -> PruneOptions:
-    """The options in the table [prune] of the recipe at `path`. Raises UsageError that names the key."""
-    try:
-        options = PruneOptions.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["prune", *map(str, first["loc"])])
-        hint = f"known here: {', '.join(PruneOptions.model_fields)}"
-        raise UsageError(f"{path}: {key}: {first['msg']}, got {first['input']!r}", hint=hint) from None
-    if not options.heads and not options.layers:
-        raise UsageError(f"{path}: prune: heads = 0 and layers = 0: nothing would go")
-    output = (path.resolve().parent / Path(options.output).expanduser()).resolve()
-    return options.model_copy(update={"output": str(output)})
 
 
 def prune(

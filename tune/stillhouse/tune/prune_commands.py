@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from stillhouse.build.commands import Changes
+
 log = logging.getLogger(__name__)
 
 
 def prune(
     recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with tables [tune] and perhaps [prune].")],
     force: Annotated[bool, typer.Option(help="Replace the output that is there.")] = False,
+    changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Take out the attention heads and layers that matter least, heal by LoRA, and say what it was worth.
@@ -24,15 +27,17 @@ def prune(
     from stillhouse.tune.quiet import hush
 
     hush()
-    from stillhouse.tune.evaluation import load_evaluation
+    from stillhouse.build.tables import read_tables
+    from stillhouse.tune.evaluation_recipe import load_evaluation
     from stillhouse.tune.prune import prune as run
-    from stillhouse.tune.prune import prune_options
-    from stillhouse.tune.settings import load_tune_recipe, read_tables
+    from stillhouse.tune.prune_options import prune_options
+    from stillhouse.tune.settings import load_tune_recipe
 
-    options = prune_options(read_tables(recipe).get("prune", {}), recipe)
+    changed = changes or ()
+    options = prune_options(read_tables(recipe, changed).get("prune", {}), recipe)
     output, report = run(
-        load_evaluation(recipe),
-        load_tune_recipe(recipe),
+        load_evaluation(recipe, changed),
+        load_tune_recipe(recipe, changed),
         options,
         force=force,
         on_stage=lambda name: log.info("pruning: %s", name),

@@ -5,23 +5,20 @@ One recipe.toml may serve every room: name, base and revision are the build's; t
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stillhouse.build.recipe import resolve_source
+from stillhouse.build.tables import read_tables, validated
 from stillhouse.engine.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 ALL_LINEAR = "all-linear"
 # What an earlier adapter fixes, so that a run that goes on from it cannot choose.
 _OF_THE_ADAPTER = ("r", "alpha", "dropout", "targets", "rslora", "dora")
+PLACES = {"data", "train", "validation", "test", "output", "start_from"}  # settings that are paths
 _SPLITS = ("train", "validation", "test")
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -116,27 +113,12 @@ class TuneRecipe(BaseModel):
     tune: TuneOptions
 
 
-def load_tune_recipe(path: Path) -> TuneRecipe:
-    """The recipe at `path`, its relative paths made absolute against its folder.
+def load_tune_recipe(path: Path, changes: Sequence[str] = ()) -> TuneRecipe:
+    """The recipe at `path` with `changes` made (build/tables.py), its relative paths made absolute by its folder.
 
     Raises UsageError that names the key, or the file that is not there.
     """
-    try:
-        recipe = TuneRecipe.model_validate(read_tables(path))
-    except ValidationError as error:
-        raise _named(path, error) from None
-    return _resolved(recipe, path.resolve().parent)
-
-
-def read_tables(path: Path) -> dict[str, Any]:
-    """The tables of the TOML file at `path`. Raises UsageError where it is none."""
-    try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}", hint="a recipe is a TOML file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}", hint='strings need quotes: base = "…"') from None
-    return tables
+    return _resolved(validated(path, TuneRecipe, read_tables(path, changes)), path.resolve().parent)
 
 
 def _resolved(recipe: TuneRecipe, folder: Path) -> TuneRecipe:
@@ -157,20 +139,3 @@ def _existing(key: str, folder: Path, named: str, *, folder_wanted: bool) -> str
         kind = "folder" if folder_wanted else "file"
         raise UsageError(f"{key}: no such {kind}: {path}", hint="paths in a recipe are relative to the recipe")
     return str(path)
-
-
-def _named(path: Path, error: ValidationError) -> UsageError:
-    """One line for the first fault: the key as it is written in the recipe, and what is known there."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    # Of a choice of types, pydantic names the one that it tried: targets.list[str], targets.literal['all-linear'].
-    key = ".".join(where[:2])
-    known = TuneOptions.model_fields if where[:1] == ["tune"] and len(where) > 1 else TuneRecipe.model_fields
-    hint = f"known here: {', '.join(known)}"
-    if first["type"] == "extra_forbidden":
-        return UsageError(f"{path}: unknown key '{key}'", hint=hint)
-    if first["type"] == "missing":
-        return UsageError(f"{path}: '{key}' is missing", hint='a fine-tune needs base = "…" and a table [tune]')
-    message = first["msg"].removeprefix("Value error, ")
-    message = message if len(where) < 2 or first["type"] == "value_error" else f"{message}, got {first['input']!r}"
-    return UsageError(f"{path}: {key}: {message}", hint=hint)

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from stillhouse.build.commands import Changes
+
 
 def tune(
     recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table [tune].")],
     force: Annotated[bool, typer.Option(help="Train again, and replace the adapter that is there.")] = False,
+    changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter on a dataset; after a kill, the same command goes on where it was.
@@ -24,7 +27,7 @@ def tune(
     from stillhouse.tune.finetune import tune as run
     from stillhouse.tune.settings import load_tune_recipe
 
-    done = run(load_tune_recipe(recipe), force=force)
+    done = run(load_tune_recipe(recipe, changes or ()), force=force)
     if done is None:  # one of several processes, not the first
         return
     output, card, made = done
@@ -34,12 +37,13 @@ def tune(
     if not made:
         print(f"{output}: made from the same inputs; nothing to do (--force trains again)")
         return
-    for line in _summary(card):
+    for line in summary(card):
         print(line)
     print(f"adapter, card and curves: {output}")
 
 
-def _summary(card: dict[str, Any]) -> list[str]:
+def summary(card: dict[str, Any]) -> list[str]:
+    """What a run came to, a line each."""
     from stillhouse.tune.card import target_lines
 
     lines = [f"{card['steps']} steps; the best was {card['best_step']}"]
