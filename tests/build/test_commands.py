@@ -99,16 +99,19 @@ def test_remove_takes_a_version_whole_but_never_the_live_one(repository: Path, c
 
 
 @pytest.mark.usefixtures("kept_cache")
-def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Path, cli: Cli) -> None:
+def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Path, cli: Cli, tmp_path: Path) -> None:
     weights = repository / "tiny-fp16" / "1" / "model.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")  # so that something is to be built
-    done = cli("build", tiny_recipe, "--repository", repository)
+    done = cli("build", tiny_recipe, "--repository", repository, "--output", tmp_path / "saved")
     assert done.returncode == 0, done.stderr
     assert "[1/8] merge: reused" in done.stderr
     for word in ("tiny-fp16", "tiny-int8", "there already", "published", "greedy"):
         assert word in done.stdout
     log = Path(done.stdout.rpartition("log, figures and picture: ")[2].strip())
     assert (log / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "saved" / "quality.png").read_bytes() == (log / "quality.png").read_bytes()
+    saved = json.loads((tmp_path / "saved" / "build.json").read_text())["results"]
+    assert [(result["model"], result["version"]) for result in saved] == [("tiny-fp16", 2), ("tiny-int8", 1)]
     picture = (log / "quality.svg").read_text()
     for label in ("fp16 v2", "fp16 v1", "int8 v1", "perplexity ratio to the FP32 merge"):
         assert f"<!-- {label} -->" in picture

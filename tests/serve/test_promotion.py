@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from stillhouse.engine.errors import UsageError, VersionError
 from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
 from stillhouse.serve import promotion
-from stillhouse.serve.promotion import promote, rollback
+from stillhouse.serve.promotion import built_version, promote, rollback
 
 NOBODY = "grpc://127.0.0.1:9"
 
@@ -40,6 +41,22 @@ def test_the_version_that_was_kept_goes_when_the_live_one_is_promoted_again(repo
     assert promote(repository, "tiny-int4", 2, NOBODY, keep_previous=True).live == [1, 2]
     assert promote(repository, "tiny-int4", 2, NOBODY).live == [2]
     assert previous_version(repository / "tiny-int4") == 1
+
+
+def test_what_a_build_made_is_promoted_and_may_be_live_already(repository: Path, tmp_path: Path) -> None:
+    def built(model: str, version: int | None) -> int:
+        (tmp_path / "build.json").write_text(json.dumps({"results": [{"model": model, "version": version}]}))
+        return built_version(tmp_path, "tiny-int4")
+
+    for version in (2, 2):
+        done = promote(repository, "tiny-int4", built("tiny-int4", version), NOBODY, may_be_live=True)
+        assert (done.version, live_versions(repository / "tiny-int4")) == (2, [2])
+    for model, number, words in (("tiny-int8", 1, "names no version of tiny-int4"), ("tiny-int4", None, "names no")):
+        with pytest.raises(UsageError, match=words):
+            built(model, number)
+    (tmp_path / "build.json").write_text("{}")
+    with pytest.raises(UsageError, match="says of no build"):
+        built_version(tmp_path, "tiny-int4")
 
 
 @pytest.mark.parametrize(

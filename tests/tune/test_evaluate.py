@@ -13,11 +13,13 @@ import pytest
 
 from stillhouse.build import texts
 from stillhouse.build.checkpoint import open_checkpoint
-from stillhouse.build.recipe import load_recipe
+from stillhouse.build.recipe import EvaluateOptions, load_recipe
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune import stats
-from stillhouse.tune.evaluate_commands import change_lines
-from stillhouse.tune.evaluation import evaluate, figures, load_evaluation, versions_of
+from stillhouse.tune.evaluate_commands import NAMES, change_lines
+from stillhouse.tune.evaluation import evaluate, figures, versions_of
+from stillhouse.tune.evaluation_picture import PICTURE, draw_changes
+from stillhouse.tune.evaluation_recipe import failures, load_evaluation
 from stillhouse.tune.torch_runner import TorchRunner, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,6 +197,38 @@ def test_each_change_is_said_in_a_line_with_its_verdict(evaluated: list[dict[str
     assert any("held-out answers" in line and line.endswith("more than chance") for line in lines)
     assert any("McNemar p =" in line for line in lines)
     assert any("general text" in line and line.endswith("too few to tell") for line in lines)  # two windows
+
+
+def test_what_changed_is_a_picture(evaluated: list[dict[str, Any]], tmp_path: Path) -> None:
+    draw_changes(evaluated, NAMES, tmp_path)
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
+    draw_changes(evaluated[:1], NAMES, tmp_path / "nowhere")  # of a base alone there is none
+
+
+@pytest.mark.parametrize(
+    ("better", "not_worse", "fails"),
+    [
+        (["records_perplexity"], [], []),
+        (["general_perplexity"], ["records_perplexity"], ["general_perplexity_ratio"]),  # there it may be chance
+        (["tasks_accuracy"], [], ["exact_match_accuracy"]),  # which are all the tasks there are; it got worse
+        (
+            ["text_perplexity"],
+            ["text_perplexity"],
+            ["text_perplexity_ratio"],
+        ),  # too few to tell is no gain, and no loss
+        ([], ["tasks_accuracy", "general_perplexity"], ["exact_match_accuracy"]),
+    ],
+)
+def test_a_gate_holds_what_is_better_or_not_worse_by_more_than_chance(
+    better: list[Any], not_worse: list[Any], fails: list[str]
+) -> None:
+    changes = {
+        "records_perplexity_ratio": {"value": 0.8, "more_than_chance": True},
+        "general_perplexity_ratio": {"value": 0.9, "more_than_chance": False},
+        "exact_match_accuracy": {"value": -0.2, "more_than_chance": True},
+        "text_perplexity_ratio": {"value": 0.7, "more_than_chance": None},
+    }
+    assert failures(changes, EvaluateOptions(better=better, not_worse=not_worse)) == fails
 
 
 def test_a_recipe_without_questions_is_refused_and_one_without_adapters_has_no_after(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from stillhouse.build.results import BuildResult
 
 Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 
@@ -27,6 +30,10 @@ def build(
         bool, typer.Option("--keep-live", help="Leave the live version as it is; publish beside it.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, do nothing.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for build.json and its picture, as well.", show_default="none")
+    ] = None,
+    changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge, export, quantize, prove and publish what a recipe names.
@@ -37,13 +44,13 @@ def build(
     from stillhouse.build import plan as planning
     from stillhouse.build.recipe import load_recipe
 
-    asked = load_recipe(recipe)
+    asked = load_recipe(recipe, changes or ())
     if dry_run:
         _say_plan(planning.dry_run(planning.plan(asked, repository, force=force)), as_json)
         return
     from stillhouse.build.picture import draw_build
     from stillhouse.build.progress import reporter_for_terminal
-    from stillhouse.build.report import build_json, build_table, print_table
+    from stillhouse.build.report import build_json, build_table, print_table, save_build
 
     finished: list[BuildResult] = []
     try:
@@ -58,6 +65,8 @@ def build(
         raise
     if done.log is not None:
         draw_build(done, repository, asked.name)
+    if output is not None:
+        save_build(done, output)
     if as_json:
         print(json.dumps(build_json(done), indent=2))
     else:

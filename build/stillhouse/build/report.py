@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stillhouse.build.results import Build, BuildResult, result_json
+from stillhouse.engine.durable import write_text
 from stillhouse.engine.manifest import GateRecord, Manifest
 
 
@@ -52,6 +55,14 @@ def build_json(build: Build) -> dict[str, Any]:
         "stages": [asdict(stage) for stage in build.stages],
         "log": str(build.log) if build.log else None,
     }
+
+
+def save_build(build: Build, folder: Path) -> None:
+    """Writes build.json into `folder`, and the build's picture beside it where it drew one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "build.json", json.dumps(build_json(build), indent=2) + "\n")
+    if build.log is not None and (picture := build.log / "quality.png").is_file():
+        shutil.copyfile(picture, folder / picture.name)
 
 
 def versions_table(rows: list[dict[str, Any]], *, verified: bool) -> Table:

@@ -103,7 +103,13 @@ def serve(
 
 def promote(
     name: _NAME,
-    version: Annotated[int, typer.Argument(min=1, help="The version that is to answer.")],
+    version: Annotated[
+        int | None, typer.Argument(min=1, help="The version that is to answer.", show_default=False)
+    ] = None,
+    built: Annotated[
+        Path | None,
+        typer.Option(help="The version that the build with this --output made, in place of VERSION; it may be live."),
+    ] = None,
     keep_previous: Annotated[bool, typer.Option("--keep-previous", help="Keep the version before loaded.")] = False,
     repository: _REPOSITORY = Path("model_repository"),
     url: _SERVER = _DEFAULT_SERVER,
@@ -115,9 +121,17 @@ def promote(
 
     Example: stillhouse promote support-int4 2
     """
+    from stillhouse.engine.errors import UsageError
+    from stillhouse.serve.promotion import built_version
     from stillhouse.serve.promotion import promote as run
 
-    _tell(run(repository, name, version, url, keep_previous=keep_previous), url)
+    if built is not None:
+        if version is not None:
+            raise UsageError("VERSION and --built both say which version", hint="give one of them")
+        version = built_version(built, name)
+    if version is None:
+        raise UsageError("which version is to answer is missing", hint=f"stillhouse promote {name} VERSION")
+    _tell(run(repository, name, version, url, keep_previous=keep_previous, may_be_live=built is not None), url)
 
 
 def rollback(name: _NAME, repository: _REPOSITORY = Path("model_repository"), url: _SERVER = _DEFAULT_SERVER) -> None:
@@ -132,7 +146,9 @@ def rollback(name: _NAME, repository: _REPOSITORY = Path("model_repository"), ur
 
 def _tell(promoted: Promoted, url: str) -> None:
     line = f"{promoted.model}/{promoted.version} is live"
-    if promoted.previous is not None:
+    if promoted.previous == promoted.version:
+        line += " already"
+    elif promoted.previous is not None:
         line += f", before it was {promoted.previous}" + (", which stays loaded" if len(promoted.live) > 1 else "")
     typer.echo(line)
     if not promoted.served:

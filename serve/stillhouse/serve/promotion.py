@@ -9,6 +9,7 @@ it alone, or with the one before.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,12 @@ class Promoted:
     served: bool  # False: no server serves the model there, only the policy was set
 
 
-def promote(repository: Path, name: str, version: int, url: str, *, keep_previous: bool = False) -> Promoted:
+def promote(
+    repository: Path, name: str, version: int, url: str, *, keep_previous: bool = False, may_be_live: bool = False
+) -> Promoted:
     """Makes `version` the one that answers; the one before ends its streams and goes, or stays warm.
+
+    One that is live already is refused, or, where it `may_be_live`, left as it is.
 
     `url` is the server's gRPC address; where nobody serves the model there, only the policy is set. Raises UsageError
     for what cannot be asked for, VersionError for a version that is not whole, PromotionFailed where it does not come
@@ -41,6 +46,10 @@ def promote(repository: Path, name: str, version: int, url: str, *, keep_previou
     """
     directory = _directory_of(repository, name)
     with locked(directory), contextlib.closing(TritonControl(url)) as server:
+        if may_be_live:
+            served, policy = server.live_versions(name), _policy_of(directory)
+            if policy[-1:] == [version] and served in ([], policy):
+                return Promoted(name, version, version, policy, bool(served))
         return _move(directory, version, server, keep_previous=keep_previous)
 
 
@@ -104,6 +113,19 @@ def _put_back_on_failure(directory: Path, before: list[int], server: TritonContr
             raise
         hint = f"{directory.name}/{_numbers(before)} has served all the time; the server's log says more"
         raise PromotionFailed(f"{what} was not promoted: {error}", hint=hint) from error
+
+
+def built_version(folder: Path, name: str) -> int:
+    """The version of `name` that `stillhouse build --output FOLDER` made or found. Raises UsageError for none."""
+    file = folder / "build.json"
+    try:
+        results = json.loads(file.read_text("utf-8"))["results"]
+        versions = {result["model"]: result["version"] for result in results}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} says of no build: {error}", hint="'stillhouse build --output' writes it") from None
+    if versions.get(name) is None:
+        raise UsageError(f"{file} names no version of {name}", hint=f"it has: {', '.join(versions) or 'nothing'}")
+    return int(versions[name])
 
 
 def _directory_of(repository: Path, name: str) -> Path:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stillhouse.build.commands import Changes
+from stillhouse.engine.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.build.recipe import Recipe
+
 log = logging.getLogger(__name__)
 
-_NAMES = {
+NAMES = {
     "records_perplexity": "perplexity, held-out answers",
     "exact_match_accuracy": "exact match",
     "multiple_choice_accuracy": "multiple choice",
@@ -29,9 +35,18 @@ def evaluate(
     repository: Annotated[Path, typer.Option(help="The model repository whose versions are measured too.")] = Path(
         "model_repository"
     ),
+    no_versions: Annotated[
+        bool, typer.Option("--no-versions", help="Measure the base and the fine-tune alone, no built precision.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for evaluation.json and its picture.", show_default="none")
+    ] = None,
+    changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Measure base, fine-tune and every built precision, and say what of the difference is more than chance.
+
+    Where the recipe has a gate ([evaluate] better, not_worse) that the fine-tune does not hold, the exit code is 1.
 
     Example: stillhouse evaluate recipe.toml
     """
@@ -39,20 +54,47 @@ def evaluate(
 
     hush()
     from stillhouse.tune.evaluation import evaluate as run
-    from stillhouse.tune.evaluation import figures, load_evaluation
+    from stillhouse.tune.evaluation import figures
+    from stillhouse.tune.evaluation_recipe import load_evaluation
 
-    done = run(load_evaluation(recipe), repository, on_model=lambda name: log.info("measuring: %s", name))
+    asked = load_evaluation(recipe, changes or ())
+    measured = None if no_versions else repository
+    done = run(asked, measured, on_model=lambda name: log.info("measuring: %s", name))
     rows = figures(done)
+    found = json.dumps({"asked": done.labels, "models": rows}, indent=2)
+    if output is not None:
+        from stillhouse.tune.evaluation_picture import draw_changes
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "evaluation.json").write_text(found + "\n", "utf-8")
+        draw_changes(rows, NAMES, output)
     if as_json:
-        print(json.dumps({"asked": done.labels, "models": rows}, indent=2))
-        return
+        print(found)
+    else:
+        _show(rows, done.labels)
+    _hold_gate(asked, rows)
+
+
+def _show(rows: list[dict[str, Any]], labels: dict[str, str]) -> None:
     from stillhouse.build.report import print_table
 
     print_table(figures_table(rows))
-    print("figure [its 95 % interval]; what was asked: " + ", ".join(f"{k} {v}" for k, v in done.labels.items()))
+    print("figure [its 95 % interval]; what was asked: " + ", ".join(f"{k} {v}" for k, v in labels.items()))
     for row in rows[1:]:
         for line in change_lines(row):
             print(line)
+
+
+def _hold_gate(asked: Recipe, rows: list[dict[str, Any]]) -> None:
+    """Raises StillhouseError where the fine-tune does not hold against the base what the recipe asks for."""
+    from stillhouse.tune.evaluation_recipe import failures
+
+    change = next((row["change"] for row in rows if row["model"] == "tuned"), {})
+    if failed := failures(change, asked.evaluate):
+        raise StillhouseError(
+            f"the fine-tune does not hold its gate: {'; '.join(change_line(key, change[key]) for key in failed)}",
+            hint="more or cleaner data, other [tune] settings, or another [evaluate] better, not_worse",
+        )
 
 
 def figures_table(rows: list[dict[str, Any]]) -> Any:
@@ -60,15 +102,16 @@ def figures_table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table("", *(row["model"] for row in rows))
-    for key, name in _NAMES.items():
+    for key, name in NAMES.items():
         if key in rows[0]:
-            table.add_row(name, *(_cell(key, row[key]) for row in rows))
+            table.add_row(name, *(cell(key, row[key]) for row in rows))
     for column in table.columns[1:]:
         column.justify = "right"
     return table
 
 
-def _cell(key: str, found: dict[str, float]) -> str:
+def cell(key: str, found: dict[str, float]) -> str:
+    """A figure and its interval."""
     if key.endswith("_accuracy"):
         return f"{100 * found['value']:.1f}% [{100 * found['low']:.0f}–{100 * found['high']:.0f}]"
     from stillhouse.tune.stats import LEAST
@@ -83,16 +126,19 @@ def change_lines(row: dict[str, Any]) -> list[str]:
     """What changed against the model that this one is held against, a line a figure, with its verdict."""
     lines = [f"{row['model']} against {row['against']}:"]
     for key, found in row["change"].items():
-        name = _NAMES[key.removesuffix("_ratio")]
-        verdict = _VERDICTS[found["more_than_chance"]]
-        if key.endswith("_ratio"):
-            what = f"× {found['value']:.4f} [{found['low']:.4f}–{found['high']:.4f}]"
-        elif key.endswith("_accuracy"):
-            interval = f"[{100 * found['low']:+.1f} … {100 * found['high']:+.1f}]"
-            what = f"{100 * found['value']:+.1f} points {interval}, McNemar p = {found['mcnemar_p']:.3g}"
-        else:
-            what = f"{found['value']:+.1f} [{found['low']:+.1f} … {found['high']:+.1f}]"
-        lines.append(f"  {name}: {what}: {verdict}")
+        lines.append(f"  {change_line(key, found)}")
     if row["gate"]:
         lines.append(f"  below its gate: {row['gate']}")
     return lines
+
+
+def change_line(key: str, found: dict[str, Any]) -> str:
+    """What became of one figure, its interval, and whether that is more than chance."""
+    if key.endswith("_ratio"):
+        what = f"× {found['value']:.4f} [{found['low']:.4f}–{found['high']:.4f}]"
+    elif key.endswith("_accuracy"):
+        interval = f"[{100 * found['low']:+.1f} … {100 * found['high']:+.1f}]"
+        what = f"{100 * found['value']:+.1f} points {interval}, McNemar p = {found['mcnemar_p']:.3g}"
+    else:
+        what = f"{found['value']:+.1f} [{found['low']:+.1f} … {found['high']:+.1f}]"
+    return f"{NAMES[key.removesuffix('_ratio')]}: {what}: {_VERDICTS[found['more_than_chance']]}"
