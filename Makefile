@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # PyPI's PyTorch brings gigabytes of CUDA. Without a GPU: make demo TORCH_INDEX=<the CPU index named by pytorch.org>
 TORCH_INDEX ?=
-EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,dev,cpu
+EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
 # How long make soak lasts.

@@ -25,6 +25,7 @@ COMMANDS = {
     "tune": ("stillhouse.tune.tune_commands:tune", "Train a LoRA adapter on a dataset, watched and resumable."),
     "evaluate": ("stillhouse.tune.evaluate_commands:evaluate", "Measure base, fine-tune and versions, with intervals."),
     "prune": ("stillhouse.tune.prune_commands:prune", "Take out heads and layers that matter least, heal, report."),
+    "pipeline": ("stillhouse.tune.pipeline_commands:pipeline", "All of it from one recipe: data to a live version."),
     "build": ("stillhouse.build.commands:build", "Merge, export, quantize, prove and publish what a recipe names."),
     "versions": ("stillhouse.build.version_commands:versions", "List the versions of a model repository."),
     "inspect": ("stillhouse.build.version_commands:inspect", "Show what one version is and how it came to be."),

@@ -1,7 +1,7 @@
 """From raw records to an adapter that the build takes: data, fine-tuning, evaluation, pruning, one pipeline.
 
 `stillhouse data prepare`, in the order of its files:
-data_recipe.py tables.py                 what is asked for, read and refused by name
+data_recipe.py data_inputs.py            what is asked for, read and refused by name; its hashes
 readers.py hub_datasets.py records.py    raw records out of files; mapped, checked, read back
 intake.py personal.py store.py           into the store, masked; bad ones by file and line
 filters.py signatures.py duplicates.py   what is dropped: broken, foreign, there before
@@ -17,7 +17,17 @@ settings.py machine.py splits.py encoding.py       what is asked for, on what, f
 finetune.py training_run.py training.py            a run from recipe to result, its session, the Trainer
 observer.py watch.py checkpoints.py                what happens beside it, what its history says, what is kept
 card.py replacing.py                               the result, and how it takes an earlier one's place
+evaluation_recipe.py                               what is measured by, and the gate
 evaluation.py measure.py torch_runner.py stats.py  who is asked, what, by which runner, and what may be chance
-prune.py importance.py surgery.py costs.py         pruning whole, what matters, what goes, what that gains
+evaluation_picture.py                              what changed, with its intervals
+prune_options.py prune.py importance.py            what is to go, pruning whole, what matters
+surgery.py costs.py                                what goes, what that gains
 tune_commands.py evaluate_commands.py prune_commands.py quiet.py    the command line
+
+`stillhouse pipeline`, all of it from one recipe:
+stages.py                                          the table: command lines, what they read, what they leave
+pipeline.py stage_process.py stage_record.py       run where something changed, as child processes, and written down
+pipeline_report.py stage_figures.py                one HTML file with every figure and picture
+kubeflow.py                                        the same table, compiled for a cluster
+pipeline_commands.py                               the command line
 """
