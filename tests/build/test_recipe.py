@@ -119,7 +119,8 @@ def test_the_starter_is_a_recipe_and_names_every_key(tmp_path: Path) -> None:
     uncommented = re.sub(r"^# (\w+ = |\[)", r"\1", text, flags=re.MULTILINE).replace("adapters = []\n", "")
     (tmp_path / "new" / "prose.txt").write_text("other words")
     (tmp_path / "new" / "held-out.txt").write_text("words")
-    (tmp_path / "new" / "tasks.jsonl").write_text("{}")
+    for name in ("tasks", "held-out", "general"):
+        (tmp_path / "new" / f"{name}.jsonl").write_text("{}")
     whole = load_recipe(recipe_of(tmp_path / "new", uncommented))
     assert [(Path(adapter.path).name, adapter.weight) for adapter in whole.adapters] == [
         ("my-adapter", 1.0),

@@ -89,7 +89,7 @@ def _hold_gate(asked: Recipe, rows: list[dict[str, Any]]) -> None:
     """Raises StillhouseError where the fine-tune does not hold against the base what the recipe asks for."""
     from stillhouse.tune.evaluation_recipe import failures
 
-    change = next((row["change"] for row in rows if row["model"] == "tuned"), {})
+    change: dict[str, Any] = next((row["change"] for row in rows if row["model"] == "tuned"), {})
     if failed := failures(change, asked.evaluate):
         raise StillhouseError(
             f"the fine-tune does not hold its gate: {'; '.join(change_line(key, change[key]) for key in failed)}",

@@ -67,7 +67,9 @@ class Planned:
 
 def plan(stages: Sequence[Stage], places: Places) -> list[Planned]:
     """What a run would do now."""
-    record, results, planned = read_record(places.run), {}, list[Planned]()
+    record = read_record(places.run)
+    results: dict[str, str] = {}
+    planned: list[Planned] = []
     for stage in stages:
         waits = [name for name in stage.after if name not in results]
         if waits:

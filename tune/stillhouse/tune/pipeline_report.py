@@ -15,6 +15,7 @@ from stillhouse.tune.stage_record import Outcome, Record
 from stillhouse.tune.stages import Stage
 
 REPORT = "report.html"
+_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --paper: #fff; --line: #e5e7eb; --quiet: #6b7280 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --paper: #111827; --line: #374151; --quiet: #9ca3af } }
@@ -80,7 +81,8 @@ def _section(stage: Stage, outcome: Outcome, places: Places) -> str:
 
 def _picture(file: Path) -> str:
     content = base64.b64encode(file.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(file.stem)}" src="data:image/png;base64,{content}"></figure>'
+    source = f"data:{_TYPES[file.suffix]};base64,{content}"  # as an image, an SVG fetches nothing and runs nothing
+    return f'<figure><img alt="{html.escape(file.stem)}" src="{source}"></figure>'
 
 
 def _table(rows: Rows) -> str:

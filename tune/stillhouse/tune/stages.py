@@ -135,7 +135,7 @@ def _data_stage(recipe: DataRecipe) -> Stage:
         return [file for file in files if file.is_file() or file.stem == "train"]
 
     arguments = ("data", "prepare", "{recipe}", "--json", "--output", "{out}")
-    return Stage(DATA, arguments, inputs_of(recipe), (), splits, (f"{recipe.name}/1/plots/*.png",))
+    return Stage(DATA, arguments, inputs_of(recipe), (), splits, (f"{recipe.name}/1/plots/*.svg",))
 
 
 def _tune_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:
