@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
@@ -10,7 +12,8 @@ import onnxruntime as ort
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.errors import EngineError
 from stillhouse.engine.providers import why_not
-from stillhouse.engine.weights_cache import is_packed, prepacked_model
+from stillhouse.engine.resident import paged_out, released_after, trim_heap
+from stillhouse.engine.weights_cache import DATA, is_packed, prepacked_model
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,8 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+# From here on a load is worth a second more, so that it does not take more memory than what is loaded.
+_LARGE_BYTES = 10**9
 # TensorRT knows none of ONNX Runtime's own operators: attention and 4-bit products are left to CUDA.
 _BESIDE = {"tensorrt": ("cuda",)}
 
@@ -51,7 +56,8 @@ def open_session(model_path: Path, *, threads: int | None, provider: str) -> ort
             hint="install the build of ONNX Runtime for your device, or use the CPU",
         )
     try:
-        session = ort.InferenceSession(str(model_path), options, providers=names)
+        with _read_once(model_path.with_name(DATA)):
+            session = ort.InferenceSession(str(model_path), options, providers=names)
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {model_path}: {str(error).splitlines()[0]}",
@@ -61,6 +67,14 @@ def open_session(model_path: Path, *, threads: int | None, provider: str) -> ort
     if lacking := [name for name in names if name not in session.get_providers()]:
         raise EngineError(f"{lacking[0]} does not start on this machine", hint="see ONNX Runtime's log, or use the CPU")
     return session
+
+
+@contextlib.contextmanager
+def _read_once(data: Path) -> Iterator[None]:
+    """Takes out of memory what ONNX Runtime reads of `data` only to load it; of a large file already meanwhile."""
+    large = data.is_file() and data.stat().st_size >= _LARGE_BYTES
+    with released_after(data), paged_out(data) if large else contextlib.nullcontext():
+        yield
 
 
 def _sharing_the_cpu() -> dict[str, str]:
@@ -92,7 +106,10 @@ def model_to_load(version: VersionDirectory, provider: str) -> Path:
 
 
 def pack_weights(model_path: Path, target: Path) -> None:
-    """Writes `model_path` to `target` with its weights packed for this CPU (see weights_cache.py)."""
+    """Writes `model_path` to `target` with its weights packed for this CPU (see weights_cache.py).
+
+    Memory holds the packed weights until they are written, and of the others no more than a part.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(target)
@@ -102,4 +119,6 @@ def pack_weights(model_path: Path, target: Path) -> None:
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(key, value)
-    ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+    with paged_out(model_path.with_name(DATA)):
+        ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+    trim_heap()
