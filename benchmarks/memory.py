@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from figures import publish, save
 from machine import describe
 from roster import HERE, ROOT
-from synthetic import SHAPE, TOKENIZER_FILES, write_checkpoint
+from synthetic_model import SHAPE, TOKENIZER_FILES, write_checkpoint
 
 from stillhouse.build.quantize import method_of, stage_options
 from stillhouse.build.recipe import PRECISIONS, QuantizeOptions

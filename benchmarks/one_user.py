@@ -2,11 +2,11 @@
 
     python benchmarks/one_user.py --write-docs
 
-The version has DeepSeek-R1-Distill-Qwen-1.5B's shape and random weights in INT4, as synthetic.py makes it (cached; some
-4 GB of disk meanwhile), its embedding at 8 bits as `stillhouse build` leaves it. The service is started twice: as the
-first one on a device, which packs the weights and is asked something short, and as any later one, which is asked a long
-prompt. Peak RSS is the kernel's own (VmHWM), of the only process there is. What the KV cache would take beyond it in a
-context that is full is reckoned: it is memory that is touched as it is used.
+The version has DeepSeek-R1-Distill-Qwen-1.5B's shape and random weights in INT4, as `stillhouse build` leaves it
+(synthetic_model.py; cached; some 8 GB of disk meanwhile). The service is started twice: as the first one on a device,
+which packs the weights and is asked something short, and as any later one, which is asked a long prompt. Peak RSS is
+the kernel's own (VmHWM), of the only process there is. What the KV cache would take beyond it in a context that is full
+is reckoned: it is memory that is touched as it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,45 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from figures import publish
 from machine import describe
 from roster import CACHE, HERE, ROOT
-from synthetic import SHAPE, TOKENIZER_FILES, build, write_manifest
+from synthetic_model import SHAPE, version_of
 
 from stillhouse.engine.directory import open_version
 
 DOCS, BEGIN, END = ROOT / "docs/edge.md", "<!-- one user: begin -->", "<!-- one user: end -->"
 LIMIT = "2GB"
 MODEL = "synthetic-int4"
-
-
-def version_of(layers: int, tokenizer: Path) -> Path:
-    """The synthetic version with its embedding at 8 bits, made unless it is there."""
-    out = CACHE / f"synthetic/int4-{layers}-layers-int8-embedding"
-    if not (out / "manifest.json").is_file():
-        source = build(CACHE / f"synthetic/int4-{layers}-layers", tokenizer, SHAPE | {"num_hidden_layers": layers})
-        scratch = out.with_name(f".{out.name}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        _with_int8_embedding(source, scratch)
-        for name in TOKENIZER_FILES:
-            shutil.copy(source / name, scratch)
-        write_manifest(scratch, SHAPE | {"num_hidden_layers": layers})
-        scratch.rename(out)
-    return out
-
-
-def _with_int8_embedding(source: Path, destination: Path) -> None:
-    import onnx
-    import torch
-
-    from stillhouse.build.external import values_of
-    from stillhouse.build.nbits import EMBEDDING, QuantizedGraph
-    from stillhouse.build.rounding import rounded
-
-    graph = onnx.load(str(source / "model.onnx"), load_external_data=False).graph
-    name = next(node.input[0] for node in graph.node if node.name == EMBEDDING)
-    values = values_of(next(tensor for tensor in graph.initializer if tensor.name == name), source)
-    quantized = QuantizedGraph(source, destination, [EMBEDDING])
-    weight = torch.from_numpy(np.array(values, np.float32))
-    quantized.add(EMBEDDING, rounded(weight, "rtn", bits=8, block_size=32, symmetric=False))
-    quantized.save()
 
 
 def serve_one(version: Path, cache: Path, prompt_tokens: int, answer_tokens: int) -> dict[str, Any]:
