@@ -13,8 +13,8 @@ fail() { echo "error: $1" >&2; echo "hint: $2" >&2; exit 1; }
 
 # Before anything of the bundle is read.
 command -v sha256sum >/dev/null || fail "sha256sum is missing" "install coreutils"
-damaged=$(sha256sum --check --quiet --strict SHA256SUMS 2>/dev/null) || {
-  damaged=${damaged%%: FAILED*}
+damaged=$(LC_ALL=C sha256sum --check --quiet --strict SHA256SUMS 2>/dev/null) || {
+  damaged=${damaged%%: FAILED*}  # the first of them
   fail "this bundle is damaged: ${damaged:-SHA256SUMS}" "copy it here again"
 }
 . ./bundle.conf
