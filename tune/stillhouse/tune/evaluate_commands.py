@@ -31,7 +31,7 @@ _VERDICTS = {True: "more than chance", False: "may be chance", None: "too few to
 
 
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table [evaluate].")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table evaluate.")],
     repository: Annotated[Path, typer.Option(help="The model repository whose versions are measured too.")] = Path(
         "model_repository"
     ),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with tables [tune], [evaluate] and perhaps [data].")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with the tables tune, evaluate and perhaps data.")],
     repository: Annotated[Path, typer.Option(help="The model repository that the build publishes into.")] = Path(
         "model_repository"
     ),

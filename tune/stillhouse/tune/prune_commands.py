@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def prune(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with tables [tune] and perhaps [prune].")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with the table tune and perhaps prune.")],
     force: Annotated[bool, typer.Option(help="Replace the output that is there.")] = False,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -12,7 +12,7 @@ from stillhouse.build.commands import Changes
 
 
 def tune(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table [tune].")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with a table tune.")],
     force: Annotated[bool, typer.Option(help="Train again, and replace the adapter that is there.")] = False,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
