@@ -11,6 +11,7 @@ import pytest
 from stillhouse.engine.errors import UsageError, VersionError
 from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
 from stillhouse.serve import promotion
+from stillhouse.serve.errors import PromotionFailed, ServeError
 from stillhouse.serve.promotion import built_version, promote, rollback
 
 NOBODY = "grpc://127.0.0.1:9"
@@ -43,14 +44,76 @@ def test_the_version_that_was_kept_goes_when_the_live_one_is_promoted_again(repo
     assert previous_version(repository / "tiny-int4") == 1
 
 
-def test_what_a_build_made_is_promoted_and_may_be_live_already(repository: Path, tmp_path: Path) -> None:
+class Server:
+    """A server in explicit mode: it holds what was loaded, as the policy said then; `broken` versions do not answer."""
+
+    def __init__(self, model: Path, loaded: list[int], broken: tuple[int, ...] = ()) -> None:
+        self.model, self.loaded, self.broken = model, loaded, broken
+        self.calls: list[str] = []
+
+    def must_listen(self) -> None:
+        pass
+
+    def live_versions(self, _: str) -> list[int]:
+        return self.loaded
+
+    def load(self, _: str) -> None:
+        self.calls.append("load")
+        self.loaded = live_versions(self.model)
+
+    def unload(self, _: str) -> None:
+        self.loaded = []
+
+    def ask(self, _: str, version: int) -> None:
+        if version in self.broken or version not in self.loaded:
+            raise ServeError(f"{version} does not answer")
+
+    def close(self) -> None:
+        pass
+
+
+def serving(repository: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[int], *broken: int) -> Server:
+    server = Server(repository / "tiny-int4", loaded, broken)
+    monkeypatch.setattr(promotion, "TritonControl", lambda _: server)
+    return server
+
+
+@pytest.mark.parametrize(("loaded", "version"), [([], 1), ([], 2), ([1], 2)])
+def test_what_a_build_made_is_loaded_where_the_server_answers_and_left_once_it_is_live(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[int], version: int
+) -> None:
+    server = serving(repository, monkeypatch, loaded)
+    done = promote(repository, "tiny-int4", version, NOBODY, on_server=True)
+    assert (done.served, done.previous) == (True, 1 if version == 2 else None)
+    assert server.loaded == live_versions(repository / "tiny-int4") == [version]
+    server.calls.clear()
+    assert promote(repository, "tiny-int4", version, NOBODY, on_server=True).previous == version
+    assert server.calls == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_does_not_come_up_on_a_server_without_the_model_leaves_it_so(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    server = serving(repository, monkeypatch, [], version)
+    with pytest.raises(PromotionFailed, match=f"{version} does not answer"):
+        promote(repository, "tiny-int4", version, NOBODY, on_server=True)
+    assert (server.loaded, live_versions(repository / "tiny-int4")) == ([], [1])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_build_made_does_not_go_live_where_nobody_listens(repository: Path, version: int) -> None:
+    with pytest.raises(ServeError, match="nobody listens"):
+        promote(repository, "tiny-int4", version, NOBODY, on_server=True)
+    assert live_versions(repository / "tiny-int4") == [1]
+
+
+def test_a_builds_version_is_read_from_its_folder(tmp_path: Path) -> None:
     def built(model: str, version: int | None) -> int:
         (tmp_path / "build.json").write_text(json.dumps({"results": [{"model": model, "version": version}]}))
         return built_version(tmp_path, "tiny-int4")
 
-    for version in (2, 2):
-        done = promote(repository, "tiny-int4", built("tiny-int4", version), NOBODY, may_be_live=True)
-        assert (done.version, live_versions(repository / "tiny-int4")) == (2, [2])
+    assert built("tiny-int4", 2) == 2
     for model, number, words in (("tiny-int8", 1, "names no version of tiny-int4"), ("tiny-int4", None, "names no")):
         with pytest.raises(UsageError, match=words):
             built(model, number)

@@ -108,7 +108,10 @@ def promote(
     ] = None,
     built: Annotated[
         Path | None,
-        typer.Option(help="The version that the build with this --output made, in place of VERSION; it may be live."),
+        typer.Option(
+            help="The version that the build with this --output made, in place of VERSION: it may be live, "
+            "and somebody must listen at --url."
+        ),
     ] = None,
     keep_previous: Annotated[bool, typer.Option("--keep-previous", help="Keep the version before loaded.")] = False,
     repository: _REPOSITORY = Path("model_repository"),
@@ -131,7 +134,7 @@ def promote(
         version = built_version(built, name)
     if version is None:
         raise UsageError("which version is to answer is missing", hint=f"stillhouse promote {name} VERSION")
-    _tell(run(repository, name, version, url, keep_previous=keep_previous, may_be_live=built is not None), url)
+    _tell(run(repository, name, version, url, keep_previous=keep_previous, on_server=built is not None), url)
 
 
 def rollback(name: _NAME, repository: _REPOSITORY = Path("model_repository"), url: _SERVER = _DEFAULT_SERVER) -> None:

@@ -11,6 +11,7 @@ from stillhouse.engine.errors import UsageError
 from stillhouse.serve.errors import ServeError
 
 _ANSWER_TIMEOUT_S = 60.0
+_NOBODY = "start 'stillhouse serve', and run this again"
 
 
 class TritonControl:
@@ -26,6 +27,13 @@ class TritonControl:
         self._url = address.base_url
         self._client = Client(url, timeout_s=_ANSWER_TIMEOUT_S)
         self._triton = triton.InferenceServerClient(address.authority, ssl=address.tls)
+
+    def must_listen(self) -> None:
+        """Raises ServeError where nobody listens."""
+        try:
+            self._client.models()
+        except ConnectionFailed as error:
+            raise ServeError(f"nobody listens at {self._url}: {error}", hint=_NOBODY) from error
 
     def live_versions(self, model: str) -> list[int]:
         """The versions of `model` that are loaded there; none where nobody listens, or the model is not served.

@@ -34,23 +34,26 @@ class Promoted:
 
 
 def promote(
-    repository: Path, name: str, version: int, url: str, *, keep_previous: bool = False, may_be_live: bool = False
+    repository: Path, name: str, version: int, url: str, *, keep_previous: bool = False, on_server: bool = False
 ) -> Promoted:
     """Makes `version` the one that answers; the one before ends its streams and goes, or stays warm.
 
-    One that is live already is refused, or, where it `may_be_live`, left as it is.
+    `url` is the server's gRPC address; where nobody serves the model there, only the policy is set, and a version that
+    is live already is refused. `on_server` asks for the version on the server itself: one that is live there is left as
+    it is, a model that is not loaded is loaded, and that nobody listens is an error.
 
-    `url` is the server's gRPC address; where nobody serves the model there, only the policy is set. Raises UsageError
-    for what cannot be asked for, VersionError for a version that is not whole, PromotionFailed where it does not come
-    up: then nothing has changed, and what was live before has served all the time.
+    Raises UsageError for what cannot be asked for, VersionError for a version that is not whole, ServeError where
+    nobody listens, PromotionFailed where it does not come up: then nothing has changed, and what was live before has
+    served all the time.
     """
     directory = _directory_of(repository, name)
     with locked(directory), contextlib.closing(TritonControl(url)) as server:
-        if may_be_live:
-            served, policy = server.live_versions(name), _policy_of(directory)
-            if policy[-1:] == [version] and served in ([], policy):
-                return Promoted(name, version, version, policy, bool(served))
-        return _move(directory, version, server, keep_previous=keep_previous)
+        if on_server:
+            server.must_listen()
+            policy = _policy_of(directory)
+            if policy[-1:] == [version] and server.live_versions(name) == policy:
+                return Promoted(name, version, version, policy, True)
+        return _move(directory, version, server, keep_previous=keep_previous, on_server=on_server)
 
 
 def rollback(repository: Path, name: str, url: str) -> Promoted:
@@ -68,23 +71,27 @@ def rollback(repository: Path, name: str, url: str) -> Promoted:
         return _move(directory, previous, server)
 
 
-def _move(directory: Path, version: int, server: TritonControl, *, keep_previous: bool = False) -> Promoted:
+def _move(
+    directory: Path, version: int, server: TritonControl, *, keep_previous: bool = False, on_server: bool = False
+) -> Promoted:
     name, policy = directory.name, _policy_of(directory)
     served = server.live_versions(name)
     before = served or policy
     current = before[-1] if before else None
     live = [current, version] if keep_previous and current is not None else [version]
-    _check(name, version, there=version_numbers(directory), live=live, before=before, settled=before == policy)
+    settled = before == policy and (bool(served) or not on_server)
+    _check(name, version, there=version_numbers(directory), live=live, before=before, settled=settled)
     open_version(directory / str(version), verify=True)
-    if served:
-        with _put_back_on_failure(directory, before, server, f"{name}/{version}"):
-            set_live_versions(directory, sorted({*before, version}))
+    if served or on_server:
+        with _put_back_on_failure(directory, before, server, f"{name}/{version}", served=bool(served)):
+            set_live_versions(directory, sorted({*served, *live}))
             server.load(name)
             server.ask(name, version)
     set_live_versions(directory, live, previous=current if current != version else None)
     if served:
         server.load(name)
-    return Promoted(name, version, current, live, bool(served))
+    previous = current if served or current != version else None  # a version that nobody had loaded was not live before
+    return Promoted(name, version, previous, live, bool(served) or on_server)
 
 
 def _check(name: str, version: int, *, there: list[int], live: list[int], before: list[int], settled: bool) -> None:
@@ -101,17 +108,21 @@ def _check(name: str, version: int, *, there: list[int], live: list[int], before
 
 
 @contextlib.contextmanager
-def _put_back_on_failure(directory: Path, before: list[int], server: TritonControl, what: str) -> Iterator[None]:
+def _put_back_on_failure(
+    directory: Path, before: list[int], server: TritonControl, what: str, *, served: bool
+) -> Iterator[None]:
     """Whatever goes wrong within, Ctrl-C too: what was live before is what the policy and the server have again."""
     try:
         yield
     except BaseException as error:
-        set_live_versions(directory, before)
+        if before:
+            set_live_versions(directory, before)
         with contextlib.suppress(StillhouseError, ClientError):
-            server.load(directory.name)
+            (server.load if served else server.unload)(directory.name)
         if not isinstance(error, (StillhouseError, ClientError)):
             raise
         hint = f"{directory.name}/{_numbers(before)} has served all the time; the server's log says more"
+        hint = hint if served else f"{directory.name} was not loaded before, nor is it now; the server's log says more"
         raise PromotionFailed(f"{what} was not promoted: {error}", hint=hint) from error
 
 
