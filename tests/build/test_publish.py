@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from stillhouse.build import pipeline
+from stillhouse.build.publish import go_live
 from stillhouse.build.recipe import load_recipe
 from stillhouse.engine.directory import open_version, version_numbers
-from stillhouse.engine.policy import live_versions
+from stillhouse.engine.policy import live_versions, previous_version
 
 FILES = {
     "manifest.json",
@@ -98,6 +99,15 @@ def test_force_makes_the_next_version_and_moves_the_live_one(tiny_recipe: Path, 
     assert engine.read_text() == '{"max_num_seqs": 2}\n'
     (kept,) = pipeline.build(recipe, repository, force=True, make_live=False).results
     assert (kept.version, kept.live) == (3, [2])
+
+
+def test_a_version_that_is_there_becomes_the_live_one_by_itself(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+    (tmp_path / "config.pbtxt").write_text('backend: "stillhouse"\n')
+    for number, previous in ((1, 2), (1, 2), (2, 1)):
+        assert go_live(tmp_path / str(number)) == live_versions(tmp_path) == [number]
+        assert previous_version(tmp_path) == previous
 
 
 @pytest.mark.usefixtures("kept_cache")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import StillhouseError, UsageError
 
 if TYPE_CHECKING:
-    from stillhouse.build.results import BuildResult
+    from stillhouse.build.results import Build, BuildResult
 
 Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
 Changes = Annotated[
@@ -29,6 +30,9 @@ def build(
     keep_live: Annotated[
         bool, typer.Option("--keep-live", help="Leave the live version as it is; publish beside it.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Make a version live that was there already, too, where another one is.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, do nothing.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="A folder for build.json and its picture, as well.", show_default="none")
@@ -44,6 +48,8 @@ def build(
     from stillhouse.build import plan as planning
     from stillhouse.build.recipe import load_recipe
 
+    if live and keep_live:
+        raise UsageError("--live and --keep-live say the opposite of each other", hint="give one of them")
     asked = load_recipe(recipe, changes or ())
     if dry_run:
         _say_plan(planning.dry_run(planning.plan(asked, repository, force=force)), as_json)
@@ -63,6 +69,8 @@ def build(
         if finished and not as_json:  # what was done before the error stays done
             print_table(build_table(finished))
         raise
+    if live:
+        done = _with_live(done)
     if done.log is not None:
         draw_build(done, repository, asked.name)
     if output is not None:
@@ -93,6 +101,14 @@ def init(
     from stillhouse.build.starter import write_recipe
 
     print(write_recipe(directory, name))
+
+
+def _with_live(done: Build) -> Build:
+    """Each version that is there is the live one now."""
+    from stillhouse.build.publish import go_live
+
+    results = [replace(each, live=go_live(each.path)) if each.path is not None else each for each in done.results]
+    return replace(done, results=results)
 
 
 def _aftermath(done: Any) -> list[str]:

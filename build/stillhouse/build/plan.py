@@ -27,7 +27,7 @@ FORMAT = 5
 CALIBRATION_FORMAT = 1
 UNPACK_FORMAT = 2
 CUDA_FORMAT = 2
-_MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
+MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
     text = evaluation_text(recipe.evaluate.text)
     if recipe.evaluate.text is not None and (base.path / "tokenizer.json").is_file():
         token_windows(token_ids(text, base.path / "tokenizer.json"), base.context_length)  # refused now, not later
-    tools = {name: metadata.version(name) for name in ("stillhouse", *_MAKERS)}
-    makers = {name: tools[name] for name in _MAKERS}
+    tools = {name: metadata.version(name) for name in ("stillhouse", *MAKERS)}
+    makers = {name: tools[name] for name in MAKERS}
     weights = {
         "format": FORMAT,
         "base": base.sha256,

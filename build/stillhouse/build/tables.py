@@ -36,7 +36,7 @@ def read_tables(path: Path, changes: Sequence[str] = ()) -> Tables:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}", hint='strings need quotes: name = "support"') from None
     for change in changes:
-        _change(tables, change)
+        _change(tables, change, path)
     return tables
 
 
@@ -95,7 +95,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
-def _change(tables: Tables, change: str) -> None:
+def _change(tables: Tables, change: str, path: Path) -> None:
     """Sets one key, as of `--set tune.epochs=1`; a value that is no TOML is taken for text."""
     key, equals, value = change.partition("=")
     *parents, last = (part.strip() for part in key.split("."))
@@ -105,7 +105,10 @@ def _change(tables: Tables, change: str) -> None:
     for part in parents:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UsageError(f"cannot set {key}: {part} is no table of the recipe")
+            raise UsageError(
+                f"{path}: cannot set {key}: {part} is no table of the recipe",
+                hint=f"write [{part}], and its keys below it",
+            )
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -37,6 +37,7 @@ STAGES = {
 }
 
 Share = Callable[[float], None]
+KILLED = "the process was killed, most likely because memory ran out"  # what SIGKILL says
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,7 +89,7 @@ def run_stage(
         raise StillhouseError(answer["error"], hint=answer.get("hint") or f"its whole output is in {log}")
     if child.returncode == -signal.SIGKILL:
         raise StillhouseError(
-            f"{stage}: the process was killed, most likely because memory ran out",
+            f"{stage}: {KILLED}",
             hint="'stillhouse build --dry-run' says what a build needs",
         )
     raise StillhouseError(f"{stage}: the process ended with code {child.returncode}", hint=f"see {log}")
@@ -122,7 +123,7 @@ def _talk(child: subprocess.Popen[bytes], job: dict[str, Any], share: Share) -> 
 
 def main() -> int:
     """The child's side."""
-    _die_with_parent()
+    die_with(int(os.environ.get("STILLHOUSE_WORKER_PARENT", "0")))
     answers = _take_stdout()
     job = json.loads(sys.stdin.readline())
     try:
@@ -166,12 +167,12 @@ def _take_stdout() -> IO[str]:
     return answers
 
 
-def _die_with_parent() -> None:
-    """Asks Linux for SIGKILL when the parent dies, and leaves at once where it is dead already."""
+def die_with(parent: int) -> None:
+    """In the child: asks Linux for SIGKILL when `parent` dies, and ends at once where it is dead already."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(os.getppid()) != os.environ.get("STILLHOUSE_WORKER_PARENT"):
-        sys.exit(1)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _space_hint(error: Exception) -> str | None:
