@@ -13,6 +13,7 @@ import pytest
 from stillhouse.build import texts
 from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import load_recipe
+from stillhouse.cli.main import run as command
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune import importance
 from stillhouse.tune.encoding import Example
@@ -146,7 +147,8 @@ def pruned(
     recipe = tmp_path_factory.mktemp("prune") / "recipe.toml"
     recipe.write_text(
         f'name = "tiny"\nbase = "{tiny_base}"\nadapters = ["{tuned[0]}"]\n'
-        f'[tune]\ndata = "{dataset}"\nbatch_size = 4\nlearning_rate = 5e-3\nr = 4\n[prune]\nlayers = 1\n',
+        f'[tune]\ndata = "{dataset}"\nbatch_size = 4\nlearning_rate = 5e-3\nr = 4\n[prune]\nlayers = 1\n'
+        '[evaluate]\nnot_worse = ["records_perplexity"]\n',
         "utf-8",
     )
     options = prune_options({"heads": 0.5, "layers": 1, "examples": 16}, recipe)
@@ -196,6 +198,20 @@ def test_a_healing_that_diverges_says_that_nothing_of_it_is_kept(
         prune(load_recipe(recipe), load_tune_recipe(recipe), options)
     assert str(tmp_path) not in str(stopped.value)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def test_what_was_pruned_is_held_to_the_recipes_gate_against_the_base(
+    pruned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, report = pruned[0], json.loads(json.dumps(pruned[1]))
+    found = report["against_base"]["records_perplexity_ratio"]
+    assert found["value"] != report["models"][-1]["change"]["records_perplexity_ratio"]["value"]  # not the fine-tune
+    monkeypatch.setattr("stillhouse.tune.prune.prune", lambda *_, **__: (folder, report))
+    recipe = str(folder.parent / "recipe.toml")
+    for value, code in ((0.5, 0), (2.0, 1)):
+        found |= {"value": value, "more_than_chance": True}
+        assert command(["prune", recipe, "--json"]) == code
+    assert "error: the pruned model does not hold its gate: perplexity, held-out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

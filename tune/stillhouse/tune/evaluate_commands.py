@@ -13,7 +13,7 @@ from stillhouse.build.commands import Changes
 from stillhouse.engine.errors import StillhouseError
 
 if TYPE_CHECKING:
-    from stillhouse.build.recipe import Recipe
+    from stillhouse.build.recipe import EvaluateOptions
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def evaluate(
         print(found)
     else:
         _show(rows, done.labels)
-    _hold_gate(asked, rows)
+    change: dict[str, Any] = next((row["change"] for row in rows if row["model"] == "tuned"), {})
+    hold_gate("the fine-tune", change, asked.evaluate)
 
 
 def _show(rows: list[dict[str, Any]], labels: dict[str, str]) -> None:
@@ -85,14 +86,13 @@ def _show(rows: list[dict[str, Any]], labels: dict[str, str]) -> None:
             print(line)
 
 
-def _hold_gate(asked: Recipe, rows: list[dict[str, Any]]) -> None:
-    """Raises StillhouseError where the fine-tune does not hold against the base what the recipe asks for."""
+def hold_gate(what: str, change: dict[str, Any], asked: EvaluateOptions) -> None:
+    """Raises StillhouseError where `what`, changed so against the base, does not hold what the recipe asks for."""
     from stillhouse.tune.evaluation_recipe import failures
 
-    change: dict[str, Any] = next((row["change"] for row in rows if row["model"] == "tuned"), {})
-    if failed := failures(change, asked.evaluate):
+    if failed := failures(change, asked):
         raise StillhouseError(
-            f"the fine-tune does not hold its gate: {'; '.join(change_line(key, change[key]) for key in failed)}",
+            f"{what} does not hold its gate: {'; '.join(change_line(key, change[key]) for key in failed)}",
             hint="more or cleaner data, other [tune] settings, or another [evaluate] better, not_worse",
         )
 

@@ -159,7 +159,7 @@ def figures(done: Evaluation) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": name, **_own_figures(found)}
         if name in done.against:
             other = done.measured[done.against[name]]
-            row |= {"against": other.name, "change": _changes(found, other), "gate": done.gates.get(name)}
+            row |= {"against": other.name, "change": changes_of(found, other), "gate": done.gates.get(name)}
         rows.append(row)
     return rows
 
@@ -191,7 +191,7 @@ def _by_form(found: Measured) -> dict[str, list[Reply]]:
     return {kind: replies for kind, replies in named.items() if replies}
 
 
-def _changes(found: Measured, other: Measured) -> dict[str, Any]:
+def changes_of(found: Measured, other: Measured) -> dict[str, Any]:
     """What changed, each with its interval and whether that is more than chance: None where too few were asked."""
     changes: dict[str, Any] = {}
     for kind in ("records", "general", "text"):

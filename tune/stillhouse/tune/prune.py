@@ -21,7 +21,8 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune import importance, replacing, stats, surgery
 from stillhouse.tune.costs import costs_of
 from stillhouse.tune.encoding import Example
-from stillhouse.tune.evaluation import Evaluation, figures, merged, questions_of
+from stillhouse.tune.evaluation import BASE, Evaluation, changes_of, figures, merged, questions_of
+from stillhouse.tune.evaluation_recipe import refuse_unmeasured
 from stillhouse.tune.finetune import prepare, tune
 from stillhouse.tune.measure import Measured, checkpoint_subject, measure
 from stillhouse.tune.prune_options import REPORT, PruneOptions
@@ -45,6 +46,8 @@ def prune(
 ) -> tuple[Path, dict[str, Any]]:
     """Prunes, heals, measures; returns the checkpoint's folder and the report.
 
+    Where the recipe gates its fine-tune ([evaluate] better, not_worse), `against_base` says what the gate looks at.
+
     Raises UsageError for what this model does not allow, StillhouseError for unsound inputs.
     """
     output = Path(options.output)
@@ -54,6 +57,9 @@ def prune(
         raise UsageError(f"{output} exists", hint="name another output in [prune], or replace it with --force")
     if output == Path(recipe.base):
         raise UsageError(f"prune.output is the base, {output}", hint="name another output in [prune]")
+    gated = bool(recipe.adapters and (recipe.evaluate.better or recipe.evaluate.not_worse))
+    if gated:
+        refuse_unmeasured(recipe)
     checkpoint = open_checkpoint(recipe.base, recipe.revision)
     _hold_against_base(options, checkpoint.config)
     examples = [example for group in prepare(tuning).sequences["train"] for example in group]
@@ -67,6 +73,9 @@ def prune(
         healed = _heal(pruned, recipe, tuning, options, folder)
         asked = questions_of(recipe, whole, checkpoint)[0]
         measured = {}
+        if gated:
+            on_stage(f"measure {BASE}")
+            base = measure(checkpoint_subject(BASE, checkpoint.path, whole, read_network(checkpoint.path)), asked)
         for name, path in {WHOLE: whole, PRUNED: pruned, HEALED: healed}.items():
             on_stage(f"measure {name}")
             measured[name] = measure(checkpoint_subject(name, path, path, read_network(path)), asked)
@@ -74,6 +83,7 @@ def prune(
         costs = costs_of({WHOLE: whole, HEALED: healed})
         costs[PRUNED] = costs[HEALED]  # the healed one's shape: healing only changes numbers
         report = _report(measured, costs, cut, options)
+        report |= {"against_base": changes_of(measured[HEALED], base)} if gated else {}
         result = folder / "result"
         result.mkdir()
         for file in [file for file in healed.iterdir() if file.is_file()]:

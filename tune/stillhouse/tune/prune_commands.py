@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ def prune(
 ) -> None:
     """Take out the attention heads and layers that matter least, heal by LoRA, and say what it was worth.
 
+    Where the recipe has a gate ([evaluate] better, not_worse) that the healed model does not hold, the exit code is 1.
+
     Example: stillhouse prune recipe.toml
     """
     from stillhouse.tune.quiet import hush
@@ -35,8 +37,9 @@ def prune(
 
     changed = changes or ()
     options = prune_options(read_tables(recipe, changed).get("prune", {}), recipe)
+    asked = load_evaluation(recipe, changed)
     output, report = run(
-        load_evaluation(recipe, changed),
+        asked,
         load_tune_recipe(recipe, changed),
         options,
         force=force,
@@ -44,7 +47,15 @@ def prune(
     )
     if as_json:
         print(json.dumps(report, indent=2))
-        return
+    else:
+        _show(report, output)
+    if "against_base" in report:
+        from stillhouse.tune.evaluate_commands import hold_gate
+
+        hold_gate("the pruned model", report["against_base"], asked.evaluate)
+
+
+def _show(report: dict[str, Any], output: Path) -> None:
     from stillhouse.build.report import print_table
     from stillhouse.tune.evaluate_commands import change_lines, figures_table
 
