@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.tune import stage_process
 from stillhouse.tune.pipeline import Places, plan, run
 from stillhouse.tune.pipeline_report import write_report
 from stillhouse.tune.stage_record import RECORD, Record, read_record
@@ -130,6 +131,37 @@ def test_where_a_stage_comes_to_the_same_result_those_after_it_stay(workshop: Wo
     workshop.calls()
     workshop.change("raw", read=2, said="one").run()
     assert workshop.calls() == ["raw"]
+
+
+def test_what_moves_the_live_version_runs_again_where_other_inputs_moved_it_since(workshop: Workshop) -> None:
+    stages = [replace(stage, moves=stage.name == "tried") for stage in workshop.stages]
+    workshop = replace(workshop, stages=stages)
+    workshop.run()
+    changed = workshop.change("raw", read=2, said="other words")
+    changed.run()
+    workshop.calls()
+    assert [each.stage.name for each in plan(workshop.stages, workshop.places) if each.why] == ["tried"]
+    workshop.run()
+    assert workshop.calls() == ["tried"]
+    workshop.run()
+    assert workshop.calls() == []
+
+
+def test_what_changed_while_its_stage_ran_is_not_taken_for_its_result(workshop: Workshop) -> None:
+    now = workshop.change("raw", read=2, said="other words")
+    with pytest.raises(StillhouseError, match=r"^raw: setting changed while it ran$") as stopped:
+        run(workshop.stages, workshop.places, program=workshop.program, again=lambda: now.stages)
+    assert stopped.value.hint == "run it again"
+    assert (read_record(workshop.places.run).done, list(workshop.places.run.glob("raw-*"))) == ([], [])
+    workshop.calls()
+    record = run(now.stages, now.places, program=now.program, again=lambda: now.stages)
+    assert set(statuses(record).values()) == {"done"}
+
+
+def test_braces_that_name_no_place_stay_as_they_are(workshop: Workshop) -> None:
+    workshop.change("raw", read=2, said="{nowhere} {out").run()
+    (result,) = workshop.places.run.glob("raw-*/result")
+    assert result.read_text() == "{nowhere} {out"
 
 
 @pytest.mark.parametrize("harm", ["changed", "gone"])
@@ -246,7 +278,14 @@ def test_the_report_holds_every_picture_and_fetches_nothing(workshop: Workshop) 
     assert all(outcome.key and outcome.key in page for outcome in record.last_run)
 
 
-def test_a_signal_of_the_terminal_ends_the_stage_too(workshop: Workshop, wait_until: Any) -> None:
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_signal_ends_the_stage_too_and_it_goes_on_from_there(
+    made_before: bool, workshop: Workshop, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_process, "GRACE_S", 0.2)
+    if made_before:
+        workshop.run()
+        next(workshop.places.run.glob("raw-*/result")).unlink()
     (workshop.home / "trouble" / "raw").write_text("wait")
 
     def interrupt() -> None:
@@ -262,3 +301,26 @@ def test_a_signal_of_the_terminal_ends_the_stage_too(workshop: Workshop, wait_un
     wait_until(lambda: not alive(int(half.read_text())))
     (workshop.home / "trouble" / "raw").unlink()
     assert statuses(workshop.run())["raw"] == "done"
+    assert (half.parent / "went on").exists()
+
+
+def test_after_ctrl_c_a_stage_may_put_back_what_it_was_changing(tmp_path: Path, wait_until: Any) -> None:
+    stage = (
+        "import time\nfrom pathlib import Path\n"
+        "try:\n  Path('begun').touch()\n  time.sleep(60)\n"
+        "except KeyboardInterrupt:\n  time.sleep(0.5)\n  Path('put back').touch()\n"
+    )
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom stillhouse.tune.stage_process import run_stage\n"
+        f"run_stage('promote', [sys.executable, '-c', {stage!r}], Path('.'))\n"
+    )
+    pipeline = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: (tmp_path / "begun").exists())
+        os.killpg(pipeline.pid, signal.SIGINT)  # as a terminal does
+        assert pipeline.wait(timeout=30) != 0
+    finally:
+        pipeline.kill()
+    assert (tmp_path / "put back").exists()

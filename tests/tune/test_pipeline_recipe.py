@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stillhouse.cli.main import run as command
-from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.engine.directory import sha256_of
+from stillhouse.engine.errors import StillhouseError, TamperedError, UsageError
+from stillhouse.tune import stages as stages_module
 from stillhouse.tune.stages import Stage, pipeline_options, stages_of
 
 TUNE = "[tune]\nr = 4\nepochs = 1\n"
@@ -36,6 +39,18 @@ def write(tmp_path: Path, tiny_base: Path) -> Write:
     return write_recipe
 
 
+MANIFEST: dict[str, Any] = {
+    "schema": 1, "name": "tiny", "model": "tiny-fp16", "version": 1, "precision": "fp16", "target": "cpu",
+    "created": "2026-01-01T00:00:00Z", "inputs_sha256": "0", "base": {"id": "b", "sha256": "0"}, "recipe": {},
+    "tools": {}, "memory": {"weights_bytes": 5, "kv_bytes_per_token": 64},
+    "network": {
+        "architecture": "llama", "layers": 1, "hidden_size": 8, "heads": 1, "kv_heads": 1, "head_dim": 8,
+        "vocab_size": 16, "context_length": 32, "eos_token_ids": [2],
+    },
+}  # fmt: skip
+CLUSTER = '[pipeline]\nimage = "registry/stillhouse:1"\nvolume = "support"\n'
+
+
 def stages(recipe: Path) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages_of(recipe, recipe.parent / "repository")}
 
@@ -49,6 +64,41 @@ def test_the_tables_of_a_recipe_say_which_stages_there_are(write: Write) -> None
     assert list(whole) == ["data", "tune", "evaluate", "prune", "build", "promote-tiny-fp16", "promote-tiny-int8"]
     assert whole["build"].after == ("prune",)
     assert {"base={prune}/pruned", "adapters=[]", "--keep-live"} <= set(whole["build"].arguments)
+    assert whole["prune"].reads["evaluate.better"] == ["records_perplexity"]  # it is held to the gate, too
+
+
+def test_whatever_moves_the_live_version_is_done_only_while_nothing_else_moved_it(write: Write) -> None:
+    table = stages(write())
+    assert {name for name, stage in table.items() if stage.moves} == {"build"}
+    assert "--live" in table["build"].arguments
+    table = stages(write(DATA + TUNE + EVALUATE + "[pipeline]\npromote = 'grpc://127.0.0.1:1'\n"))
+    assert {name for name, stage in table.items() if stage.moves} == {"promote-tiny-fp16", "promote-tiny-int8"}
+
+
+def test_another_version_of_a_tool_makes_a_stage_run_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed_with(tool: str) -> set[str]:
+        before = stages(write())
+        with monkeypatch.context() as patch:
+            patch.setattr(stages_module, "version", lambda name: "0.0" if name == tool else version(name))
+            after = stages(write())
+        return {name for name in after if after[name].reads != before[name].reads}
+
+    assert changed_with("peft") == {"tune", "build"}
+    assert changed_with("onnxruntime") == {"build"}
+
+
+def test_a_version_whose_files_were_changed_is_no_result_of_a_build(write: Write, tmp_path: Path) -> None:
+    made = tmp_path / "tiny-fp16" / "1"
+    made.mkdir(parents=True)
+    (made / "model.onnx").write_bytes(b"model")
+    file = {"path": "model.onnx", "bytes": 5, "sha256": sha256_of(made / "model.onnx")}
+    (made / "manifest.json").write_text(json.dumps(MANIFEST | {"files": [file]}), "utf-8")
+    (tmp_path / "build.json").write_text(json.dumps({"results": [{"path": str(made)}]}))
+    build = stages(write())["build"]
+    assert build.result(tmp_path) == [made / "manifest.json"]
+    (made / "model.onnx").write_bytes(b"MODEL")
+    with pytest.raises(TamperedError):
+        build.result(tmp_path)
 
 
 def test_a_recipe_may_name_the_datas_recipe_or_hold_it(write: Write) -> None:
@@ -105,6 +155,9 @@ def test_a_change_touches_only_the_stages_that_read_it(
         (DATA + TUNE + EVALUATE.replace("records_perp", "general_perp"), "", "gates general_perplexity, but names no"),
         (DATA + TUNE + EVALUATE + "[pipeline]\npromote = true\n", "", "pipeline.promote"),
         (DATA + TUNE + EVALUATE + '[pipeline]\npromote = "http://x"\n', "", "pipeline.promote"),
+        (DATA + TUNE + EVALUATE + '[pipeline]\npromote = "grpc://x:y"\n', "", "pipeline.promote: the port must be"),
+        (DATA + TUNE + EVALUATE + '[pipeline]\npromote = "grpc://{x}/y"\n', "", "pipeline.promote: a gRPC address"),
+        (DATA + EVALUATE, "tune = 3\n", "cannot set tune.data: tune is no table"),
         (DATA + TUNE + EVALUATE + "[pipeline]\nstages = []\n", "", "unknown key 'pipeline.stages'"),
         (DATA + TUNE + EVALUATE + "[prune]\nhead = 1\n[pipeline]\nprune = true\n", "", "unknown key 'prune.head'"),
         (DATA.replace("raw", "no") + TUNE + EVALUATE, "", "no such file"),
@@ -144,8 +197,8 @@ def compiled(write: Write) -> tuple[Path, dict[str, Any]]:
     """The recipe, and the Kubeflow definition of it, as kfp itself reads it back."""
     from kfp.components import load_component_from_file
 
-    more = "[prune]\nheads = 0.5\n[pipeline]\nprune = true\npromote = 'grpc://triton:8001'\n"
-    recipe = write(DATA + TUNE + EVALUATE + more + 'image = "registry/stillhouse:1"\nvolume = "support"\n')
+    more = "[prune]\nheads = 0.5\n" + CLUSTER + "prune = true\npromote = 'grpc://triton:8001'\n"
+    recipe = write(DATA + TUNE + EVALUATE + more)
     file = recipe.parent / "out" / "pipeline.yaml"
     assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
     loaded = load_component_from_file(str(file))  # which checks it against kfp's own description
@@ -178,19 +231,19 @@ def test_kubeflow_runs_the_same_command_lines_in_the_same_order(compiled: tuple[
     assert parameters["repository"]["defaultValue"] == "/work/model_repository"
 
 
-def test_what_a_stage_reads_is_in_its_definition_so_that_kubeflows_cache_asks_again(write: Write) -> None:
+def test_what_a_stage_reads_is_a_parameter_of_it_so_that_kubeflows_cache_asks_again(write: Write) -> None:
+    from google.protobuf.json_format import MessageToDict
     from kfp.components import load_component_from_file
 
-    image = '[pipeline]\nimage = "registry/stillhouse:1"\n'
     values = []
-    for rows in (3, 4):
-        recipe = write(DATA + TUNE + EVALUATE + image)
+    for rows, repository in ((3, "here"), (4, "there")):  # where this machine has its models is nothing to a cluster
+        recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
         (recipe.parent / "heldout.jsonl").write_text(ROW * rows, "utf-8")
         file = recipe.parent / "pipeline.yaml"
-        assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
-        executors = load_component_from_file(str(file)).pipeline_spec.deployment_spec["executors"]
-        values.append({name: executors[name]["container"]["env"][0]["value"] for name in executors})
-    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"exec-evaluate"}
+        assert command(["pipeline", str(recipe), "--compile", str(file), "--repository", repository]) == 0
+        tasks = MessageToDict(load_component_from_file(str(file)).pipeline_spec)["root"]["dag"]["tasks"]
+        values.append({name: task["inputs"]["parameters"]["inputs"]["runtimeValue"] for name, task in tasks.items()})
+    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"evaluate"}
 
 
 def test_what_cannot_be_compiled_is_one_line(write: Write, tmp_path: Path) -> None:
@@ -201,6 +254,9 @@ def test_what_cannot_be_compiled_is_one_line(write: Write, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="the recipe names none"):
         compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
     recipe = write(DATA + TUNE + EVALUATE + '[pipeline]\nimage = "i"\n')
+    with pytest.raises(UsageError, match="from a volume"):
+        compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
+    recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
     with pytest.raises(UsageError, match=r"is no \.yaml file"):
         compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.json")
 
@@ -211,7 +267,7 @@ def test_without_kfp_it_says_what_to_install(write: Write, monkeypatch: pytest.M
     from stillhouse.tune.kubeflow import compile_pipeline
 
     monkeypatch.setitem(sys.modules, "kfp", None)
-    recipe = write(DATA + TUNE + EVALUATE + '[pipeline]\nimage = "i"\n')
+    recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
     with pytest.raises(StillhouseError, match="needs kfp") as missing:
         compile_pipeline("tiny", list(stages(recipe).values()), recipe, pipeline_options(recipe), tmp_path / "a.yaml")
     assert missing.value.hint == "pip install 'stillhouse[pipeline]'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def test_from_a_csv_to_a_version_in_one_command(recipe: Path, tmp_path: Path) ->
     page = (run / "report.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == 3  # loss, what changed, size and quality
     assert page.count("data:image/svg+xml;base64,") == 3  # of the data: lengths, steps, topics; it has no classes
-    assert "<h2>build: " in page and "tiny-fp16" in page and "http" not in page
+    words = re.sub(r'base64,[^"]*', "", page)
+    assert "<h2>build: " in words and "tiny-fp16" in words and "http" not in words
 
     assert set(statuses(pipeline()).values()) == {"unchanged"}
     assert [folder.name for folder in (tmp_path / "repository" / "tiny-fp16").glob("[0-9]*")] == ["1"]

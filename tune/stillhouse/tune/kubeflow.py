@@ -16,18 +16,23 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune.stages import PipelineOptions, Stage
 
 MOUNT = "/work"
-INPUTS = "STILLHOUSE_INPUTS"  # the hash of all that a stage reads: where it changes, Kubeflow's own cache asks again
+INPUTS = "inputs"  # the hash of all that a stage reads: Kubeflow's own cache goes by a task's parameters, not its env
 
 
 def compile_pipeline(name: str, stages: Sequence[Stage], recipe: Path, options: PipelineOptions, output: Path) -> None:
     """Writes the definition to `output`, a .yaml file; kfp checks it while it compiles.
 
-    Raises UsageError where the recipe names no image, or `output` is no YAML; StillhouseError without kfp.
+    Raises UsageError where the recipe names no image or no volume, or `output` is no YAML; StillhouseError without kfp.
     """
     if options.image is None:
         raise UsageError(
             "a cluster runs the stages in a container image, and the recipe names none",
             hint='[pipeline] image = "registry/stillhouse:1": one with stillhouse[tune,cpu] in it (docs/tune.md)',
+        )
+    if options.volume is None:
+        raise UsageError(
+            "a cluster reads the recipe from a volume and publishes into it, and the recipe names none",
+            hint='[pipeline] volume = "support": a claim, mounted at /work (docs/tune.md)',
         )
     if output.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--compile {output} is no .yaml file", hint="--compile pipeline.yaml")
@@ -40,13 +45,11 @@ def compile_pipeline(name: str, stages: Sequence[Stage], recipe: Path, options: 
             given = {"recipe": recipe, "repository": repository}
             given = {place: value for place, value in given.items() if _names(stage, place)}
             given |= {other: tasks[other].outputs["out"] for other in stage.after if _names(stage, other)}
-            task = components[stage.name](**given)
+            task = components[stage.name](**given, **{INPUTS: key_of(stage.reads)})
             task.set_display_name(stage.name)
-            task.set_env_variable(INPUTS, key_of(stage.reads))
             if tasks:  # a gate stops what comes after it, whether that reads its result or not
                 task.after(list(tasks.values())[-1])
-            if options.volume is not None:
-                kubernetes.mount_pvc(task, pvc_name=options.volume, mount_path=MOUNT)
+            kubernetes.mount_pvc(task, pvc_name=options.volume, mount_path=MOUNT)
             tasks[stage.name] = task
 
     places = {"recipe": f"{MOUNT}/{recipe.name}", "repository": f"{MOUNT}/model_repository"}
@@ -67,16 +70,14 @@ def _kfp() -> tuple[Any, Any, Any]:
 
 
 def _component(stage: Stage, dsl: Any, image: str) -> Any:
-    """A component whose inputs are the places that the stage's command line names."""
+    """A component whose inputs are the places that the stage's command line names, and the hash of what it reads."""
     places: dict[str, Any] = {"recipe": str, "repository": str, "out": dsl.Output[dsl.Artifact]}
     places |= dict.fromkeys(stage.after, dsl.Input[dsl.Artifact])
-    kinds = {place: kind for place, kind in places.items() if _names(stage, place)}
+    kinds = {place: kind for place, kind in places.items() if _names(stage, place)} | {INPUTS: str}
 
     def component(*given: Any) -> Any:
         named = {place: getattr(value, "path", value) for place, value in zip(kinds, given, strict=True)}
-        return dsl.ContainerSpec(
-            image=image, command=["stillhouse"], args=[argument.format(**named) for argument in stage.arguments]
-        )
+        return dsl.ContainerSpec(image=image, command=["stillhouse"], args=stage.command(named))
 
     component.__name__ = stage.name
     _sign(component, kinds)

@@ -50,10 +50,10 @@ class Places:
     def folder(self, stage: str, key: str) -> Path:
         return self.run / f"{stage}-{key[:12]}"
 
-    def fill(self, argument: str, folders: dict[str, Path]) -> str:
-        """An argument of a stage with its places in it."""
-        named = {name: str(path.resolve()) for name, path in folders.items()}
-        return argument.format(recipe=self.recipe.resolve(), repository=self.repository.resolve(), **named)
+    def command(self, stage: Stage, folders: dict[str, Path]) -> list[str]:
+        """The arguments of a stage with its places in them."""
+        named = {"recipe": self.recipe, "repository": self.repository} | folders
+        return stage.command({name: path.resolve() for name, path in named.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,12 @@ def run(
     *,
     program: Sequence[str] = STILLHOUSE,
     on_end: Callable[[Record], object] = lambda _: None,
+    again: Callable[[], Sequence[Stage]] | None = None,
 ) -> Record:
     """Runs what has to be run; returns the record, whose `last_run` says what became of each stage.
 
-    `on_end` is given it, where a stage has failed, too. Raises StillhouseError with a failed stage's own error: then
+    `on_end` is given it, where a stage has failed, too. `again` reads the stages anew, after each that was run: what
+    changed while it ran makes its result one of neither. Raises StillhouseError with a failed stage's own error: then
     the stages before it stand, those after it were not begun; and where another pipeline runs in the same folder.
     """
     places.run.mkdir(parents=True, exist_ok=True)
@@ -114,9 +116,13 @@ def run(
             log.info("%s: %s", stage.name, why)
             if record.find(stage.name, key) is not None:  # what is left of its result would be taken for all of it
                 shutil.rmtree(places.folder(stage.name, key), ignore_errors=True)
+                record.drop(stage.name, key)  # so that it goes on, if it is killed now
+                write_record(places.run, record)
             began = time.monotonic()
             try:
                 done[stage.name] = _do(stage, inputs, done, places, program)
+                if again is not None:
+                    _refuse_changed(stage, again(), places.folder(stage.name, key))
             except (StillhouseError, OSError) as error:
                 seconds = round(time.monotonic() - began, 1)
                 record.last_run[place] = Outcome(stage.name, "failed", key, why, str(error), seconds)
@@ -139,10 +145,19 @@ def _do(stage: Stage, inputs: dict[str, Any], done: dict[str, Done], places: Pla
     folder = places.folder(stage.name, key)
     folder.mkdir(exist_ok=True)
     folders = {name: places.folder(name, each.key) for name, each in done.items()} | {"out": folder}
-    run_stage(stage.name, [*program, *(places.fill(argument, folders) for argument in stage.arguments)], folder)
+    run_stage(stage.name, [*program, *places.command(stage, folders)], folder)
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = digest(stage.result(folder), folder)
     return Done(stage.name, key, inputs, result, round(time.monotonic() - began, 1), finished)
+
+
+def _refuse_changed(stage: Stage, now: Sequence[Stage], folder: Path) -> None:
+    """Raises StillhouseError where the stage reads something else by now; then what it made goes."""
+    reads = next((each.reads for each in now if each.name == stage.name), {})
+    changed = [name for name in sorted({*stage.reads, *reads}) if stage.reads.get(name) != reads.get(name)]
+    if changed:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StillhouseError(f"{stage.name}: {', '.join(changed[:4])} changed while it ran", hint="run it again")
 
 
 def _inputs(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
@@ -156,8 +171,10 @@ def _still_there(stage: Stage, record: Record, inputs: dict[str, Any], places: P
     key = key_of(inputs)
     done = record.find(stage.name, key)
     folder = places.folder(stage.name, key)
+    if stage.moves and done is not record.latest(stage.name):
+        return None
     if done is not None and folder.is_dir():
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(StillhouseError, OSError, ValueError, KeyError):
             if digest(stage.result(folder), folder) == done.result:
                 return done
     return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stillhouse.engine.errors import StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.tune.pipeline import Planned
@@ -37,7 +40,7 @@ def pipeline(
     from stillhouse.tune import stages as table
     from stillhouse.tune.pipeline import Places, plan, run
 
-    stages = table.stages_of(recipe, repository)
+    stages = table.stages_of(recipe, None if compile_to else repository)  # a cluster has a repository of its own
     name = load_recipe(recipe).name
     if compile_to is not None:
         from stillhouse.tune.kubeflow import compile_pipeline
@@ -51,7 +54,17 @@ def pipeline(
         return
     from stillhouse.tune.pipeline_report import REPORT, write_report
 
-    record = run(stages, places, on_end=lambda ended: write_report(stages, places, ended))
+    try:
+        record = run(
+            stages,
+            places,
+            on_end=lambda ended: write_report(stages, places, ended),
+            again=lambda: table.stages_of(recipe, repository),
+        )
+    except StillhouseError:
+        if (report := places.run / REPORT).is_file():
+            print(f"report: {report}", file=sys.stderr)
+        raise
     if as_json:
         print(json.dumps([asdict(outcome) for outcome in record.last_run], indent=2))
     else:

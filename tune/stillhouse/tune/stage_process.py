@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -11,12 +10,13 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stillhouse.build.worker import KILLED, die_with
 from stillhouse.engine.errors import StillhouseError, UsageError
 
 log = logging.getLogger(__name__)
 
 PRINTED, LOG = "stdout.txt", "stderr.txt"
-_PR_SET_PDEATHSIG = 1
+GRACE_S = 30.0  # what a child that has heard Ctrl-C too may take to put back what it was changing
 _NOISE = ("error: ", "hint: ")
 
 
@@ -32,18 +32,13 @@ def run_stage(name: str, command: Sequence[str], folder: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.PIPE,
-            preexec_fn=lambda: _die_with(parent),
+            preexec_fn=lambda: die_with(parent),
         )
         try:
             said = _listen(child, kept.write)
             code = child.wait()
-        except BaseException:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=5)
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+        except BaseException as error:
+            _end(child, heard=isinstance(error, KeyboardInterrupt))
             raise
     if code:
         error, hint = said.get("error: "), said.get("hint: ")
@@ -65,15 +60,15 @@ def _listen(child: subprocess.Popen[bytes], keep: Callable[[str], object]) -> di
     return said
 
 
+def _end(child: subprocess.Popen[bytes], *, heard: bool) -> None:
+    """Ends the child, each time with a stronger signal; one that has `heard` the terminal's may end by itself first."""
+    for signalled in (None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[0 if heard else 1 :]:
+        if signalled is not None:
+            child.send_signal(signalled)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=GRACE_S if signalled is None else 5)  # which reads what it says: it never waits
+            return
+
+
 def _ending(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "its process was killed, most likely because memory ran out"
-    return f"its process ended with code {code}"
-
-
-def _die_with(parent: int) -> None:
-    """In the child: asks Linux for SIGKILL when `parent` dies, and ends at once where it is dead already."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    return KILLED if code == -signal.SIGKILL else f"the process ended with code {code}"

@@ -53,8 +53,12 @@ class Record:
     def latest(self, stage: str) -> Done | None:
         return next((done for done in reversed(self.done) if done.stage == stage), None)
 
+    def drop(self, stage: str, key: str) -> None:
+        self.done = [done for done in self.done if (done.stage, done.key) != (stage, key)]
+
     def add(self, done: Done) -> None:
-        self.done = [other for other in self.done if (other.stage, other.key) != (done.stage, done.key)] + [done]
+        self.drop(done.stage, done.key)
+        self.done.append(done)
 
 
 def read_record(run: Path) -> Record:

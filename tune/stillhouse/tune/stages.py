@@ -8,20 +8,26 @@ The same table is run on this machine (pipeline.py) and compiled for a cluster (
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from stillhouse.build.adapter import open_adapter
 from stillhouse.build.checkpoint import open_checkpoint
+from stillhouse.build.plan import FORMAT, MAKERS
 from stillhouse.build.recipe import EVALUATION_FILES, AdapterRef, Recipe, load_recipe
 from stillhouse.build.tables import Tables, read_tables, validated
 from stillhouse.build.texts import evaluation_text
-from stillhouse.engine.directory import sha256_of
+from stillhouse.client.address import parse_url
+from stillhouse.client.errors import ClientError
+from stillhouse.engine.directory import MANIFEST, open_version, sha256_of
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune.data_inputs import inputs_of
 from stillhouse.tune.data_recipe import DataRecipe, load_data_recipe
@@ -31,6 +37,7 @@ from stillhouse.tune.settings import PLACES, TuneOptions, TuneRecipe, load_tune_
 from stillhouse.tune.splits import find_split
 
 DATA, TUNE, EVALUATE, PRUNE, BUILD, PROMOTE = "data", "tune", "evaluate", "prune", "build", "promote"
+TRAINERS = ("torch", "transformers", "peft")  # with another version of these, a fine-tune may come to something else
 _SPLITS = ("train", "validation", "test")
 
 
@@ -48,6 +55,11 @@ class Stage:
     after: tuple[str, ...] = ()
     result: Callable[[Path], list[Path]] = field(default=lambda _: [])
     pictures: tuple[str, ...] = ()  # patterns of files in its folder
+    moves: bool = False  # it moves what is live: done for other inputs since, it is no longer done
+
+    def command(self, places: Mapping[str, Any]) -> list[str]:
+        """Its arguments with `places` in them, by name."""
+        return [re.sub(r"{(\w+)}", lambda named: str(places.get(named[1], named[0])), each) for each in self.arguments]
 
     @property
     def kind(self) -> str:
@@ -65,19 +77,31 @@ class PipelineOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prune: bool = False
-    promote: str | None = Field(default=None, pattern=r"^grpcs?://.+")
+    promote: str | None = None
     image: str | None = None
     volume: str | None = None
 
 
 def pipeline_options(path: Path) -> PipelineOptions:
     """The table [pipeline] of the recipe at `path`. Raises UsageError that names the key that is wrong."""
-    return validated(path, PipelineOptions, read_tables(path).get("pipeline", {}), within=("pipeline",))
+    options = validated(path, PipelineOptions, read_tables(path).get("pipeline", {}), within=("pipeline",))
+    if options.promote is not None:
+        try:
+            is_grpc = parse_url(options.promote).is_grpc
+        except ClientError as error:
+            raise UsageError(f"{path}: pipeline.promote: {error}", hint=error.hint) from None
+        if not is_grpc:
+            raise UsageError(
+                f"{path}: pipeline.promote: models are loaded over gRPC, got {options.promote}",
+                hint='give its gRPC port: promote = "grpc://HOST:8001"',
+            )
+    return options
 
 
-def stages_of(path: Path, repository: Path) -> list[Stage]:
+def stages_of(path: Path, repository: Path | None) -> list[Stage]:
     """The stages that the recipe at `path` asks for, in their order; versions go into `repository`.
 
+    None: into one that is not known here, a cluster's.
     Every table is read, and every file of the recipe hashed. Raises UsageError that names the key, or the file that is
     not there; StillhouseError for inputs that are not sound.
     """
@@ -90,7 +114,7 @@ def stages_of(path: Path, repository: Path) -> list[Stage]:
     asked = load_recipe(path, [adapter]) if data else load_evaluation(path, [adapter])
     refuse_unmeasured(asked, records_follow=data is not None)
     base = {"base": open_checkpoint(asked.base, asked.revision, trust_remote_code=asked.trust_remote_code).sha256}
-    learnt = base | _tune_settings(tuning, made=data is not None)
+    learnt = base | _tune_settings(tuning, made=data is not None) | _tools(TRAINERS)
     # The stages of which the dataset and the fine-tune come, and how those after them are told of it.
     made: tuple[str, ...] = (DATA,) if data else ()
     dataset: tuple[str, ...] = ("--set", f"tune.data={{data}}/{data.name}/1") if data else ()
@@ -100,13 +124,13 @@ def stages_of(path: Path, repository: Path) -> list[Stage]:
     stages.append(_evaluate_stage(base | _evaluation(asked), (*made, TUNE), (*dataset, *tuned)))
     if options.prune:
         cut = prune_options(tables.get("prune", {}), path).model_dump(exclude={"output"})
-        said = learnt | _evaluation_files(asked) | {f"prune.{key}": value for key, value in cut.items()}
+        said = learnt | _evaluation(asked) | {f"prune.{key}": value for key, value in cut.items()}
         stages.append(_prune_stage(said, (*made, TUNE), (*dataset, *tuned)))
     pruned = ("--set", "base={prune}/pruned", "--set", "adapters=[]")
     source, whole = (PRUNE, pruned) if options.prune else (TUNE, tuned)
-    keep = ("--keep-live",) if options.promote else ()
-    said = base | {"repository": str(repository.resolve())} | _build_settings(asked)
-    stages.append(_build_stage(said, (source,), (*whole, *keep)))
+    live = "--keep-live" if options.promote else "--live"
+    said = base | ({"repository": str(repository.resolve())} if repository is not None else {}) | _build_settings(asked)
+    stages.append(_build_stage(said, (source,), (*whole, live)))
     if options.promote:
         stages += [_promote_stage(asked.model_name(precision), options.promote) for precision in asked.precisions]
     return stages
@@ -162,17 +186,17 @@ def _prune_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str,
 
 def _build_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:
     def manifests(out: Path) -> list[Path]:
-        """Those of the versions that it made, or found there: they hold the hashes of all else."""
+        """Those of the versions that it made, or found there: they hold the hashes of all else, which are checked."""
         results = json.loads((out / "build.json").read_text("utf-8"))["results"]
-        return [Path(result["path"]) / "manifest.json" for result in results]
+        return [open_version(Path(result["path"]), verify=True).path / MANIFEST for result in results]
 
     arguments = ("build", "{recipe}", "--json", "--repository", "{repository}", "--output", "{out}", *more)
-    return Stage(BUILD, arguments, reads, after, manifests, ("quality.png",))
+    return Stage(BUILD, arguments, reads, after, manifests, ("quality.png",), moves="--live" in more)
 
 
 def _promote_stage(model: str, url: str) -> Stage:
     arguments = ("promote", model, "--repository", "{repository}", "--url", url, "--built", "{build}")
-    return Stage(f"{PROMOTE}-{model}", arguments, {"model": model, "url": url}, (BUILD,))
+    return Stage(f"{PROMOTE}-{model}", arguments, {"model": model, "url": url}, (BUILD,), moves=True)
 
 
 def _tune_settings(recipe: TuneRecipe, *, made: bool) -> dict[str, Any]:
@@ -182,6 +206,15 @@ def _tune_settings(recipe: TuneRecipe, *, made: bool) -> dict[str, Any]:
         base = open_checkpoint(recipe.base, recipe.revision)
         said["tune.start_from"] = open_adapter(AdapterRef(path=options.start_from), base).sha256
     return said | ({} if made else _own_splits(options))
+
+
+def _tools(names: Sequence[str]) -> dict[str, str | None]:
+    """The versions of packages; None for one that is not on this machine (a cluster has it)."""
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _own_splits(options: TuneOptions) -> dict[str, Any]:
@@ -210,4 +243,5 @@ def _build_settings(recipe: Recipe) -> dict[str, Any]:
         if options.calibration is not None:
             said["quantize"][precision]["calibration"] = sha256_of(Path(options.calibration))
     files = _evaluation_files(recipe)
+    said |= _tools(MAKERS) | {"format": FORMAT}
     return said | {key: files[key] for key in ("evaluate.text", "evaluate.tasks") if key in files}
