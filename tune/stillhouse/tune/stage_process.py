@@ -37,8 +37,8 @@ def run_stage(name: str, command: Sequence[str], folder: Path) -> None:
         try:
             said = _listen(child, kept.write)
             code = child.wait()
-        except BaseException as error:
-            _end(child, heard=isinstance(error, KeyboardInterrupt))
+        except BaseException as stopped:
+            _end(child, heard=isinstance(stopped, KeyboardInterrupt))
             raise
     if code:
         error, hint = said.get("error: "), said.get("hint: ")
