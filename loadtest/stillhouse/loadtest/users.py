@@ -35,9 +35,8 @@ DEFAULT_HOST = "localhost:8001"
 UNFINISHED = "Unfinished"  # an open loop waited for it after the last arrival, and it did not come
 _NEVER_S = 1e7
 # Users of a closed loop who begin together stay together, for a server that takes the same time for each: then all
-# answers come at once, and all but the first wait for the client. Steps of the golden ratio spread any number of users
-# over a second, and keep them apart within any shorter period, such as that between tokens.
-_STAGGER_S = 0.6180339887
+# answers come at once, and all but the first wait for the client.
+_STAGGER_S = 0.005
 _PAUSE_S = 0.5  # after a connection that was refused: a dead server is not to be asked a thousand times a second
 
 
