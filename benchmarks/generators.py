@@ -10,8 +10,8 @@ greedily. They take turns (A B A B …), each for the same time. Both calculate 
 
 Two servers are asked: `stillhouse serve`, which has half of the processors to itself, and the generators the others
 (aiperf is nine processes, which would take them from the server); and the tests' server of known delays, which needs
-next to none. The first is asked by one user: how the requests of
-several meet in the server's batch is each generator's own, and the server's times for them with it.
+next to none. The first is asked by one user: how the requests of several meet in the server's batch is each generator's
+own, and the server's times for them with it.
 """
 
 from __future__ import annotations
