@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from stillhouse.edge.fetching import fetch_file, fetch_text
 from stillhouse.edge.loading import fits_instead_of
 from stillhouse.edge.memory import TooLittleMemory, megabytes
 from stillhouse.edge.smoke import check_answers
-from stillhouse.engine.directory import MANIFEST, locked, version_numbers
+from stillhouse.engine.directory import MANIFEST, held, locked, version_numbers
 from stillhouse.engine.durable import sync_directory, write_text
 from stillhouse.engine.errors import NotThereError, StillhouseError, UsageError, VersionError
 from stillhouse.engine.manifest import Manifest
@@ -232,18 +230,11 @@ def _prune(directory: Path, kept: set[int | None], tell: Tell) -> None:
 # Files
 
 
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Only one pull of a model at a time; whoever died holds nothing."""
+def _alone(directory: Path) -> contextlib.AbstractContextManager[None]:
+    """Only one pull of a model at a time."""
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise StillhouseError(f"another pull into {directory} is at work", hint="wait for it") from None
-    finally:
-        os.close(descriptor)
+    (directory / _LOCK).touch(0o644)
+    return held(directory / _LOCK, StillhouseError(f"another pull into {directory} is at work", hint="wait for it"))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stillhouse.engine.errors import NotThereError, TamperedError, VersionError
+from stillhouse.engine.errors import NotThereError, StillhouseError, TamperedError, VersionError
 from stillhouse.engine.manifest import Manifest
 
 MANIFEST = "manifest.json"
@@ -114,6 +114,23 @@ def locked(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(place: Path, busy: StillhouseError) -> Iterator[None]:
+    """Holds the flock of a file or directory that is there; raises `busy` where another process does.
+
+    Whoever died holds nothing.
+    """
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
         yield
     finally:
         os.close(descriptor)

@@ -29,7 +29,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# From here on a load is worth a second more, so that it does not take more memory than what is loaded.
+# From here on a load may take seconds more, so that it does not take more memory than what is loaded.
 _LARGE_BYTES = 10**9
 # TensorRT knows none of ONNX Runtime's own operators: attention and 4-bit products are left to CUDA.
 _BESIDE = {"tensorrt": ("cuda",)}

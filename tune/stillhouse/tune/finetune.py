@@ -8,13 +8,10 @@ result is built beside `output` and renamed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.recipe import AdapterRef
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
-from stillhouse.engine.directory import sha256_of
+from stillhouse.engine.directory import held, sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.text import Tokenizer
 from stillhouse.tune import card as cards
@@ -219,15 +216,7 @@ def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, s
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _held(run: Path, machine: Machine) -> Iterator[None]:
+def _held(run: Path, machine: Machine) -> contextlib.AbstractContextManager[None]:
     """The run's folder belongs to one run; of a distributed one, its first process holds it."""
-    descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if machine.rank == 0:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise StillhouseError(f"another process is training in {run}", hint="wait for it, or end it") from None
-    finally:
-        os.close(descriptor)
+    busy = StillhouseError(f"another process is training in {run}", hint="wait for it, or end it")
+    return held(run, busy) if machine.rank == 0 else contextlib.nullcontext()

@@ -7,13 +7,11 @@ stage reads, results of earlier stages among them. What a killed stage had done 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.build.cache import key_of
+from stillhouse.engine.directory import held
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.tune.stage_process import run_stage
 from stillhouse.tune.stage_record import (
@@ -99,7 +98,8 @@ def run(
     the stages before it stand, those after it were not begun; and where another pipeline runs in the same folder.
     """
     places.run.mkdir(parents=True, exist_ok=True)
-    with _held(places.run):
+    busy = StillhouseError(f"another pipeline runs in {places.run}", hint="wait for it, or end it")
+    with held(places.run, busy):
         record = read_record(places.run)
         record.last_run = [Outcome(stage.name, "not run") for stage in stages]
         done: dict[str, Done] = {}
@@ -178,15 +178,3 @@ def _still_there(stage: Stage, record: Record, inputs: dict[str, Any], places: P
             if digest(stage.result(folder), folder) == done.result:
                 return done
     return None
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise StillhouseError(f"another pipeline runs in {folder}", hint="wait for it, or end it") from None
-    finally:
-        os.close(descriptor)
