@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
+# Tests wait half of their time: two files at a time.
+TOGETHER := -n 2 --dist loadfile
 # How long make soak lasts.
 SECONDS := 600
 
@@ -20,10 +22,10 @@ demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 	@$(BIN)/python examples/demo.py
 
 test: $(READY)  ## run the tests that take minutes (test-all: the slow ones too)
-	@$(BIN)/pytest -q -m "not slow"
+	@$(BIN)/pytest -q $(TOGETHER) -m "not slow"
 
 test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q $(TOGETHER)
 
 arm64: $(READY)  ## the engine and the edge on an emulated aarch64, against this machine (Debian; no board is needed)
 	@PYTHON=$(BIN)/python deploy/arm64.sh

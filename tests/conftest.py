@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 # A shell without job control has what it puts in the background ignore Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +35,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but in CI it must run: {report.longrepr}"
     return report
+
+
+def one_at_a_time() -> FileLock:
+    """What several processes of tests share is made by one of them (`pytest -n`)."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    return FileLock(KEPT / "making.lock")
 
 
 def load_script(path: Path) -> ModuleType:
@@ -83,7 +90,8 @@ def wait_until() -> Callable[..., float]:
 @pytest.fixture(scope="session")
 def base_dir() -> Path:
     """The real SmolLM2-135M-Instruct as a plain checkpoint folder; the one that the example's recipe names."""
-    folder: Path = load_script(ROOT / "examples" / "smollm2" / "prepare.py").prepare_base()
+    with one_at_a_time():
+        folder: Path = load_script(ROOT / "examples" / "smollm2" / "prepare.py").prepare_base()
     return folder
 
 
@@ -109,6 +117,11 @@ def support_repository(base_dir: Path, kept_cache: Path) -> Path:
     """
     assert base_dir.is_dir()
     assert kept_cache.parent == KEPT
+    with one_at_a_time():
+        return _build_support()
+
+
+def _build_support() -> Path:
     from stillhouse.build import pipeline, texts
     from stillhouse.build.cache import key_of
     from stillhouse.build.plan import plan

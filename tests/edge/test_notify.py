@@ -33,18 +33,19 @@ def test_without_systemd_nothing_happens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("usec", "pid", "seconds"),
+    ("usec", "whose", "seconds"),
     [
         ("30000000", None, 30.0),
-        ("30000000", os.getpid(), 30.0),
-        ("30000000", 1, None),
+        ("30000000", "ours", 30.0),
+        ("30000000", "another's", None),
         (None, None, None),
         ("x", None, None),
     ],
 )
 def test_how_often_the_watchdog_wants_to_hear(
-    monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: int | None, seconds: float | None
+    monkeypatch: pytest.MonkeyPatch, usec: str | None, whose: str | None, seconds: float | None
 ) -> None:
+    pid = {"ours": os.getpid(), "another's": 1}.get(whose) if whose else None
     for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
