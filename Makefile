@@ -8,12 +8,12 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
-# Tests wait half of their time: two files at a time.
-TOGETHER := -n 2 --dist loadfile
+# Tests wait half of their time: two processes of them.
+TOGETHER := -n 2 --dist worksteal
 # How long make soak lasts.
 SECONDS := 600
 
-.PHONY: demo test test-all arm64 lint format serve bench soak clean help setup
+.PHONY: demo test test-slow test-all arm64 lint format serve bench soak clean help setup
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +21,11 @@ help:  ## show this list
 demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 	@$(BIN)/python examples/demo.py
 
-test: $(READY)  ## run the tests that take minutes (test-all: the slow ones too)
+test: $(READY)  ## run the tests that take minutes (test-slow: the others)
 	@$(BIN)/pytest -q $(TOGETHER) -m "not slow"
+
+test-slow: $(READY)  ## run the slow ones (those on an emulated aarch64: make arm64)
+	@$(BIN)/pytest -q $(TOGETHER) -m "slow and not aarch64"
 
 test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
 	@$(BIN)/pytest -q $(TOGETHER)

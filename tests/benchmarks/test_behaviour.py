@@ -18,6 +18,7 @@ def test_a_step_is_partly_the_runtime_and_partly_python(support_repository: Path
     assert 0 < behaviour.outside_runtime_share(version, 2, workload, rows=2, steps=8) < 1
 
 
+@pytest.mark.slow
 def test_the_profile_names_every_kind_of_work_of_a_step(support_repository: Path) -> None:
     version = support_repository / "support-int4/1"
     spent = operators.measure(version, 2, seed=1, for_s=0.2)

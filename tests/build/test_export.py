@@ -35,6 +35,7 @@ def fp32(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_the_fp32_export_says_what_transformers_says(fp32: Path, base_dir: Path, real_windows: list[list[int]]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -52,6 +53,7 @@ def test_the_fp32_export_says_what_transformers_says(fp32: Path, base_dir: Path,
     assert difference <= MAX_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_the_fp16_conversion_halves_weights_and_cache_and_keeps_float_logits(
     fp32: Path, base_dir: Path, real_windows: list[list[int]], tmp_path: Path
 ) -> None:
@@ -94,6 +96,7 @@ def test_fidelity_is_what_a_plain_computation_gives(built: Any, tiny_adapter: Pa
     assert fp16.perplexity_ratio == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.genai
 def test_onnxruntime_genai_gives_the_same_greedy_tokens(support_repository: Path) -> None:
     """Greedy tokens of the INT4 version: the same file, once by genai, once by the engine."""

@@ -47,6 +47,7 @@ def test_a_repository_whose_disk_is_full_gets_no_version_and_says_so(tiny_recipe
     assert list((small_disk / "repository").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_cache_whose_disk_is_full_ends_the_build_in_a_line(
     tiny_recipe: Path, small_disk: Path, tmp_path: Path
 ) -> None:

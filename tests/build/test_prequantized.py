@@ -63,8 +63,9 @@ def write_gptq(
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept_cache")
-@pytest.mark.parametrize(("group", "v2"), [(32, False), pytest.param(128, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("group", "v2"), [(32, False), (128, True)])
 def test_a_gptq_base_keeps_its_integers_to_the_bit(
     group: int, v2: bool, tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

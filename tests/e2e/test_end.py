@@ -69,6 +69,7 @@ def test_running_streams_come_to_their_end(
         assert command.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_what_is_new_is_refused_at_once_and_what_runs_too_long_is_cut_by_name(
     support_repository: Path,
     tmp_path: Path,
@@ -117,6 +118,7 @@ def test_what_is_new_is_refused_at_once_and_what_runs_too_long_is_cut_by_name(
         assert_nothing_left(command, shm, processes_below)
 
 
+@pytest.mark.slow
 def test_a_client_that_keeps_an_idle_stream_open_does_not_hold_the_server(
     support_repository: Path, tmp_path: Path, open_stream: Any, serving: Serving, processes_below: ProcessesBelow
 ) -> None:
@@ -132,6 +134,7 @@ def test_a_client_that_keeps_an_idle_stream_open_does_not_hold_the_server(
         assert_nothing_left(command, shm, processes_below)
 
 
+@pytest.mark.slow
 def test_when_the_launcher_is_killed_everything_ends(
     support_repository: Path,
     tmp_path: Path,
@@ -153,6 +156,7 @@ def test_when_the_launcher_is_killed_everything_ends(
         assert_nothing_left(command, shm, processes_below)
 
 
+@pytest.mark.slow
 def test_when_the_guard_is_killed_too_no_process_stays_and_the_next_start_cleans_up(
     support_repository: Path,
     tmp_path: Path,

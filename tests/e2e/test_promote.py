@@ -119,6 +119,7 @@ def test_a_server_of_another_repository_is_told_apart(server: Server, model: Pat
         promote(tmp_path, "other-int4", 2, server.grpc_url)
 
 
+@pytest.mark.slow
 def test_without_a_server_the_policy_is_set_for_the_next_start(model: Path, tmp_path: Path, open_stream: Any) -> None:
     shutil.copytree(model, tmp_path / NAME, symlinks=True)
     assert not promote(tmp_path, NAME, 2, NOBODY).served

@@ -109,6 +109,7 @@ def test_a_plan_begins_when_all_dispatchers_are_there(server: Any, locust: Locus
     assert 8 < len(came_s) < 40
 
 
+@pytest.mark.slow
 def test_stages_are_whole_with_two_processes_and_end_the_test_by_themselves(server: Any, tmp_path: Path) -> None:
     shape = tmp_path / "shape.toml"
     shape.write_text("[[stage]]\nduration_s = 1\nlevel = 10\n[[stage]]\nduration_s = 2\nlevel = 20\n")
@@ -147,6 +148,7 @@ def test_a_server_that_dies_ends_the_run_and_what_came_is_kept(server: Any) -> N
     assert result.summary.duration_s < 30
 
 
+@pytest.mark.slow
 def test_a_load_generator_that_cannot_keep_up_says_so(server: Any, tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

@@ -100,6 +100,7 @@ def test_the_current_folders_locust_configuration_does_not_matter(
     assert result.summary.cut == 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_alone_on_stdout(server: Any) -> None:
     command = [sys.executable, "-c", "from stillhouse.loadtest.commands import app; app()"]
     arguments = ["compare", server.grpc_host, "--models", "support-int4", "--duration", "1s", "--users", "2"]

@@ -225,6 +225,7 @@ def test_other_kinds_of_lora_learn_too(kind: str, write_tune_recipe: Recipe) -> 
     assert done[1]["after"]["validation"]["loss"] < done[1]["before"]["validation"]["loss"] - 0.3
 
 
+@pytest.mark.slow
 def test_a_record_of_weight_zero_teaches_nothing_and_equal_weights_change_nothing(
     write_tune_recipe: Recipe, dataset: Path, tmp_path: Path
 ) -> None:
