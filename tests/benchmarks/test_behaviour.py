@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import behaviour
 import operators
+import pytest
 from workload import Workload
 
 
