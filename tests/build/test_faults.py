@@ -107,7 +107,7 @@ def test_two_builds_of_one_name_at_once_make_each_stage_once_and_both_get_versio
     assert sorted(result["version"] for build in built for result in build["results"]) == [1, 1, 2, 2]
     merges = [stage["reused"] for build in built for stage in build["stages"] if stage["name"] == "merge"]
     assert sorted(merges) == [False, True]
-    assert any(b"another build is making merge of the same inputs; waiting for it" in stderr for _, stderr in said)
+    assert any(b"another process is making merge of the same inputs; waiting for it" in stderr for _, stderr in said)
     for model in ("tiny-fp16", "tiny-int8"):
         assert version_numbers(tmp_path / "repository" / model) == [1, 2]
         files = [open_version(tmp_path / "repository" / model / number).manifest.files for number in "12"]

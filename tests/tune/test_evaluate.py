@@ -22,7 +22,7 @@ from stillhouse.tune.evaluation_picture import PICTURE, draw_changes
 from stillhouse.tune.evaluation_recipe import failures, load_evaluation
 from stillhouse.tune.torch_runner import TorchRunner, load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_changed_pairs() -> None:
@@ -146,7 +146,8 @@ def asked(
 
 
 @pytest.fixture(scope="module")
-def evaluated(asked: Path) -> list[dict[str, Any]]:
+def evaluated(asked: Path, own_cache: Path) -> list[dict[str, Any]]:
+    assert own_cache
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LEAST_TOKENS", 1_000)
         return figures(evaluate(load_evaluation(asked), asked.parent / "repository"))

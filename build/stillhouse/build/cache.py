@@ -2,6 +2,7 @@
 
     $XDG_CACHE_HOME/stillhouse/stages/<stage>-<key>/     result.json (what the stage returned, sizes and hashes), files
     $XDG_CACHE_HOME/stillhouse/builds/<time>-<name>/     the log of one build
+    $XDG_CACHE_HOME/stillhouse/scratch/run-…/            what one run needs while it lasts
 
 An entry appears whole or not at all (written beside, renamed), is re-hashed before it is used, and is locked (flock)
 while a build uses it. The least recently used entries go when all together are larger than STILLHOUSE_CACHE_BYTES.
@@ -23,12 +24,14 @@ from typing import IO, Any
 
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.engine.directory import sha256_of
+from stillhouse.engine.errors import StillhouseError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 20 * 10**9
 _RESULT = "result.json"
 _BESIDE = ".new-"
+_SCRATCH = "run-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,32 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
+def scratch_in(root: Path) -> Iterator[Path]:
+    """A folder below `root` for one run's own files, gone at its end; what dead runs left in the cache goes now.
+
+    Raises StillhouseError where the cache cannot be written.
+    """
+    folders = root / "scratch"
+    with contextlib.ExitStack() as stack:
+        try:
+            folders.mkdir(parents=True, exist_ok=True)
+            clear_unheld(folders, _SCRATCH)
+            prune(root)
+            own = stack.enter_context(held_temporary(folders, _SCRATCH))
+        except OSError as failure:
+            raise StillhouseError(
+                f"cannot write into the cache {root}: {failure.strerror}", hint="set XDG_CACHE_HOME to another folder"
+            ) from failure
+        yield own
+
+
+@contextlib.contextmanager
 def stage_entry(
     root: Path, stage: str, key: str, make: Callable[[Path], dict[str, Any]], *, ignore: bool = False
 ) -> Iterator[Entry]:
     """The entry of `stage` and `key`, made by `make(folder) -> result` where it is not there (or `ignore`).
 
-    It is held for as long as the context lasts. Two builds that want the same entry make it once; the other waits.
+    It is held for as long as the context lasts. Of two processes that want the same one, one makes it; the other waits.
     """
     stages = root / "stages"
     stages.mkdir(parents=True, exist_ok=True)
@@ -116,7 +139,7 @@ def _wait_for(lock: IO[str], stage: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("another build is making %s of the same inputs; waiting for it", stage)
+        log.info("another process is making %s of the same inputs; waiting for it", stage)
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 

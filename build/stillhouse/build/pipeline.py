@@ -13,8 +13,7 @@ from typing import Any
 
 from stillhouse.build import publish as publishing
 from stillhouse.build.answers import Replies, compare, judge_tasks
-from stillhouse.build.cache import Entry, cache_root, prune, stage_entry
-from stillhouse.build.locks import clear_unheld, held_temporary
+from stillhouse.build.cache import Entry, cache_root, scratch_in, stage_entry
 from stillhouse.build.plan import Plan, PlannedVersion, plan
 from stillhouse.build.progress import Reporter
 from stillhouse.build.recipe import Recipe
@@ -25,8 +24,6 @@ from stillhouse.build.verify import Figures, judge, read_network
 from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import ModelRecord, Precision
-
-_SCRATCH = "run-"
 
 
 def build(
@@ -81,39 +78,29 @@ class _Run:
         self.results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
         if not self.wanted:
             return Build(self._done(), [], None)
-        try:
+        with ExitStack() as stack:
+            self.scratch = stack.enter_context(scratch_in(self.root))
             self.log.mkdir(parents=True, exist_ok=True)
-            prune(self.root)
-        except OSError as failure:
-            raise StillhouseError(
-                f"cannot write into the cache {self.root}: {failure.strerror}",
-                hint="set XDG_CACHE_HOME to another folder",
-            ) from failure
-        error: str | None = None
-        try:
-            with ExitStack() as stack:
-                self._build_wanted(stack)
-        except BaseException as failure:
-            error = str(failure) or type(failure).__name__
-            raise
-        finally:
-            write_log(self.log, self.plan, self.created, Build(self._done(), self.stages, self.log), error)
+            error: str | None = None
+            try:
+                self._build_wanted(stack, self.scratch)
+            except BaseException as failure:
+                error = str(failure) or type(failure).__name__
+                raise
+            finally:
+                write_log(self.log, self.plan, self.created, Build(self._done(), self.stages, self.log), error)
         return Build(self._done(), self.stages, self.log)
 
     def _done(self) -> list[BuildResult]:
         """What there is so far, in the recipe's order."""
         return [self.results[v.precision] for v in self.plan.versions if v.precision in self.results]
 
-    def _build_wanted(self, stack: ExitStack) -> None:
-        scratch_root = self.root / "scratch"
-        scratch_root.mkdir(parents=True, exist_ok=True)
-        clear_unheld(scratch_root, _SCRATCH)
-        self.scratch = stack.enter_context(held_temporary(scratch_root, _SCRATCH))
+    def _build_wanted(self, stack: ExitStack, scratch: Path) -> None:
         merged = self._entry(stack, "merge", "merge", self.plan.merge_key, self._merge_arguments())
         network = read_network(merged.path)
         windows = token_windows(token_ids(self.plan.text, merged.path / "tokenizer.json"), network.context_length)
         fp32 = self._entry(stack, "export fp32", "fp32", self.plan.reference_key, _fp32_arguments(merged.path))
-        spool = self.scratch / "reference.f32"
+        spool = scratch / "reference.f32"
         measured = {"network": network.model_dump(), "windows": windows, "spool": str(spool)}
         self._stage("reference", "reference", {"model": str(fp32.path / "model.onnx"), **measured})
         said = self._answers("fp32", fp32, merged, network)

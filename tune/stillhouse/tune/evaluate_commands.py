@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,6 @@ from stillhouse.engine.errors import StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.build.recipe import EvaluateOptions
-
-log = logging.getLogger(__name__)
 
 NAMES = {
     "records_perplexity": "perplexity, held-out answers",
@@ -41,11 +38,15 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="A folder for evaluation.json and its picture.", show_default="none")
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure every model again, whatever is cached.")
+    ] = False,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Measure base, fine-tune and every built precision, and say what of the difference is more than chance.
 
+    A model that was measured before by the same questions is not measured again: one that was killed goes on.
     Where the recipe has a gate ([evaluate] better, not_worse) that the fine-tune does not hold, the exit code is 1.
 
     Example: stillhouse evaluate recipe.toml
@@ -58,8 +59,7 @@ def evaluate(
     from stillhouse.tune.evaluation_recipe import load_evaluation
 
     asked = load_evaluation(recipe, changes or ())
-    measured = None if no_versions else repository
-    done = run(asked, measured, on_model=lambda name: log.info("measuring: %s", name))
+    done = run(asked, None if no_versions else repository, no_cache=no_cache)
     rows = figures(done)
     found = json.dumps({"asked": done.labels, "models": rows}, indent=2)
     if output is not None:

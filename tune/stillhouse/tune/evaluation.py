@@ -7,14 +7,14 @@ the merge, as the build holds them.
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.answers import Reply, judge_tasks, tasks_record
+from stillhouse.build.cache import cache_root, scratch_in
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.merge import merge
 from stillhouse.build.recipe import Recipe
@@ -33,9 +33,10 @@ from stillhouse.tune.measure import (
     Questions,
     Subject,
     checkpoint_subject,
-    measure,
+    provider_of,
     version_subject,
 )
+from stillhouse.tune.measure_cache import Model, measured_once
 from stillhouse.tune.splits import read_split
 
 log = logging.getLogger(__name__)
@@ -53,32 +54,49 @@ class Evaluation:
     labels: dict[str, str]  # what was asked: files' names by kind
 
 
-def evaluate(recipe: Recipe, repository: Path | None, on_model: Callable[[str], None] = lambda _: None) -> Evaluation:
+def evaluate(recipe: Recipe, repository: Path | None, *, no_cache: bool = False) -> Evaluation:
     """Measures the base, the merge where there are adapters, and the live version of every precision in `repository`.
 
-    Without a repository, no versions. Raises UsageError where the recipe has nothing to measure or to gate by;
-    StillhouseError for unsound inputs.
+    Without a repository, no versions. A model that was measured before by the same questions is not measured again,
+    but with `no_cache`. Raises UsageError where the recipe has nothing to measure or to gate by; StillhouseError for
+    unsound inputs.
     """
     refuse_unmeasured(recipe)
     checkpoint = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="stillhouse-evaluate-") as scratch:
-        texts = Path(scratch) / "base"
+    root = cache_root()
+    with scratch_in(root) as scratch:
+        texts = scratch / "base"
         texts.mkdir()
         write_tokenizer(checkpoint.path, [], texts)
         asked, labels = questions_of(recipe, texts, checkpoint)
-        subjects = [checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path))]
-        if recipe.adapters:
-            on_model("merge")
-            tuned = merged(recipe, checkpoint, Path(scratch))
-            subjects.append(checkpoint_subject(TUNED, tuned, tuned, read_network(tuned)))
-        subjects += versions_of(recipe, checkpoint, repository) if repository is not None else []
-        measured: dict[str, Measured] = {}
-        for subject in subjects:
-            on_model(subject.name)
-            measured[subject.name] = measure(subject, asked)
+        models = [*_checkpoints(recipe, checkpoint, texts, scratch)]
+        models += versions_of(recipe, checkpoint, repository) if repository is not None else []
+        # The merge first: what is wrong with an adapter is said before the base is measured.
+        found = {
+            model.name: measured_once(root, model, asked, ignore=no_cache)
+            for model in sorted(models, key=lambda model: model.name != TUNED)
+        }
+    measured = {model.name: found[model.name] for model in models}
     original = TUNED if recipe.adapters else BASE
     against = {name: BASE if name == TUNED else original for name in measured if name != BASE}
     return Evaluation(measured, against, _gates(recipe, measured, original), labels)
+
+
+def _checkpoints(recipe: Recipe, checkpoint: Checkpoint, texts: Path, scratch: Path) -> Iterator[Model]:
+    """The base, and the merge, which is made where it is to be measured."""
+    from stillhouse.tune.torch_runner import device
+
+    def tuned() -> Subject:
+        log.info("merging base and adapters")
+        folder = merged(recipe, checkpoint, scratch)
+        return checkpoint_subject(TUNED, folder, folder, read_network(folder))
+
+    base = checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path))
+    made_of = {"base": checkpoint.sha256, "device": device()}
+    yield Model(BASE, made_of, lambda: base)
+    if recipe.adapters:
+        adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
+        yield Model(TUNED, made_of | {"adapters": [[each.sha256, each.weight] for each in adapters]}, tuned)
 
 
 def merged(recipe: Recipe, checkpoint: Checkpoint, scratch: Path) -> Path:
@@ -116,7 +134,7 @@ def questions_of(recipe: Recipe, texts: Path, checkpoint: Checkpoint) -> tuple[Q
     return found, labels | {"text": text.label}
 
 
-def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Subject]:
+def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Model]:
     """The live version of each of the recipe's precisions that the repository has."""
     adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
     for precision in recipe.precisions:
@@ -125,9 +143,16 @@ def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Ite
         if live:
             version = open_version(model / str(live[-1]))
             _note_other_adapters(version, adapters)
-            yield version_subject(version, f"{recipe.model_name(precision)} v{live[-1]}")
+            yield _version(version, f"{recipe.model_name(precision)} v{live[-1]}")
         else:
             log.info("%s has no %s: it is not measured", repository, model.name)
+
+
+def _version(version: VersionDirectory, name: str) -> Model:
+    provider = provider_of(version)
+    files = {file.path: file.sha256 for file in version.manifest.files}
+    made_of = {"files": files, "network": version.manifest.network.model_dump(), "provider": provider}
+    return Model(name, made_of, lambda: version_subject(version, name, provider))
 
 
 def _note_other_adapters(version: VersionDirectory, adapters: list[Adapter]) -> None:

@@ -145,12 +145,16 @@ def checkpoint_subject(name: str, weights: Path, texts: Path, network: ModelReco
     return Subject(name, network, Tokenizer(texts), opened)
 
 
-def version_subject(version: VersionDirectory, name: str) -> Subject:
-    """A built version, run by the engine: where its target is not there, on the CPU, which is said."""
+def provider_of(version: VersionDirectory) -> str:
+    """What runs a built version here: where its target is not there, the CPU, which is said."""
     from stillhouse.engine.session import choose_provider
 
+    return choose_provider("auto", version.manifest.target)
+
+
+def version_subject(version: VersionDirectory, name: str, provider: str) -> Subject:
+    """A built version, run by the engine on `provider`."""
     network = version.manifest.network
-    provider = choose_provider("auto", version.manifest.target)
 
     @contextmanager
     def opened(longest: int) -> Iterator[Any]:

@@ -89,14 +89,19 @@ class TorchRunner:
         return torch.tensor(values, device=self._device)
 
 
+def device() -> str:
+    """Where models are run: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(folder: Path) -> Any:
-    """The checkpoint in `folder` in FP32, on the GPU where there is one."""
+    """The checkpoint in `folder` in FP32, on this machine's device."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device())
 
 
 def _beginning(cache: Any, length: int) -> Any:
