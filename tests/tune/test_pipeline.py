@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -131,12 +132,18 @@ def test_where_a_stage_comes_to_the_same_result_those_after_it_stay(workshop: Wo
     assert workshop.calls() == ["raw"]
 
 
-def test_what_moves_the_live_version_runs_again_where_other_inputs_moved_it_since(workshop: Workshop) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_moves_the_live_version_runs_again_where_other_inputs_moved_it_since(
+    killed: bool, workshop: Workshop
+) -> None:
     stages = [replace(stage, moves=stage.name == "tried") for stage in workshop.stages]
     workshop = replace(workshop, stages=stages)
     workshop.run()
-    changed = workshop.change("raw", read=2, said="other words")
-    changed.run()
+    trouble = workshop.home / "trouble" / "tried"
+    trouble.write_text("kill" if killed else "")  # it may have moved it before that
+    with pytest.raises(StillhouseError) if killed else contextlib.nullcontext():
+        workshop.change("raw", read=2, said="other words").run()
+    trouble.unlink()
     workshop.calls()
     assert [each.stage.name for each in plan(workshop.stages, workshop.places) if each.why] == ["tried"]
     workshop.run()

@@ -246,6 +246,26 @@ def test_what_a_stage_reads_is_a_parameter_of_it_so_that_kubeflows_cache_asks_ag
     assert {name for name in values[0] if values[0][name] != values[1][name]} == {"evaluate"}
 
 
+@pytest.mark.parametrize(
+    ("more", "moving"),
+    [("promote = 'grpc://triton:8001'\n", {"promote-tiny-fp16", "promote-tiny-int8"}), ("", {"build"})],
+)
+def test_kubeflows_cache_never_stands_for_what_moves_the_live_version(
+    more: str, moving: set[str], write: Write
+) -> None:
+    """Back from recipe B to A every hash is known to it; A must go live all the same."""
+    import yaml
+
+    recipe = write(DATA + TUNE + EVALUATE + CLUSTER + more)
+    file = recipe.parent / "pipeline.yaml"
+    assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
+    spec = next(yaml.safe_load_all(file.read_text("utf-8")))
+    cached = {
+        name for name, task in spec["root"]["dag"]["tasks"].items() if task["cachingOptions"].get("enableCache", False)
+    }
+    assert cached == set(stages(recipe)) - moving
+
+
 def test_what_cannot_be_compiled_is_one_line(write: Write, tmp_path: Path) -> None:
     from stillhouse.tune.kubeflow import compile_pipeline
 

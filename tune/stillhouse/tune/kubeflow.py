@@ -47,6 +47,8 @@ def compile_pipeline(name: str, stages: Sequence[Stage], recipe: Path, options: 
             given |= {other: tasks[other].outputs["out"] for other in stage.after if _names(stage, other)}
             task = components[stage.name](**given, **{INPUTS: key_of(stage.reads)})
             task.set_display_name(stage.name)
+            if stage.moves:  # Kubeflow's cache knows nothing of another run that moved it since
+                task.set_caching_options(False)
             if tasks:  # a gate stops what comes after it, whether that reads its result or not
                 task.after(list(tasks.values())[-1])
             kubernetes.mount_pvc(task, pvc_name=options.volume, mount_path=MOUNT)

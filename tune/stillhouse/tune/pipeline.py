@@ -116,8 +116,8 @@ def run(
             log.info("%s: %s", stage.name, why)
             if record.find(stage.name, key) is not None:  # what is left of its result would be taken for all of it
                 shutil.rmtree(places.folder(stage.name, key), ignore_errors=True)
-                record.drop(stage.name, key)  # so that it goes on, if it is killed now
-                write_record(places.run, record)
+            record.drop(stage.name, None if stage.moves else key)  # so that it goes on, if it is killed now
+            write_record(places.run, record)
             began = time.monotonic()
             try:
                 done[stage.name] = _do(stage, inputs, done, places, program)
@@ -171,8 +171,6 @@ def _still_there(stage: Stage, record: Record, inputs: dict[str, Any], places: P
     key = key_of(inputs)
     done = record.find(stage.name, key)
     folder = places.folder(stage.name, key)
-    if stage.moves and done is not record.latest(stage.name):
-        return None
     if done is not None and folder.is_dir():
         with contextlib.suppress(StillhouseError, OSError, ValueError, KeyError):
             if digest(stage.result(folder), folder) == done.result:

@@ -53,8 +53,9 @@ class Record:
     def latest(self, stage: str) -> Done | None:
         return next((done for done in reversed(self.done) if done.stage == stage), None)
 
-    def drop(self, stage: str, key: str) -> None:
-        self.done = [done for done in self.done if (done.stage, done.key) != (stage, key)]
+    def drop(self, stage: str, key: str | None = None) -> None:
+        """Forgets that the stage was done with the inputs of `key`, or with any."""
+        self.done = [done for done in self.done if done.stage != stage or key not in (None, done.key)]
 
     def add(self, done: Done) -> None:
         self.drop(done.stage, done.key)

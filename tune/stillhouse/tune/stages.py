@@ -55,7 +55,7 @@ class Stage:
     after: tuple[str, ...] = ()
     result: Callable[[Path], list[Path]] = field(default=lambda _: [])
     pictures: tuple[str, ...] = ()  # patterns of files in its folder
-    moves: bool = False  # it moves what is live: done for other inputs since, it is no longer done
+    moves: bool = False  # it moves what is live: begun for other inputs since, it is no longer done
 
     def command(self, places: Mapping[str, Any]) -> list[str]:
         """Its arguments with `places` in them, by name."""
