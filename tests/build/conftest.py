@@ -134,3 +134,56 @@ def family_checkpoint(tiny_base: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def graph(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base in FP32."""
+    from stillhouse.build.worker import run_stage
+
+    folder = tmp_path_factory.mktemp("graph")
+    arguments: dict[str, Any] = {"checkpoint": str(tiny_base), "destination": str(folder / "fp32")}
+    arguments |= {"precision": "fp32", "target": "cpu", "options": {}}
+    run_stage("export", arguments, log=folder / "export.log", share=lambda _: None)
+    return folder / "fp32"
+
+
+@pytest.fixture(scope="session")
+def calibration(graph: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's own samples."""
+    from stillhouse.build.calibrate import calibrate
+    from stillhouse.build.verify import read_network
+
+    folder = tmp_path_factory.mktemp("calibration")
+    network = read_network(tiny_base).model_dump()
+    calibrate(
+        lambda _: None,
+        model=str(graph / "model.onnx"),
+        checkpoint=str(tiny_base),
+        network=network,
+        destination=str(folder),
+    )
+    return folder / "calibration.json"
+
+
+@pytest.fixture(scope="session")
+def quantized(graph: Path, tiny_base: Path, calibration: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the quantize stage on the tiny base; returns its record."""
+    from stillhouse.build.auto import quantize
+    from stillhouse.build.verify import read_network
+
+    def run(destination: Path, **words: Any) -> dict[str, Any]:
+        network = read_network(tiny_base).model_dump()
+        asked: dict[str, Any] = {"bits": 4, "method": "gptq", "calibration": str(calibration)} | words
+        result = quantize(
+            lambda _: None,
+            checkpoint=str(tiny_base),
+            graph=str(graph),
+            destination=str(destination),
+            network=network,
+            **asked,
+        )
+        record: dict[str, Any] = result["quantization"]
+        return record
+
+    return run

@@ -1,4 +1,4 @@
-"""A runner without a model: its next token is a fixed function of every token in the slot.
+"""An engine without a model: its next token is a fixed function of every token in the slot.
 
 So an answer changes if a scheduler ever feeds a wrong token, mixes two slots up, or moves one wrongly.
 """
@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.engine.core import Engine
+from stillhouse.engine.request import Token
+from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.scheduler import Limits
+
 VOCAB_SIZE = 64
 EOS = 0
+CONTEXT = 64
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 class CountingRunner:
@@ -70,3 +78,68 @@ class CountingRunner:
         logits = np.random.default_rng(seed).normal(size=VOCAB_SIZE).astype(np.float32)
         logits[EOS] -= 1.0
         return logits
+
+
+def make_engine(
+    slots: int = 4, *, chunk: int = 8, capacity: int | None = None, prefix_slots: int = 0, **limits: Any
+) -> Engine:
+    runner = CountingRunner(slots + prefix_slots)
+    sizes = Limits(
+        slots,
+        CONTEXT,
+        capacity or (slots + prefix_slots) * CONTEXT,
+        prefill_chunk_tokens=chunk,
+        prefill_alone_tokens=chunk,
+        prefix_slots=prefix_slots,
+        **limits,
+    )
+    return Engine(runner, sizes, [EOS])
+
+
+class Collected:
+    """A sink that keeps what it got."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.tokens: list[Token] = []
+        self._stop_after = stop_after
+        self.stopped = False
+
+    def __call__(self, token: Token) -> bool:
+        assert not (self.reason or self.stopped), "a token came after the last"
+        self.tokens.append(token)
+        self.stopped = self._stop_after is not None and len(self.ids) >= self._stop_after
+        return self.stopped
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens if token.token_id is not None]
+
+    @property
+    def reason(self) -> str | None:
+        return self.tokens[-1].finish_reason if self.tokens else None
+
+
+def run_until_idle(engine: Engine, most_steps: int = 10_000) -> None:
+    for _ in range(most_steps):
+        if not engine.stats().running and not engine.stats().waiting:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def answer_alone(prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    engine, sink = make_engine(1, chunk=1000), Collected()
+    engine.submit(prompt, params, sink)
+    run_until_idle(engine)
+    return sink.ids
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
+    assert engine._runner.slots == [None] * len(engine._runner.slots)  # type: ignore[attr-defined]
+
+
+def forget_prefixes(engine: Engine) -> None:
+    while engine._scheduler._forget_one_prefix():
+        pass

@@ -1,0 +1,152 @@
+"""Who is served when, and what becomes of whom where memory runs out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from counting_engine import (
+    CONTEXT,
+    GREEDY,
+    Collected,
+    CountingRunner,
+    answer_alone,
+    assert_nothing_is_held,
+    make_engine,
+    run_until_idle,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stillhouse.engine.request import Request, Token
+from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.scheduler import Limits, Scheduler, chunk_size
+
+
+@given(st.integers(1, 200), st.integers(3, 50))
+def test_a_prefill_never_ends_in_a_chunk_of_one_token(prompt_tokens: int, chunk: int) -> None:
+    """One token is another kernel than several, unless the prompt has but one."""
+    remaining = prompt_tokens
+    while remaining:
+        size = chunk_size(remaining, chunk)
+        assert size >= min(2, prompt_tokens)
+        remaining -= size
+
+
+def test_a_request_joins_while_others_decode() -> None:
+    engine = make_engine(2)
+    first, second = Collected(), Collected()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True), first)
+    for _ in range(5):
+        engine.step()
+    engine.submit([4, 5, 6], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True), second)
+    run_until_idle(engine)
+    assert 2 in engine._runner.decode_rows  # type: ignore[attr-defined]
+    assert [len(first.ids), len(second.ids)] == [20, 4]
+
+
+def test_running_requests_get_a_token_at_every_chunk_of_a_long_prompt() -> None:
+    engine = make_engine(2, chunk=4)
+    running = Collected()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True), running)
+    engine.step()
+    engine.submit(list(range(40)), GREEDY, Collected())
+    before = len(running.ids)
+    for _ in range(8):
+        engine.step()
+    assert len(running.ids) == before + 8
+
+
+def test_the_first_come_is_the_first_served() -> None:
+    engine = make_engine(1)
+    order: list[int] = []
+    for index in range(5):
+        engine.submit([index + 1], SamplingParams(max_tokens=1, temperature=0.0), lambda _, i=index: order.append(i))
+    run_until_idle(engine)
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_of_those_who_wait_the_lower_priority_comes_first_and_among_equals_the_older() -> None:
+    engine, order = make_engine(1), list[str]()
+
+    def submit(name: str, priority: int) -> None:
+        def sink(token: Token) -> None:
+            if token.finish_reason:
+                order.append(name)
+
+        engine.submit([1, 2], replace(GREEDY, priority=priority), sink)
+
+    submit("running", 5)
+    engine.step()
+    for name, priority in (("late", 1), ("first", 0), ("urgent", -1), ("second", 0)):
+        submit(name, priority)
+    run_until_idle(engine)
+    assert order == ["running", "urgent", "first", "second", "late"]
+
+
+def test_a_prompt_that_made_room_waits_at_its_place_again() -> None:
+    """Of two that are cut off while they prefill, the urgent one comes first, whenever it was submitted."""
+    scheduler = Scheduler(CountingRunner(1), Limits(1, CONTEXT, CONTEXT))
+    requests = {
+        name: Request(name, [1] * 8, replace(GREEDY, priority=priority), Collected())
+        for name, priority in (("old", 1), ("urgent", 0), ("new", 1))
+    }
+    for name in ("new", "old"):
+        scheduler.wait(requests[name])
+    assert scheduler.next_to_prefill(0) is requests["old"]
+    scheduler.wait(requests["urgent"])
+    scheduler._limits = Limits(1, CONTEXT, 0)
+    scheduler.make_room()
+    assert [request.id for request in scheduler.waiting] == ["urgent", "old", "new"]
+
+
+def test_a_preempted_prefill_counts_and_scores_its_prompt_once() -> None:
+    engine = make_engine(3, capacity=CONTEXT + 10, chunk=4)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    prompts = [[1] * 20, [2] * 20, [3] * 22]
+    tokens: list[Token] = []
+    for prompt in prompts[:2]:
+        engine.submit(prompt, params, Collected())
+    scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    for _ in range(12):
+        engine.step()
+    engine.submit(prompts[2], scored, tokens.append)
+    run_until_idle(engine)
+    assert tokens[0].prompt_logprobs is not None
+    assert len(tokens[0].prompt_logprobs) == 21
+    assert engine.stats().prompt_tokens_total == 62
+
+
+def test_when_memory_runs_out_the_youngest_is_preempted_and_its_answer_stays_the_same() -> None:
+    engine = make_engine(4, capacity=CONTEXT + 10)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    sinks = [Collected() for _ in range(4)]
+    for index, sink in enumerate(sinks):
+        engine.submit([index + 1] * 5, params, sink)
+    run_until_idle(engine)
+    assert engine._runner.swaps > 0  # type: ignore[attr-defined]
+    assert [sink.ids for sink in sinks] == [answer_alone([index + 1] * 5, params) for index in range(4)]
+    assert_nothing_is_held(engine)
+
+
+def test_kept_prompts_give_way_to_who_was_preempted() -> None:
+    """A request that ends keeps its prompt for reuse; it must not keep a preempted one out."""
+    engine = make_engine(2, capacity=CONTEXT + 40, prefix_slots=2)
+    sinks = [Collected() for _ in range(3)]
+    for index, (sink, tokens) in enumerate(zip(sinks, (20, 12, 25), strict=True)):
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        engine.submit([index + 1] * 38, params, sink)
+    run_until_idle(engine, most_steps=500)
+    assert [len(sink.ids) for sink in sinks] == [20, 12, 25]
+
+
+def test_a_shared_beginning_is_prefilled_once() -> None:
+    engine = make_engine(2, prefix_slots=1, chunk=100)
+    system = list(range(1, 41))
+    for question in ([50, 51, 52], [53, 54], [55]):
+        sink = Collected()
+        engine.submit(system + question, GREEDY, sink)
+        run_until_idle(engine)
+        assert sink.ids == answer_alone(system + question, GREEDY)
+    # The third has one token of its own; two are left to prefill, since one alone is another kernel.
+    assert engine._runner.prefill_sizes == [43, 2, 2]  # type: ignore[attr-defined]
+    assert engine.stats().prefix_tokens_total == 40 + 39
