@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 import psutil
+from served import free_port
 
 from stillhouse.client import AsyncClient, ClientError
 
@@ -62,7 +62,7 @@ def killed(repository: Path, model: str, tries: int) -> Tries:
 def served(repository: Path, model: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
     """`stillhouse serve` on free ports, and its URLs as it says them."""
     with tempfile.TemporaryDirectory() as folder:
-        ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", _free_port()]
+        ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", str(free_port())]
         words = ["serve", "--repository", str(repository), "--models", model, *ports, "--log-file", f"{folder}/log"]
         command = [sys.executable, "-m", "stillhouse.cli.main", *words, "--grace", "1"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -161,8 +161,3 @@ async def _gateway_answers(http: httpx.AsyncClient, model: str, seen: Tries) -> 
 def _model_processes(command: psutil.Process) -> list[psutil.Process]:
     children = command.children(recursive=True)
     return [child for child in children if child.name().startswith("triton_python_") and child.status() != "zombie"]
-
-
-def _free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return str(probe.getsockname()[1])

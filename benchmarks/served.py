@@ -75,7 +75,7 @@ def served(model_directory: Path, engine: dict[str, Any] | None = None) -> Itera
     """
     with tempfile.TemporaryDirectory(prefix="stillhouse-served-") as folder:
         model = _with_options(model_directory.resolve(), Path(folder) / "repository", engine or {})
-        openai_port, log_file = _free_port(), Path(folder) / "triton.log"
+        openai_port, log_file = free_port(), Path(folder) / "triton.log"
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", str(openai_port)]
         command = [sys.executable, "-m", "stillhouse.cli.main", "serve", "--repository", str(model.parent), *ports]
         launcher = subprocess.Popen([*command, "--log-file", str(log_file)], stdout=subprocess.PIPE, text=True)
@@ -115,7 +115,8 @@ def _with_options(model: Path, repository: Path, engine: dict[str, Any]) -> Path
     return copy
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on: to `serve`, --openai-port 0 means no gateway."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 from attacks.wire import Targets
+from served import free_port
 
 # No prompts are kept for reuse: at the end, no KV is in use.
 ENGINE = {"max_num_seqs": 8, "prefix_slots": 0}
@@ -38,7 +38,7 @@ def serving(repository: Path, model: str) -> Iterator[Running]:
     with tempfile.TemporaryDirectory() as folder:
         mirror = _mirrored(repository, model, Path(folder))
         ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
-        words = ["serve", "--repository", str(mirror), "--openai-port", str(_free_port()), "--grace", "5"]
+        words = ["serve", "--repository", str(mirror), "--openai-port", str(free_port()), "--grace", "5"]
         command = [sys.executable, "-m", "stillhouse.cli.main", *words, *ports, "--log-file", f"{folder}/triton.log"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
             try:
@@ -54,12 +54,6 @@ def _mirrored(repository: Path, model: str, folder: Path) -> Path:
     (place / "engine.json").unlink()
     (place / "engine.json").write_text(json.dumps(ENGINE), "utf-8")
     return place.parent
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _announced(served: subprocess.Popen[str]) -> Running:

@@ -187,11 +187,12 @@ def test_a_model_whose_process_is_killed_ends_its_streams_by_name(support_reposi
 
 
 @pytest.mark.slow
-def test_the_command_serves_says_503_until_it_can_and_drains(support_repository: Path, tmp_path: Path) -> None:
+def test_the_command_serves_says_503_until_it_can_and_drains(
+    support_repository: Path, free_ports: list[str], tmp_path: Path
+) -> None:
     words = ["serve", "--repository", str(support_repository), "--models", "support-int4", "--grace", "20"]
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", str(_free_port())]
-    command = [sys.executable, "-m", "stillhouse.cli.main", *words, *ports, "--log-file", str(tmp_path / "log")]
-    url = f"http://127.0.0.1:{ports[-1]}"
+    command = [sys.executable, "-m", "stillhouse.cli.main", *words, *free_ports, "--log-file", str(tmp_path / "log")]
+    url = f"http://127.0.0.1:{free_ports[-1]}"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
         try:
             statuses = []
@@ -216,10 +217,3 @@ def test_the_command_serves_says_503_until_it_can_and_drains(support_repository:
             served.kill()
     assert served.returncode == 0
     assert f"openai   {url}/v1" in out
-
-
-def _free_port() -> int:
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from stillhouse.build.tables import read_tables, validated
 from stillhouse.engine.errors import UsageError
@@ -32,6 +32,15 @@ DEFAULT_GATES: dict[str, GateRecord] = {
     "int8": GateRecord(perplexity_ratio=1.01),
     "int4": GateRecord(perplexity_ratio=1.06),
 }
+
+
+def _fit_for_a_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"must be letters, digits, '_' and '-' (models and folders are called by it), got {name!r}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_fit_for_a_name)]
 
 
 class _Table(BaseModel):
@@ -92,7 +101,7 @@ class Gate(_Table):
 class Recipe(_Table):
     """A whole recipe; `base`, adapters and text are absolute paths or hub ids once `load_recipe` has read it."""
 
-    name: str
+    name: Name
     base: str
     revision: str | None = None
     trust_remote_code: bool = False
@@ -102,13 +111,6 @@ class Recipe(_Table):
     quantize: dict[Precision, QuantizeOptions] = Field(default_factory=dict)
     evaluate: EvaluateOptions = EvaluateOptions()
     gate: dict[Precision, Gate] = Field(default_factory=dict)
-
-    @field_validator("name")
-    @classmethod
-    def _fit_for_triton(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"must be letters, digits, '_' and '-' (it becomes a model's name), got {name!r}")
-        return name
 
     @field_validator("adapters", mode="before")
     @classmethod

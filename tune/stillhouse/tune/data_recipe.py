@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from stillhouse.build.recipe import HUB_ID, NAME, resolve_source
+from stillhouse.build.recipe import HUB_ID, Name, resolve_source
 from stillhouse.build.tables import read_tables, validated
 from stillhouse.engine.errors import UsageError, shown
 
@@ -177,7 +177,7 @@ class Synthetic(_Table):
 class DataRecipe(_Table):
     """A whole recipe; paths are absolute once `load_data_recipe` has read it."""
 
-    name: str
+    name: Name
     base: str | None = None
     revision: str | None = None
     seed: int = 0
@@ -195,13 +195,6 @@ class DataRecipe(_Table):
     coverage: Coverage = Coverage()
 
     _folder: str = PrivateAttr(default=".")
-
-    @field_validator("name")
-    @classmethod
-    def _fit_for_a_folder(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"must be letters, digits, '_' and '-' (it becomes a folder's name), got {name!r}")
-        return name
 
     @property
     def folder(self) -> str:
