@@ -64,6 +64,6 @@ def _hashes(asked: Questions) -> dict[str, Any]:
 
 
 def _measured(name: str, found: dict[str, Any]) -> Measured:
-    losses = {kind: Losses(**found[kind]) for kind in _LOSSES}
-    replies = {kind: [Reply(**reply) for reply in found[kind]] for kind in _REPLIES}
-    return Measured(name, **losses, **replies, answer_tokens=found["answer_tokens"])
+    records, general, text = (Losses(**found[kind]) for kind in _LOSSES)
+    tasks, general_tasks = ([Reply(**reply) for reply in found[kind]] for kind in _REPLIES)
+    return Measured(name, records, general, text, tasks, general_tasks, found["answer_tokens"])
