@@ -72,9 +72,12 @@ def test_an_event_joins_its_lines_and_ignores_comments() -> None:
     [
         ("Request for unknown model: 'x' is not found", ModelNotFound),
         ("Stub process 'support-int4_0' is not healthy.", Unavailable),
-        ("64 requests are waiting, the queue holds 64", Overloaded),
-        ("no answer within 0.5 s (3 tokens were generated) (allow more time, or ask for fewer tokens)", TimedOut),
-        ("temperature must be between 0 and 100, got -1", RequestRejected),
+        ("queue full: 64 requests are waiting, the queue holds 64", Overloaded),
+        ("out of time: no answer within 0.5 s (3 tokens were generated)", TimedOut),
+        ("shut down: the model is being unloaded", Unavailable),
+        ("internal error: KeyError: 3", Unavailable),
+        ("invalid request: unknown sampling parameter 'unknown model: is not ready'", RequestRejected),
+        ("Error generating stream: temperature must be in [0, 2]", RequestRejected),
     ],
 )
 def test_what_triton_says_tells_the_kind(message: str, kind: type[ClientError]) -> None:

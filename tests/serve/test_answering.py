@@ -107,4 +107,4 @@ def test_who_is_cut_is_told_why(answering: ModuleType) -> None:
     assert model.cancelled
     model.sink(Chunk("", (), 2, 1, "cancelled"))
     outbox.close()
-    assert sender.sent == [("one", 0), ("UNAVAILABLE: the grace time is over", FINAL)]
+    assert sender.sent == [("one", 0), ("UNAVAILABLE: shut down: the grace time is over", FINAL)]

@@ -6,13 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client import Overloaded, RequestRejected, TimedOut, Token, Unavailable
-from stillhouse.engine.errors import DeadlineExceeded, EngineError, InvalidRequest, PromptTooLong, QueueFull
+from stillhouse.client import ClientError, RequestRejected, StreamBroken, TimedOut, Token, Unavailable
+from stillhouse.client.assembly import Assembly
+from stillhouse.client.errors import from_server
+from stillhouse.client.request import Limits
+from stillhouse.client.types import Reply, Request
+from stillhouse.engine.errors import DeadlineExceeded, StillhouseError
 from stillhouse.engine.model import Chunk
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs, parse_params
 from stillhouse.gateway import errors
 from stillhouse.serve.answers import answer_tensors
+from stillhouse.serve.errors import KINDS, kind_and_line
 from stillhouse.serve.tensors import EXTRA_OUTPUTS, Question
 from stillhouse.serve.translating import chunks_of, engine_error, sampling_fields
 
@@ -113,15 +118,31 @@ def test_parameters_arrive_as_they_were_sent() -> None:
 @pytest.mark.parametrize(
     ("met", "meant"),
     [
-        (Overloaded("m: 3 requests are waiting, the queue holds 3"), QueueFull),
-        (RequestRejected("m: top_k must be more"), InvalidRequest),
-        (RequestRejected("m: the prompt has 9 tokens, the context holds 8"), PromptTooLong),
-        (RequestRejected("m: internal error: KeyError: 1"), errors.StillhouseError),
+        (RequestRejected("m: unexpected inference input"), StillhouseError),
         (Unavailable("m: Stub process is not healthy"), errors.Unavailable),
-        (TimedOut("m: no answer within 1 s (3 tokens were generated)"), DeadlineExceeded),
+        (StreamBroken("m: the connection broke off"), errors.Unavailable),
+        (TimedOut("m: no answer in time"), DeadlineExceeded),
     ],
 )
-def test_what_the_client_meets_is_what_the_engine_would_have_raised(met: Any, meant: type[EngineError]) -> None:
+def test_what_triton_or_the_way_to_it_says_is_no_fault_of_the_request(
+    met: ClientError, meant: type[StillhouseError]
+) -> None:
     error = engine_error(met, "m")
     assert type(error) is meant
     assert not str(error).startswith("m: ")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engines_error_comes_out_as_it_went_in_whatever_its_text_says_and_how_far_the_answer_had_come(
+    kind: type[StillhouseError], begun: bool
+) -> None:
+    text = "m: internal error (not finite: the context holds 3 requests are waiting; unknown model, no answer within"
+    assembly = Assembly(Request("m", {}, stream=True), Limits(None, None))
+    if begun:
+        assembly.add(Reply("a", None, None, 1, None, 0.0))
+    met = assembly.broken(from_server(kind_and_line(kind(text, hint="mend it")), "m"))
+    assert isinstance(met, StreamBroken) == (begun and kind is not DeadlineExceeded)
+    error = engine_error(met, "m")
+    assert type(error) is kind
+    assert str(error) == f"{text} (mend it)"

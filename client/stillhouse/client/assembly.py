@@ -102,7 +102,7 @@ class Assembly:
         """A transport's error, as it is before the first token; afterwards it broke the stream."""
         if self._last is None or isinstance(error, (TimedOut, StreamBroken)):
             return error
-        return StreamBroken(f"the stream broke after {self._received()}: {error}", hint=error.hint)
+        return StreamBroken(f"the stream broke after {self._received()}: {error}", hint=error.hint, kind=error.kind)
 
     def _received(self) -> str:
         if self._last is None:

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 
 class ClientError(Exception):
-    """One clear line about what happened; `hint` says what to do."""
+    """One clear line about what happened; `hint` says what to do.
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    `kind`: what the model's backend says that it was (see `from_server`); None where somebody else speaks.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, kind: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.kind = kind
 
 
 class InvalidCall(ClientError):
@@ -59,35 +63,33 @@ class StreamBroken(ClientError):
 def from_server(message: str, where: str, default: type[ClientError] = RequestRejected) -> ClientError:
     """The error for what a server said about `where` (a model, or its own address).
 
-    Triton tells some things by its text alone (inside a stream there is nothing else); `default` is what the
-    status code says, and stands where the text says no more.
+    Inside a stream there is nothing but a text. One of stillhouse's backend begins with its kind; the rest of it may
+    hold anything that a request has said. `default` is what the status code says, and stands where the text says no
+    more.
     """
+    kind_said = message.partition(": ")[0]
+    if (known := _KINDS.get(kind_said)) is not None:
+        return known(f"{where}: {message}", hint=_HINTS.get(known), kind=kind_said)
     lowered = message.lower()
     kind = default
     if "unknown model" in lowered or ("model" in lowered and "not found" in lowered):
         kind = ModelNotFound
-    elif _QUEUE_FULL in lowered:
-        kind = Overloaded
     elif any(words in lowered for words in _NOT_NOW):
         kind = Unavailable
-    elif _OUT_OF_TIME in lowered:
-        kind = TimedOut
     return kind(f"{where}: {message.rstrip('.')}", hint=_HINTS.get(kind))
 
 
-_QUEUE_FULL = "requests are waiting"  # the engine's
-_OUT_OF_TIME = "no answer within"  # the engine's too
-# Triton's words, then the engine's.
-_NOT_NOW = (
-    "is not healthy",
-    "not ready",
-    "not at ready state",
-    "is shut down",
-    "shutting down",
-    "server is stopping",
-    "being unloaded",
-    "loop failed",
-)
+# What stillhouse's backend begins an error with (serve/errors.py).
+_KINDS: dict[str, type[ClientError]] = {
+    "invalid request": RequestRejected,
+    "prompt too long": RequestRejected,
+    "queue full": Overloaded,
+    "out of time": TimedOut,
+    "shut down": Unavailable,
+    "internal error": Unavailable,
+}
+# Triton's words.
+_NOT_NOW = ("is not healthy", "not ready", "not at ready state", "server is stopping")
 
 _HINTS: dict[type[ClientError], str] = {
     ModelNotFound: "Client.models() lists the models and versions of this server",

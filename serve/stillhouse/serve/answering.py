@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, InvalidRequest, QueueFull, StillhouseError
 from stillhouse.serve.answers import answer_tensors
-from stillhouse.serve.errors import one_line
+from stillhouse.serve.errors import kind_and_line
 from stillhouse.serve.metrics import SUCCESSES, Metrics
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Outbox:
                 answering.deliver(chunk)
             except Exception as error:  # the boundary: a response that cannot be sent must not stop the other requests
                 log.exception("a response could not be sent")
-                answering.fail(StillhouseError(f"internal error: the answer cannot be sent: {error!r}"))
+                answering.fail(StillhouseError(f"the answer cannot be sent: {error!r}"))
             # Not kept until the next one comes: what an answering holds has to go before the model does.
             del answering, chunk, item
 
@@ -195,5 +195,5 @@ def send_error(sender: Any, error: StillhouseError) -> None:
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, (QueueFull, EngineClosed, DeadlineExceeded)):  # as Triton says it of its own time-out
         code = pb_utils.TritonError.UNAVAILABLE
-    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error), code))
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(kind_and_line(error), code))
     sender.send(response, flags=FINAL)

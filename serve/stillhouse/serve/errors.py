@@ -10,9 +10,26 @@ StillhouseError
 
 from __future__ import annotations
 
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    StillhouseError,
+)
 
 _LONGEST_ERROR = 1000  # in characters
+# What an error that the backend sends begins with, the narrower class first: inside a stream Triton sends a text alone,
+# and what follows may hold whatever the request has said. stillhouse.client reads them.
+KINDS: dict[type[StillhouseError], str] = {
+    PromptTooLong: "prompt too long",
+    InvalidRequest: "invalid request",
+    QueueFull: "queue full",
+    DeadlineExceeded: "out of time",
+    EngineClosed: "shut down",
+    StillhouseError: "internal error",
+}
 
 
 class ServeError(StillhouseError):
@@ -40,3 +57,8 @@ def one_line(error: StillhouseError) -> str:
     text = f"{error} ({error.hint})" if error.hint else str(error)
     text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST_ERROR else f"{text[: _LONGEST_ERROR - 1]}…"
+
+
+def kind_and_line(error: StillhouseError) -> str:
+    """As `one_line`, behind the error's kind."""
+    return f"{next(said for kind, said in KINDS.items() if isinstance(error, kind))}: {one_line(error)}"

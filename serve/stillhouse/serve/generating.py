@@ -13,10 +13,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
-from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded, RequestRejected, TimedOut
+from stillhouse.client import AsyncClient, ClientError, ModelNotFound, Overloaded, TimedOut
 from stillhouse.client import Unavailable as ServerUnavailable
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import EngineClosed, StillhouseError
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
 from stillhouse.gateway.generator import Figure, ServedModel
@@ -149,9 +149,10 @@ class TritonGenerator:
             except ClientError as error:
                 successor = None if begun else await self._successor(asked, error)
                 if successor is None:
-                    if not isinstance(error, (Overloaded, RequestRejected, TimedOut)):
+                    meant = engine_error(error, asked.name)
+                    if isinstance(meant, (EngineClosed, Unavailable)):
                         self.suspect(model.name)
-                    mailbox.put_nowait(engine_error(error, asked.name))
+                    mailbox.put_nowait(meant)
                     return
                 asked = successor
             except Exception as error:  # the boundary between tasks: the reader of the mailbox raises it

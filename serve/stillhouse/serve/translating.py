@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from stillhouse.client import ClientError, InvalidCall, ModelNotFound, Overloaded, RequestRejected, TimedOut, Token
+from stillhouse.client import ClientError, InvalidCall, ModelNotFound, RequestRejected, TimedOut, Token
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import DeadlineExceeded, InvalidRequest, PromptTooLong, QueueFull, StillhouseError
+from stillhouse.engine.errors import DeadlineExceeded, InvalidRequest, StillhouseError
 from stillhouse.engine.request import PromptLogprob
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.errors import Unavailable
+from stillhouse.serve.errors import KINDS
 
 _DEFAULTS = SamplingParams()
-# Inside a stream an error is a text alone (Triton); these are no fault of the request.
-_SERVER_FAULTS = ("internal error", "not finite", "cannot be followed", "stub process")
+_BY_KIND = {said: kind for kind, said in KINDS.items()}
 
 
 def sampling_fields(params: SamplingParams) -> dict[str, Any]:
@@ -65,14 +65,13 @@ def _prompt_logprobs(details: Any) -> list[PromptLogprob] | None:
 
 def engine_error(error: ClientError, model: str) -> StillhouseError:
     """The error that the engine itself would have raised for what the client met."""
-    # The client says which model it was; the hint of the engine's error is in the text.
+    # The client says which model it was, and how far an answer had come; the hint of the engine's error is in the text.
+    if error.kind is not None:
+        return _BY_KIND[error.kind](str(error).partition(f"{model}: {error.kind}: ")[2])
     message = str(error).removeprefix(f"{model}: ")
-    if isinstance(error, Overloaded):
-        return QueueFull(message)
     if isinstance(error, RequestRejected) and not isinstance(error, ModelNotFound):
-        if any(words in message.lower() for words in _SERVER_FAULTS):
-            return StillhouseError(message)
-        return PromptTooLong(message) if "the context holds" in message else InvalidRequest(message)
+        # By Triton itself: whoever asked the gateway had no hand in what it refused.
+        return StillhouseError(message)
     if isinstance(error, TimedOut):
         return DeadlineExceeded(message)
     if isinstance(error, InvalidCall):

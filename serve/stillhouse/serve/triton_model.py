@@ -107,7 +107,7 @@ def with_error_sent(sender: Any, work: Callable[..., None], *arguments: Any) -> 
         send_error(sender, error)
     except Exception as error:  # the boundary: a client must never wait for an answer that cannot come
         log.exception("a request failed before it was submitted")
-        send_error(sender, StillhouseError(f"internal error: {type(error).__name__}: {error}"))
+        send_error(sender, StillhouseError(f"{type(error).__name__}: {error}"))
 
 
 def _load(model_directory: Path, version: str) -> LanguageModel:
