@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from stillhouse.engine.model import LanguageModel
-from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.sampling import SamplingParams, parse_params
+from stillhouse.gateway import params
 
 PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time"]
 GREEDY: Any = {"model": "support-int4", "temperature": 0, "max_tokens": 6}
@@ -94,6 +95,22 @@ def test_more_prompts_than_run_together_are_answered(http: httpx.Client) -> None
     answer = http.post("/v1/completions", json=body).json()
     assert len(answer["choices"]) == 80
     assert len({choice["text"] for choice in answer["choices"]}) == 1
+
+
+def test_the_parameters_are_read_once_however_many_prompts_there_are(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[Any]()
+    monkeypatch.setattr(params, "parse_params", lambda *given: read.append(given) or parse_params(*given))
+    body = {"model": "support-int4", "prompt": ["a", "b", "c"], "max_tokens": 1, "logit_bias": {"5": 1}, "n": 2}
+    assert len(http.post("/v1/completions", json=body).json()["choices"]) == 6
+    assert len(read) == 1
+
+
+def test_the_longest_of_the_prompts_has_to_leave_room(http: httpx.Client) -> None:
+    body = {"model": "support-int4", "prompt": [[5], [5] * 500, [5]], "max_tokens": 13}
+    refused = http.post("/v1/completions", json=body)
+    assert "513 tokens (500 in the prompt, 13 for the completion)" in refused.json()["error"]["message"]
 
 
 def test_tokenize_and_detokenize_are_the_engines(http: httpx.Client, engine: LanguageModel) -> None:

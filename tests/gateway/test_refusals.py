@@ -158,6 +158,9 @@ def test_unknown_paths_and_methods_have_their_status(http: httpx.Client) -> None
     assert error_of(wrong)
     assert wrong.status_code == 405
     assert wrong.headers["allow"] == "POST"
+    # No redirect either: its target would be whatever Host the request names.
+    slashed = http.post(f"{CHAT}/", json=SOUND, headers={"Host": "elsewhere.example"})
+    assert (slashed.status_code, error_of(slashed)["code"]) == (404, "unknown_url")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +209,9 @@ def test_keys_come_from_words_a_file_and_the_environment(tmp_path: Path) -> None
         read_keys([], file, None)
     with pytest.raises(UsageError, match="printable"):
         read_keys(["a b"], None, None)
+    # Set and empty is not "no keys": whoever sets it does not want everybody to be let in.
+    with pytest.raises(UsageError, match="not empty"):
+        read_keys([], None, "")
 
 
 def test_a_full_queue_is_a_429_and_the_others_are_answered(

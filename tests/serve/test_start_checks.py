@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -49,6 +50,12 @@ def test_ports_that_cannot_be_are_refused_by_name(ports: Ports, words: str) -> N
     with pytest.raises(UsageError) as refused:
         settle_ports("127.0.0.1", ports)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("grace_s", [math.nan, math.inf, 1e9, -1.0])
+def test_a_grace_time_that_is_none_is_refused_by_name(grace_s: float) -> None:
+    with pytest.raises(UsageError, match="--grace must be between 0 and 86400 seconds, got"):
+        ServeOptions(Path("model_repository"), grace_s=grace_s)
 
 
 def test_a_host_that_is_not_ours_is_refused_by_name() -> None:

@@ -152,7 +152,8 @@ def read_number(name: str, value: Any) -> float:
     return number
 
 
-def _read_bool(name: str, value: Any) -> bool:
+def read_bool(name: str, value: Any) -> bool:
+    """True or false, as such or as a text. Raises InvalidRequest, naming the parameter."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, bool):
@@ -223,7 +224,7 @@ _READERS: dict[str, Any] = {
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         read_number,
     ),
-    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _read_bool),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), read_bool),
     "stop": _read_strings,
     "stop_token_ids": _read_ids,
     "logit_bias": _read_bias,

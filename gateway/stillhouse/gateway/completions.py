@@ -32,17 +32,14 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
     prompts = await _ids(model, body)
     # The echo has as many beside each token as `logprobs` says; the engine finds them once for both.
     scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
-    params = [
-        sampling_params(
-            body,
-            model,
-            len(prompt),
-            max_tokens,
-            logprobs=body.logprobs,
-            prompt_logprobs=max(scored, default=None),
-        )
-        for prompt in prompts
-    ]
+    params = sampling_params(
+        body,
+        model,
+        max(map(len, prompts)),
+        max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=max(scored, default=None),
+    )
     return Job(generator, model, meter, "text_completion", "cmpl", prompts, params, body.n or 1)
 
 

@@ -95,7 +95,7 @@ def read_keys(given: Sequence[str], file: Path | None, variable: str | None) -> 
 
     Raises UsageError for a file that cannot be read or holds no key, and for a key that no header can hold.
     """
-    keys = [*given, *([variable] if variable else [])]
+    keys = [*given, *([] if variable is None else [variable])]
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
@@ -106,7 +106,10 @@ def read_keys(given: Sequence[str], file: Path | None, variable: str | None) -> 
             raise UsageError(f"the API key file {file} holds no key", hint="write one key a line")
         keys += found
     if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
-        raise UsageError("an API key must be printable ASCII without spaces, and not empty")
+        raise UsageError(
+            "an API key must be printable ASCII without spaces, and not empty",
+            hint=f"{KEY_VARIABLE} is set to nothing: give it a key, or unset it" if variable == "" else None,
+        )
     return tuple(dict.fromkeys(keys))
 
 

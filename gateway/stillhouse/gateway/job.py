@@ -50,7 +50,7 @@ class Job:
     kind: str  # of object: "chat.completion" or "text_completion"
     prefix: str  # of the id
     prompts: Sequence[Sequence[int]]
-    params: Sequence[SamplingParams]  # one a prompt
+    params: SamplingParams
     n: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -61,9 +61,10 @@ class Job:
 
     async def chunks(self, tally: Tally) -> AsyncGenerator[tuple[int, Chunk], None]:
         """All answers as they come, each chunk with its answer's number; counted in `tally` and for the metrics."""
+        params = [answer_params(self.params, index) for index in range(self.n)]
         streams = [
-            partial(self.generator.stream, self.model, prompt, answer_params(params, index))
-            for prompt, params in zip(self.prompts, self.params, strict=True)
+            partial(self.generator.stream, self.model, prompt, params[index])
+            for prompt in self.prompts
             for index in range(self.n)
         ]
         self.meter.begin(self.model, tally.num_prompt_tokens)

@@ -51,10 +51,12 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """The parameters of one answer; what the body leaves open is the model's own default (generation_config.json).
+    """The parameters of every answer; what the body leaves open is the model's own default (generation_config.json).
 
-    `max_tokens` None is whatever the context still holds. Raises ApiError for a prompt and an answer that do not fit
-    the context, InvalidRequest for parameters that do not go together.
+    To be called once a request: up to 4,096 prompts, and as many entries of logit_bias, would take seconds together.
+    `num_prompt_tokens` is that of the longest prompt; `max_tokens` None is whatever the context still holds. Raises
+    ApiError for a prompt and an answer that do not fit the context, InvalidRequest for parameters that do not go
+    together.
     """
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options may only be given where stream is true", "stream_options")

@@ -174,6 +174,9 @@ class Answering:
         return self._model.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _measure(self, chunk: Chunk) -> None:
+        if self._question.probe:
+            self._metrics.leave_out(chunk)
+            return
         now_s, before_s = time.perf_counter(), self._last_token_s
         if chunk.token_ids:
             if before_s is None:

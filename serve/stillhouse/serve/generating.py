@@ -198,6 +198,7 @@ class TritonGenerator:
             timeout_s=_PROBE_TIMEOUT_S,
             max_tokens=1,
             temperature=0.0,
+            probe=True,
         )
         try:
             async with contextlib.aclosing(tokens):

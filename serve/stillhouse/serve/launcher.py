@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stillhouse.engine.errors import UsageError
 from stillhouse.gateway.address import reachable
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
@@ -39,13 +40,15 @@ log = logging.getLogger(__name__)
 
 # What runs is cut when the grace time is over; the server itself must not give up before.
 _EXIT_EXTRA_S = 1
+_LONGEST_GRACE_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """How to serve: `models` None means all; `engine` are engine options that go on top of each engine.json.
 
-    `host` is the address of Triton's ports, `openai_host` the gateway's (None: the same).
+    `host` is the address of Triton's ports, `openai_host` the gateway's (None: the same). Raises UsageError for a grace
+    time that is none.
     """
 
     repository: Path
@@ -60,6 +63,10 @@ class ServeOptions:
     openai_host: str | None = None
     openai_port: int | None = None  # None: no gateway
     access: Access | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.grace_s <= _LONGEST_GRACE_S:  # which nan is not
+            raise UsageError(f"--grace must be between 0 and {_LONGEST_GRACE_S:g} seconds, got {self.grace_s:g}")
 
 
 class Server:

@@ -10,12 +10,14 @@ import logging
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillhouse.engine.answer import Chunk
     from stillhouse.engine.core import Stats
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Metrics:
         self._labels = {"model_name": model, "model_version": version, "process": str(os.getpid())}
         self._stats = stats
         self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+        self._left_out: Counter[str] = Counter()
         self._closing = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._loop, name="stillhouse-metrics", daemon=True)
@@ -63,6 +66,13 @@ class Metrics:
         """Adds a value to a histogram; returns at once, from any thread."""
         if not self._ended:  # nobody would ever take it out
             self._observations.put((name, value_s))
+
+    def leave_out(self, chunk: Chunk) -> None:
+        """Has the counters not count what `chunk` brings; called on the engine's thread."""
+        self._left_out["generation_tokens_total"] += len(chunk.token_ids)
+        if chunk.finish_reason in SUCCESSES:
+            self._left_out[chunk.finish_reason] += 1
+            self._left_out["prompt_tokens_total"] += chunk.num_prompt_tokens
 
     def close(self) -> None:
         """Publishes what is queued and takes this version's figures off the page."""
@@ -101,7 +111,8 @@ class Metrics:
             "generation_tokens_total": stats.generation_tokens_total,
             **{reason: stats.requests_finished.get(reason, 0) for reason in SUCCESSES},
         }
-        for name, total in totals.items():
+        for name, counted in totals.items():
+            total = counted - self._left_out[name]
             if total > published[name]:
                 counters[name].increment(total - published[name])
                 published[name] = total

@@ -1,8 +1,8 @@
 """The tensors of Triton's vLLM backend, name by name, and what a request says with them.
 
 Beyond that backend's, there are two more ways to give the prompt, `messages` and `input_ids`; one more output,
-`details`: all that the engine tells of the tokens, as JSON (see answers.py); and two parameters, `priority` (of those
-who wait, the lower comes first) and `timeout_s`.
+`details`: all that the engine tells of the tokens, as JSON (see answers.py); and three parameters: `priority` (of those
+who wait, the lower comes first), `timeout_s`, and `probe` (only asks whether the model answers: no metric counts it).
 Source of names, types and defaults: https://github.com/triton-inference-server/vllm_backend (src/model.py).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.engine.errors import InvalidRequest, shown
-from stillhouse.engine.sampling import SamplingParams, parse_params, read_number
+from stillhouse.engine.sampling import SamplingParams, parse_params, read_bool, read_number
 
 # The outputs that come only when their `return_…` input is true.
 EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "details")
@@ -70,6 +70,7 @@ class Question:
     `repeats_prompt`: the text of the answer begins with the prompt. `returns`: names of the extra outputs wanted.
     `timeout_s`: how long it may wait and run; None is for ever.
     `logprobs_asked`: the caller set `logprobs`, and not we because an output needs the sampled token's.
+    `probe`: no metric counts it.
     """
 
     text: str | None
@@ -81,6 +82,7 @@ class Question:
     logprobs_asked: bool
     returns: frozenset[str]
     timeout_s: float | None = None
+    probe: bool = False
 
 
 def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 0) -> Question:
@@ -103,6 +105,7 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
     given = _read_string(tensor, "sampling_parameters")
     sampling = parameters | (_json_object("sampling_parameters", given) if given else {})
     timeout_s = _shortest_s(timeout_us, sampling.pop("timeout_s", None))
+    probe = read_bool("probe", sampling.pop("probe", False))
     params = parse_params(sampling)
     if params.n != 1:
         raise InvalidRequest(f"n must be 1 here, got {params.n}", hint="send the request n times")
@@ -122,6 +125,7 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
         logprobs_asked=logprobs_asked,
         returns=returns,
         timeout_s=timeout_s,
+        probe=probe,
     )
 
 
