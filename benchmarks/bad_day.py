@@ -48,7 +48,8 @@ PROMPT = "Count: one, two,"
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 ANSWER: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
-SLOTS, QUEUE, TIMES = 4, 4, 10
+SLOTS, TIMES = 4, 10
+QUEUE = SLOTS  # as many may wait where nothing else is said
 WAYS = {
     "cancel": "a cancelled stream",
     "sigkill": "a killed client",
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with serving(options, {"max_num_seqs": 1, "prefix_slots": 0}) as server:
             figures |= gone(server, options, ways)
     if "overload" in options.only:
-        with serving(options, {"max_num_seqs": SLOTS, "max_waiting": QUEUE}) as server:
+        with serving(options, {"max_num_seqs": SLOTS}) as server:
             figures["overload"] = overload(server, options)
     if "killed" in options.only:
         seen = killed(options.repository, options.model, options.tries or 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -24,12 +25,13 @@ class Sender:
     """Triton's side of a request: what was sent, as texts and errors, and whether the last was final."""
 
     sent: list[tuple[Any, int]] = field(default_factory=list)
+    gone: bool = False
 
     def send(self, response: Any = None, flags: int = 0) -> None:
         self.sent.append((response, flags))
 
     def is_cancelled(self) -> bool:
-        return False
+        return self.gone
 
 
 class Model:
@@ -38,12 +40,14 @@ class Model:
     def __init__(self) -> None:
         self.sink: Callable[[Chunk], None] = lambda _: None
         self.cancelled = False
+        self.times_s: dict[str, float | None] = {}
 
     def prompt_ids(self, **_: Any) -> list[int]:
         return [1, 2]
 
-    def submit(self, ids: list[int], params: Any, sink: Callable[[Chunk], None], *, timeout_s: float | None) -> Any:
-        assert (ids, params.max_tokens, timeout_s) == ([1, 2], 16, None)
+    def submit(self, ids: list[int], params: Any, sink: Callable[[Chunk], None], **times_s: float | None) -> Any:
+        assert (ids, params.max_tokens) == ([1, 2], 16)
+        self.times_s = times_s
         self.sink = sink
         return SimpleNamespace(cancel=self.cancel, timing=None)
 
@@ -66,11 +70,45 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     del sys.modules["stillhouse.serve.answering"]
 
 
-def begun(answering: ModuleType, outbox: Any, *, stream: bool) -> tuple[Any, Model, Sender]:
+@dataclass
+class Watcher:
+    """Who is being watched."""
+
+    watched: list[Any] = field(default_factory=list)
+
+    def add(self, made: Any) -> None:
+        self.watched.append(made)
+
+    def remove(self, made: Any) -> None:
+        self.watched.remove(made)
+
+
+@dataclass
+class Figures:
+    """What the metrics are told."""
+
+    observed: list[str] = field(default_factory=list)
+    left_out: list[Chunk] = field(default_factory=list)
+
+    def observe(self, name: str, _: float) -> None:
+        self.observed.append(name)
+
+    def leave_out(self, chunk: Chunk) -> None:
+        self.left_out.append(chunk)
+
+
+def come(
+    answering: ModuleType, outbox: Any, parameters: str = "{}", *, stream: bool, figures: Any = None
+) -> tuple[Any, Model, Sender, Watcher]:
     tensors = {"text_input": np.array([b"Hi"], np.object_), "stream": np.array([stream])}
-    model, sender = Model(), Sender()
-    nobody = SimpleNamespace(add=lambda _: None, remove=lambda _: None, observe=lambda *_: None)
-    made = answering.Answering(read_question(tensors.get, "{}"), sender, model, outbox, nobody, nobody)
+    model, sender, watcher = Model(), Sender(), Watcher()
+    question = read_question(tensors.get, parameters)
+    made = answering.Answering(question, sender, model, outbox, watcher, figures or Figures())
+    return made, model, sender, watcher
+
+
+def begun(answering: ModuleType, outbox: Any, *, stream: bool) -> tuple[Any, Model, Sender]:
+    made, model, sender, _ = come(answering, outbox, stream=stream)
     made.begin()
     return made, model, sender
 
@@ -108,3 +146,41 @@ def test_who_is_cut_is_told_why(answering: ModuleType) -> None:
     model.sink(Chunk("", (), 2, 1, "cancelled"))
     outbox.close()
     assert sender.sent == [("one", 0), ("UNAVAILABLE: shut down: the grace time is over", FINAL)]
+
+
+def test_its_time_runs_and_its_client_is_watched_before_it_reaches_the_engine(answering: ModuleType) -> None:
+    outbox, before_s = answering.Outbox(), time.perf_counter()
+    made, model, _, watcher = come(answering, outbox, '{"timeout_s": 3}', stream=True)
+    assert watcher.watched == [made]
+    after_s = time.perf_counter()
+    made.begin()
+    assert model.times_s["timeout_s"] == 3
+    assert before_s <= (model.times_s["came_s"] or 0.0) <= after_s
+    outbox.close()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_is_cancelled_before_it_reaches_the_engine_is_not_submitted(answering: ModuleType, gone: bool) -> None:
+    outbox = answering.Outbox()
+    made, model, sender, watcher = come(answering, outbox, stream=True)
+    sender.gone = gone
+    made.cut(EngineClosed("the grace time is over"))
+    made.begin()
+    assert model.times_s == {}
+    assert watcher.watched == []
+    assert sender.sent == [(None if gone else "UNAVAILABLE: shut down: the grace time is over", FINAL)]
+    assert not made.is_abandoned()
+    outbox.close()
+
+
+def test_no_metric_counts_a_probe(answering: ModuleType) -> None:
+    for parameters, observed in (("{}", 3), ('{"probe": true}', 0)):
+        outbox, figures = answering.Outbox(), Figures()
+        made, model, _, _ = come(answering, outbox, parameters, stream=True, figures=figures)
+        made.begin()
+        chunks = [Chunk("one", (5,), 2, 1), Chunk("two", (6,), 2, 2, "stop")]
+        for chunk in chunks:
+            model.sink(chunk)
+        outbox.close()
+        assert len(figures.observed) == observed
+        assert figures.left_out == ([] if observed else chunks)

@@ -24,7 +24,7 @@ class Conversation:
     def __init__(self, model: LanguageModel, params: SamplingParams, system: str | None, out: TextIO) -> None:
         self._model = model
         self._params = params
-        self._served = describe(model.version, model.tokenizer, model.max_model_len)
+        self._served = describe(model.version, model.tokenizer, model.engine.limits)
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self.turns: list[dict[str, str]] = []
         self._out = out

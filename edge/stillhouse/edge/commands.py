@@ -145,6 +145,7 @@ def serve(
     max_model_len: _MAX_MODEL_LEN = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that decode at the same time.")] = None,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Budget of a model's KV cache, in bytes.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait for one of these.")] = None,
     max_memory: _MAX_MEMORY = None,
     threads: _THREADS = None,
     provider: _PROVIDER = None,
@@ -180,6 +181,7 @@ def serve(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "kv_cache_bytes": kv_cache_bytes,
+        "max_waiting": max_waiting,
         "threads": threads,
         "provider": provider,
     }

@@ -159,7 +159,7 @@ class EngineGenerator:
 
 
 def _described(model: LanguageModel) -> ServedModel:
-    return describe(model.version, model.tokenizer, model.max_model_len)
+    return describe(model.version, model.tokenizer, model.engine.limits)
 
 
 def _cancel_what_it_submitted(submitting: asyncio.Future[Submitted]) -> None:

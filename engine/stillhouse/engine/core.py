@@ -71,12 +71,14 @@ class Engine:
         sink: Sink,
         *,
         timeout_s: float | None = None,
+        came_s: float | None = None,
         thinking: Thinking | None = None,
         constraint: Constraint | None = None,
     ) -> Request:
         """Queues a request and returns at once; `sink` gets its tokens from the engine's thread.
 
-        `timeout_s` ends it with DeadlineExceeded, waiting or running. Raises PromptTooLong (with the prompt's length
+        `timeout_s` ends it with DeadlineExceeded, waiting or running; it counts from `came_s` on the clock of
+        time.perf_counter (None: now), and so does the request's place in the queue. Raises PromptTooLong (with the prompt's length
         and the context's), QueueFull, or EngineClosed.
         """
         if not prompt_ids:
@@ -89,7 +91,14 @@ class Engine:
             )
         number = f"r{next(self._ids)}"
         request = Request(
-            number, prompt_ids, params, sink, timeout_s=timeout_s, thinking=thinking, constraint=constraint
+            number,
+            prompt_ids,
+            params,
+            sink,
+            timeout_s=timeout_s,
+            came_s=came_s,
+            thinking=thinking,
+            constraint=constraint,
         )
         with self._wake:
             self.check_room()
@@ -97,15 +106,15 @@ class Engine:
             self._wake.notify()
         return request
 
-    def check_room(self) -> None:
-        """Raises QueueFull or EngineClosed where `submit` would raise it now, whatever the request."""
+    def check_room(self, coming: int = 0) -> None:
+        """Raises QueueFull or EngineClosed where `submit` would raise it behind `coming` others, whatever the request."""
         if self._failure or self._closing:
             raise self._failure or EngineClosed("the engine is shut down")
-        waiting = len(self._scheduler.waiting)
+        waiting = len(self._scheduler.waiting) + coming
         if waiting >= self.limits.max_waiting + self._scheduler.free_slots:
             raise QueueFull(
                 f"{waiting} requests are waiting, the queue holds {self.limits.max_waiting}",
-                hint="try again later, or raise max_waiting in engine.json",
+                hint="try again later, or serve with a larger --max-waiting",
             )
 
     def stats(self) -> Stats:

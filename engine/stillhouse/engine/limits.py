@@ -13,6 +13,7 @@ from stillhouse.engine.scheduler import Limits
 DEFAULT_MODEL_LEN_TOKENS = 4096
 LEAST_MODEL_LEN_TOKENS = 2048
 KV_SHARE_OF_MEMORY = 0.1
+LEAST_WAITING = 4
 
 
 def limits_of(manifest: Manifest, options: EngineOptions) -> Limits:
@@ -43,7 +44,8 @@ def limits_of(manifest: Manifest, options: EngineOptions) -> Limits:
         kv_capacity_tokens=min(capacity, (options.max_num_seqs + options.prefix_slots) * wanted),
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         prefill_alone_tokens=max(options.prefill_alone_tokens, options.prefill_chunk_tokens),
-        max_waiting=options.max_waiting,
+        # As long as all answers of a batch take, and no longer, is what the last one waits.
+        max_waiting=max(options.max_num_seqs, LEAST_WAITING) if options.max_waiting is None else options.max_waiting,
         prefix_slots=options.prefix_slots,
     )
 

@@ -140,17 +140,18 @@ class LanguageModel:
         sink: Callable[[Chunk], None],
         *,
         timeout_s: float | None = None,
+        came_s: float | None = None,
     ) -> Submitted:
         """Queues a request and returns at once; `sink` gets every chunk from the engine's thread, and must be quick.
 
-        With `params.n` above 1 the chunks of the answers come mixed, told apart by their index. Raises InvalidRequest
+        `timeout_s` counts from `came_s`, on the clock of time.perf_counter; None is now. With `params.n` above 1 the chunks of the answers come mixed, told apart by their index. Raises InvalidRequest
         (PromptTooLong among them), QueueFull or EngineClosed.
         """
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         requests: list[Request] = []
         try:
-            requests.extend(self._submit_one(prompt_ids, params, sink, i, timeout_s) for i in range(params.n))
+            requests.extend(self._submit_one(prompt_ids, params, sink, i, timeout_s, came_s) for i in range(params.n))
         except Exception:
             # All of them or none: what is queued already must not answer alone.
             Submitted(tuple(requests)).cancel()
@@ -210,6 +211,7 @@ class LanguageModel:
         sink: Callable[[Chunk], None],
         index: int,
         timeout_s: float | None,
+        came_s: float | None,
     ) -> Request:
         if index and params.seed is not None:
             params = replace(params, seed=params.seed + index)
@@ -227,6 +229,7 @@ class LanguageModel:
             params,
             TextSink(self.tokenizer, params, len(prompt_ids), thinking, index, sink),
             timeout_s=timeout_s,
+            came_s=came_s,
             thinking=thinking,
             constraint=self._grammar_compiler().compile(form) if form else None,
         )

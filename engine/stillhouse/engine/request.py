@@ -97,6 +97,7 @@ class Request:
         sink: Sink,
         *,
         timeout_s: float | None = None,
+        came_s: float | None = None,
         thinking: Thinking | None = None,
         constraint: Constraint | None = None,
     ) -> None:
@@ -107,7 +108,7 @@ class Request:
         self.timeout_s = timeout_s
         self.thinking = thinking
         self.constraint = constraint
-        self.timing = Timing()
+        self.timing = Timing() if came_s is None else Timing(came_s)
         self.output_ids: list[int] = []
         self.kv_tokens = 0  # tokens of this request that are in the KV cache
         self.prefix_tokens = 0  # of which copied from another prompt

@@ -10,23 +10,24 @@ from typing import Any, TypeVar
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import EngineClosed
 
-# Of one request's answers, so many run at a time: a batch of thousands must not fill the engine's queue alone.
-TOGETHER = 64
 _BUFFERED = 256
 
 T = TypeVar("T")
 Stream = AsyncGenerator[Chunk, None]
 
 
-async def merged(streams: Sequence[Callable[[], Stream]]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The chunks of all streams, each with its stream's number. The first error ends all, and is raised."""
+async def merged(streams: Sequence[Callable[[], Stream]], together: int) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The chunks of all streams, each with its stream's number; `together` of them run at a time.
+
+    The first error ends all, and is raised.
+    """
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]()) as only:
             async for chunk in only:
                 yield 0, _sound(chunk)
         return
     queue: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(_BUFFERED)
-    gate = asyncio.Semaphore(TOGETHER)
+    gate = asyncio.Semaphore(together)
     tasks = [asyncio.create_task(_pump(number, stream, queue, gate)) for number, stream in enumerate(streams)]
     try:
         running = len(tasks)

@@ -10,6 +10,7 @@ from stillhouse.engine.answer import Chunk
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.generation import default_params, generation_config
 from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.scheduler import Limits
 from stillhouse.engine.text import Tokenizer
 from stillhouse.engine.thinking import ThinkingTags, thinking_tags
 
@@ -22,6 +23,7 @@ class ServedModel:
     version: int
     created_s: int  # since the epoch
     max_model_len: int
+    slots: int  # answers that are generated at the same time
     max_prompt_bytes: int  # of UTF-8: more text than this is surely more than the context
     vocab_size: int
     tokenizer: Tokenizer
@@ -73,15 +75,16 @@ class Generator(Protocol):
         ...
 
 
-def describe(version: VersionDirectory, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
-    """What the version directory says of itself. Raises VersionError where its texts are broken."""
+def describe(version: VersionDirectory, tokenizer: Tokenizer, limits: Limits) -> ServedModel:
+    """What the version directory says of itself, and its engine. Raises VersionError where its texts are broken."""
     manifest = version.manifest
     return ServedModel(
         name=manifest.model,
         version=manifest.version,
         created_s=int(manifest.created.timestamp()),
-        max_model_len=max_model_len,
-        max_prompt_bytes=max_model_len * tokenizer.longest_token_bytes,
+        max_model_len=limits.max_model_len,
+        slots=limits.slots,
+        max_prompt_bytes=limits.max_model_len * tokenizer.longest_token_bytes,
         vocab_size=manifest.network.vocab_size,
         tokenizer=tokenizer,
         default_params=default_params(generation_config(version.path)),

@@ -69,7 +69,8 @@ class Job:
         ]
         self.meter.begin(self.model, tally.num_prompt_tokens)
         # Closed by hand: an async generator that is left open is ended some time later.
-        source = merged(streams)
+        # As many as there are slots, so that one request does not fill the engine's queue alone.
+        source = merged(streams, self.model.slots)
         try:
             async for number, chunk in source:
                 tally.add(number, chunk)

@@ -55,7 +55,7 @@ class Outbox:
 
 
 class Answering:
-    """Takes the chunks of one request from the engine, and sends them one by one, or all at the end."""
+    """A request from its coming on: submits it, takes its chunks, and sends them one by one, or all at the end."""
 
     def __init__(
         self,
@@ -76,22 +76,39 @@ class Answering:
         self._prompt = ""
         self._request: Submitted | None = None
         self._last_token_s: float | None = None
-        self._begun_s = time.perf_counter()
+        self._came_s = time.perf_counter()
+        self._cancelled = False
         self.asked = 0  # the watcher's
         self._cut = EngineClosed("the request was cancelled: the model is being unloaded")
         # Held from submit() until the request can be cancelled, while is_cancelled() is asked, and for the last
         # response: is_cancelled() of a request whose final flag has been sent kills the whole server.
         self._lock = threading.Lock()
+        watcher.add(self)
+
+    @property
+    def num_answers(self) -> int:
+        return self._question.params.n
 
     def begin(self) -> None:
-        """Submits the question to the engine. Raises StillhouseError; nothing has been sent then."""
+        """Submits the question to the engine, unless nobody waits for it any more.
+
+        Raises StillhouseError; nothing has been sent then, and `fail` is to be called.
+        """
+        if self._cancelled:
+            with self._lock:
+                self._end_cancelled()
+                self._let_go()
+            return
         question = self._question
         ids = self._model.prompt_ids(text=question.text, messages=question.messages, input_ids=question.input_ids)
         if question.repeats_prompt:
             self._prompt = question.text or self._model.tokenizer.decode(ids, skip_special_tokens=False)
         with self._lock:
-            self._request = self._model.submit(ids, question.params, self._take, timeout_s=question.timeout_s)
-            self._watcher.add(self)
+            self._request = self._model.submit(
+                ids, question.params, self._take, timeout_s=question.timeout_s, came_s=self._came_s
+            )
+        if self._cancelled:  # meanwhile
+            self.cancel()
 
     @property
     def holds_slot(self) -> bool:
@@ -104,6 +121,7 @@ class Answering:
             return self._sender is not None and bool(self._sender.is_cancelled())
 
     def cancel(self) -> None:
+        self._cancelled = True
         request = self._request
         if request is not None:
             request.cancel()
@@ -125,7 +143,7 @@ class Answering:
             self._let_go()
 
     def fail(self, error: StillhouseError) -> None:
-        """Ends it with `error` in place of what could not be delivered; called on the outbox's thread."""
+        """Ends it with `error` in place of what could not be submitted or delivered."""
         self.cancel()
         with self._lock:
             sender = self._sender
@@ -136,7 +154,6 @@ class Answering:
             log.exception("nor could the error be sent")
 
     def _let_go(self) -> None:
-        # Within the lock: begin() may not have added this yet.
         self._watcher.remove(self)
         # The engine's request leads back here. Uncut, the sender and its shared memory would wait for the garbage
         # collector, and one that is collected after the end of the model crashes.
@@ -180,12 +197,12 @@ class Answering:
         now_s, before_s = time.perf_counter(), self._last_token_s
         if chunk.token_ids:
             if before_s is None:
-                self._metrics.observe("time_to_first_token_seconds", now_s - self._begun_s)
+                self._metrics.observe("time_to_first_token_seconds", now_s - self._came_s)
             else:
                 self._metrics.observe("inter_token_latency_seconds", now_s - before_s)
             self._last_token_s = now_s
         if chunk.finish_reason in SUCCESSES:
-            self._metrics.observe("e2e_request_latency_seconds", now_s - self._begun_s)
+            self._metrics.observe("e2e_request_latency_seconds", now_s - self._came_s)
             timing = self._request.timing if self._request else None
             if timing and timing.scheduled_s is not None:
                 self._metrics.observe("request_queue_time_seconds", timing.scheduled_s - timing.submitted_s)

@@ -57,6 +57,13 @@ def serve(
         int | None,
         typer.Option(help="Budget of a model's KV cache, in bytes.", show_default="engine.json"),
     ] = None,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests that may wait for a slot; beyond them it is UNAVAILABLE, 429.",
+            show_default="engine.json, then as many as --max-num-seqs, 4 at least",
+        ),
+    ] = None,
     tritonserver: Annotated[
         Path | None,
         typer.Option(help="A tritonserver binary.", show_default="the embedded one, then PATH"),
@@ -91,6 +98,7 @@ def serve(
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "kv_cache_bytes": kv_cache_bytes,
+            "max_waiting": max_waiting,
         },
         log_file=log_file,
         grace_s=grace_s,

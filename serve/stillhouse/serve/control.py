@@ -67,7 +67,7 @@ class TritonControl:
 
     def ask(self, model: str, version: int) -> None:
         """One greedy token. Raises ClientError, with what the server said, if none comes."""
-        self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0)
+        self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0, probe=True)
 
     def close(self) -> None:
         self._triton.close()

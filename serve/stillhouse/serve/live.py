@@ -60,4 +60,4 @@ class LiveModel:
         version = open_version(self._directory / str(number), verify=False)
         options = read_options(self._directory, dict(self._engine_options))
         self._tokenizers[number] = hashlib.sha256((version.path / "tokenizer.json").read_bytes()).hexdigest()
-        return describe(version, Tokenizer(version.path), limits_of(version.manifest, options).max_model_len)
+        return describe(version, Tokenizer(version.path), limits_of(version.manifest, options))

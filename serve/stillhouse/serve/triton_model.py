@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -24,6 +22,7 @@ from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import read_options
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.serve.answering import FINAL, Answering, Outbox, send_error
+from stillhouse.serve.door import Door
 from stillhouse.serve.ending import Ending
 from stillhouse.serve.errors import one_line
 from stillhouse.serve.metrics import Metrics
@@ -32,12 +31,8 @@ from stillhouse.serve.tensors import TensorReader, read_question
 from stillhouse.serve.under_way import CountedSender, UnderWay
 from stillhouse.serve.watch import Watcher, end_with_server
 
-if TYPE_CHECKING:
-    from stillhouse.serve.tensors import Question
-
 log = logging.getLogger(__name__)
 
-_DOOR_THREADS = 2
 # How long the engine's thread waits for Python's lock while others send and read; the usual 5 ms are a part of a step.
 _SWITCH_S = 0.0005
 _CLOSE_TIMEOUT_S = 5.0
@@ -62,7 +57,7 @@ class ServedVersion:
         except StillhouseError as error:
             _report_load_error(name, version, error)
             raise pb_utils.TritonModelException(one_line(error)) from error
-        self._door = ThreadPoolExecutor(_DOOR_THREADS, thread_name_prefix="stillhouse-door")
+        self._door = Door(self._model.engine)
         self._outbox = Outbox()
         drain_file = os.environ.get(DRAIN_VARIABLE)
         self._ending = Ending(Path(drain_file) if drain_file else None)
@@ -74,11 +69,17 @@ class ServedVersion:
         """Takes the requests in and returns at once; every answer goes through its response sender."""
         for request in requests:
             sender = CountedSender(request.get_response_sender(), self._under_way, FINAL)
-            with_error_sent(sender, self._read, request, sender)
+            try:
+                self._read(request, sender)
+            except StillhouseError as error:
+                send_error(sender, error)
+            except Exception as error:  # the boundary: a client must never wait for an answer that cannot come
+                log.exception("a request could not be read")
+                send_error(sender, StillhouseError(f"{type(error).__name__}: {error}"))
 
     def close(self) -> None:
         """Ends the engine; what still runs ends as cancelled."""
-        self._door.shutdown()
+        self._door.close()
         self._model.close(timeout_s=_CLOSE_TIMEOUT_S)
         self._outbox.close()
         self._watcher.close()
@@ -90,24 +91,10 @@ class ServedVersion:
         # What cannot be taken in costs nothing more than the refusal.
         if (refusal := self._ending.refusal) is not None:
             raise refusal
-        self._model.engine.check_room()
+        self._door.check_room()
         # Nothing keeps `request`: it is Triton's again when execute() returns.
         question = read_question(_tensor_reader(request), _parameters_json(request), request.timeout())
-        self._door.submit(with_error_sent, sender, self._begin, question, sender)
-
-    def _begin(self, question: Question, sender: Any) -> None:
-        Answering(question, sender, self._model, self._outbox, self._watcher, self._metrics).begin()
-
-
-def with_error_sent(sender: Any, work: Callable[..., None], *arguments: Any) -> None:
-    """Does `work`; what it raises becomes the request's response."""
-    try:
-        work(*arguments)
-    except StillhouseError as error:
-        send_error(sender, error)
-    except Exception as error:  # the boundary: a client must never wait for an answer that cannot come
-        log.exception("a request failed before it was submitted")
-        send_error(sender, StillhouseError(f"{type(error).__name__}: {error}"))
+        self._door.take(Answering(question, sender, self._model, self._outbox, self._watcher, self._metrics))
 
 
 def _load(model_directory: Path, version: str) -> LanguageModel:
