@@ -1,13 +1,12 @@
 """What a server does on a bad day, in figures: clients that go, ten times the load, a model's process that is killed.
 
     python benchmarks/bad_day.py                       # 50 tries of each way to go, the overload, 10 kills
-    python benchmarks/bad_day.py --tries 5 --only cancel overload
+    python benchmarks/bad_day.py --tries 5 --only gone overload --ways cancel
     python benchmarks/bad_day.py --only killed --write-docs
 
-Gone: an endless stream has the only slot, and another request waits for it. The figure is the time from the first
-client's going to the other's first token, so it holds that one's prefill too (`idle_ttft_ms` is what that takes).
-Overload: as many clients as there are slots and places in the queue, then ten times as many, who come again a second
-after a refusal. Killed: see killed.py. Prints a table; what is not measured this time stays in the results.
+Gone: see gone.py; with one slot, and with as many as a server has by default. Overload: as many clients as there are
+slots and places in the queue, then ten times as many, who come again a second after a refusal. Killed: see killed.py.
+Prints a table; what is not measured this time stays in the results.
 """
 
 from __future__ import annotations
@@ -17,55 +16,34 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
-from urllib.parse import urlsplit
 
-from stillhouse.client import AsyncClient, Client, ClientError, Overloaded
+from stillhouse.client import AsyncClient, ClientError, Overloaded
+from stillhouse.engine.options import EngineOptions
 from stillhouse.serve.launcher import Server, running_server
-from stillhouse.serve.openai import running_gateway
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import publish, two_columns
+from gone import PROMPT, WAYS, gone, milliseconds, percentile
 from killed import TITLES, killed
 from machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs/serve.md"
-PROMPT = "Count: one, two,"
-ENDLESS: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
-SHORT: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 ANSWER: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
 SLOTS, TIMES = 4, 10
 QUEUE = SLOTS  # as many may wait where nothing else is said
-WAYS = {
-    "cancel": "a cancelled stream",
-    "sigkill": "a killed client",
-    "http": "a closed HTTP stream",
-    "gateway": "a closed connection to the gateway",
-}
-PARTS = [*WAYS, "overload", "killed"]
+CROWDS = {"gone": 1, "gone_from_full": EngineOptions().max_num_seqs}  # part: slots
+PARTS = [*CROWDS, "overload", "killed"]
 BEGIN, END = "<!-- bad day: begin -->", "<!-- bad day: end -->"
-# A client in a process of its own, which can be killed.
-CLIENT = """
-import sys
-from stillhouse.client import Client
-for token in Client(sys.argv[1]).stream(sys.argv[2], "Count: one, two,", max_tokens=4000, ignore_eos=True):
-    print(flush=True)
-"""
-Leave = Callable[[], object]
 
 
 def main() -> int:
@@ -74,6 +52,7 @@ def main() -> int:
     parser.add_argument("--model", default="support-int4")
     parser.add_argument("--tries", type=int, help="default: 50 of each way to go, 10 kills")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each of the two loads")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to go")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/bad_day.json")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/serve.md")
@@ -84,7 +63,7 @@ def main() -> int:
         "machine": describe(),
         "threads": len(os.sched_getaffinity(0)),
         "model": options.model,
-        "figures": before.get("figures", {}) | measure(options),
+        "figures": {part: of for part, of in before.get("figures", {}).items() if part in PARTS} | measure(options),
     }
     publish(report, markdown(report), options.out, [DOCS] if options.write_docs else [], BEGIN, END)
     return 0
@@ -93,9 +72,11 @@ def main() -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the parts that were asked for, by part."""
     figures: dict[str, Any] = {}
-    if ways := [way for way in WAYS if way in options.only]:
-        with serving(options, {"max_num_seqs": 1, "prefix_slots": 0}) as server:
-            figures |= gone(server, options, ways)
+    for part, slots in CROWDS.items():
+        if part in options.only:
+            with serving(options, {"max_num_seqs": slots, "prefix_slots": 0}) as server:
+                tries = options.tries or 50
+                figures[part] = gone(server, options.repository, options.model, tries, options.ways, slots)
     if "overload" in options.only:
         with serving(options, {"max_num_seqs": SLOTS}) as server:
             figures["overload"] = overload(server, options)
@@ -109,10 +90,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The figures as a table, p95 and the longest."""
     figures, rows = report["figures"], list[tuple[str, str]]()
-    for way in (way for way in WAYS if way in figures):
-        rows.append((f"slot free after {WAYS[way]}", _spread(figures[way])))
-    if "idle_ttft_ms" in figures:
-        rows.append(("the same request to an idle server", f"{figures['idle_ttft_ms']:,.0f} ms"))
+    for of in (figures[part] for part in CROWDS if part in figures):
+        where = "" if of["slots"] == 1 else f", of {of['slots']} slots taken"
+        rows += [(f"slot free after {WAYS[way]}{where}", _spread(of[way])) for way in WAYS if way in of]
+        rows.append((f"the same request to a free slot{where}", f"{of['idle_ttft_ms']:,.0f} ms"))
     if of := figures.get("overload"):
         clients, over = of["over"]["clients"], of["over"]
         rows += [
@@ -139,80 +120,6 @@ def serving(options: argparse.Namespace, engine: dict[str, int | None]) -> Itera
         log_file = Path(folder) / "triton.log"
         with running_server(options.repository, models=[options.model], engine=engine, log_file=log_file) as server:
             yield server
-
-
-# Clients that go away
-
-
-def gone(server: Server, options: argparse.Namespace, ways: list[str]) -> dict[str, Any]:
-    """For each way to go: when the slot was free again, in milliseconds."""
-    model = options.model
-    plain = {"text_input": PROMPT, "stream": True, "sampling_parameters": json.dumps(ENDLESS)}
-    chat = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "stream": True}
-    with running_gateway(server, options.repository, grace_s=0.0) as gateway:
-        take: dict[str, Callable[[], Leave]] = {
-            "cancel": partial(take_by_grpc, server, model),
-            "sigkill": partial(take_by_process, server, model),
-            "http": partial(take_by_tcp, server.http_url, f"/v2/models/{model}/generate_stream", plain),
-            "gateway": partial(
-                take_by_tcp, gateway.url, "/v1/chat/completions", chat | {"max_tokens": 1500, "ignore_eos": True}
-            ),
-        }
-        idle = [first_token_s(server, model) for _ in range(10)]
-        figures: dict[str, Any] = {"idle_ttft_ms": round(1000 * median(idle), 1)}
-        for way in ways:
-            figures[way] = milliseconds([slot_free_s(server, model, take[way]) for _ in range(options.tries or 50)])
-            print(way, figures[way], file=sys.stderr, flush=True)
-    return figures
-
-
-def slot_free_s(server: Server, model: str, take: Callable[[], Leave]) -> float:
-    """From the going of who has the slot to the first token of who waits for it."""
-    leave, came_s = take(), list[float]()
-
-    def wait() -> None:
-        first_token_s(server, model)
-        came_s.append(time.perf_counter())
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    time.sleep(0.1)
-    if came_s:
-        raise SystemExit("the slot was not taken")
-    left_s = time.perf_counter()
-    leave()
-    waiting.join()
-    return came_s[0] - left_s
-
-
-def first_token_s(server: Server, model: str) -> float:
-    with Client(server.grpc_url) as client:
-        return next(client.stream(model, PROMPT, **SHORT)).time_s
-
-
-def take_by_grpc(server: Server, model: str) -> Leave:
-    client = Client(server.grpc_url)
-    tokens = client.stream(model, PROMPT, **ENDLESS)
-    next(tokens)
-    return tokens.close
-
-
-def take_by_process(server: Server, model: str) -> Leave:
-    process = subprocess.Popen([sys.executable, "-c", CLIENT, server.grpc_url, model], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process.kill
-
-
-def take_by_tcp(url: str, path: str, body: dict[str, Any]) -> Leave:
-    """A stream over a bare connection."""
-    address, data = urlsplit(url), json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection = socket.create_connection((address.hostname or "", address.port or 0))
-    connection.sendall(head.encode() + data)
-    while b"data:" not in connection.recv(65536):
-        pass
-    return connection.close
 
 
 # More than it can carry
@@ -273,22 +180,6 @@ async def ask_once(client: AsyncClient, model: str, seen: Seen) -> None:
         seen.failures.append(f"{type(error).__name__}: {error}")
     else:
         seen.ttft_s.append(first or 0.0)
-
-
-def milliseconds(values_s: list[float]) -> dict[str, float]:
-    if not values_s:
-        return {"tries": 0}
-    return {
-        "tries": len(values_s),
-        "median_ms": round(1000 * median(values_s), 1),
-        "p95_ms": round(1000 * percentile(values_s), 1),
-        "max_ms": round(1000 * max(values_s), 1),
-    }
-
-
-def percentile(values: list[float]) -> float:
-    """The 95th."""
-    return quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from stillhouse.client.errors import (
     from_server,
 )
 from stillhouse.client.http_wire import EventReader, read_error
+from stillhouse.client.request import build_request
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,12 @@ def test_a_bad_url_is_refused_with_a_hint(url: str) -> None:
     with pytest.raises(InvalidCall) as caught:
         parse_url(url)
     assert "http://host:port" in (caught.value.hint or "")
+
+
+def test_several_answers_in_one_call_are_refused_for_only_one_would_be_read() -> None:
+    with pytest.raises(InvalidCall, match="n must be 1"):
+        build_request("m", "Hi", None, None, None, {"n": 2}, stream=True)
+    assert build_request("m", "Hi", None, None, None, {"n": 1}, stream=True).stream
 
 
 @given(

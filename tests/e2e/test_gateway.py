@@ -100,6 +100,25 @@ def test_what_the_engine_refuses_is_a_400(gateway: GatewayServer) -> None:
         assert refused.status_code == 400, refused.text
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        # Known only behind the first token.
+        ({"guided_choice": ["a"], "min_tokens": 12}, "guided_choice"),
+        # With words in it that the server has for its own faults.
+        ({"guided_regex": "(internal error"}, "guided_regex"),
+        ({"guided_regex": "(3 requests are waiting, the context holds"}, "guided_regex"),
+    ],
+)
+def test_a_fault_of_the_request_is_a_400_wherever_it_shows_and_whatever_it_says(
+    gateway: GatewayServer, change: dict[str, Any], param: str
+) -> None:
+    refused = httpx.post(f"{gateway.url}/v1/chat/completions", json=GREEDY | change, timeout=60)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == (param, None)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_gives_its_slot_back(
     narrow_triton: Server,

@@ -51,6 +51,20 @@ def test_every_precision_answers_the_same_over_all_four_ways(
     assert "".join(pieces) == answers[0] == generated["text_output"] == "".join(e["text_output"] for e in events)
 
 
+def test_several_answers_are_elements_of_one_output_streamed_and_not(
+    triton: Server, post: Any, open_stream: Any
+) -> None:
+    sampling = json.dumps({"n": 3, "temperature": 1.5, "seed": 5, "max_tokens": 4, "ignore_eos": True})
+    asked = {"text_input": PROMPT, "sampling_parameters": sampling, "exclude_input_in_output": True}
+    status, generated = post("generate", {**asked, "return_num_output_tokens": True})
+    with open_stream(triton, "support-int4", {**asked, "stream": True}, enable_empty_final_response=True) as streamed:
+        pieces = [result.as_numpy("text_output").tolist() for result in streamed.until_final()]
+    assert status == 200
+    assert generated["num_output_tokens"] == [4, 4, 4]
+    assert len(set(generated["text_output"])) > 1
+    assert [b"".join(texts).decode() for texts in zip(*pieces, strict=True)] == generated["text_output"]
+
+
 def test_the_vllm_backends_example_client_gets_its_answers(triton: Server) -> None:
     """The requests of samples/client.py: several on one stream, parameters as tensor and as request parameters."""
     sampling = {"temperature": "0.1", "top_p": "0.95", "max_tokens": "20"}

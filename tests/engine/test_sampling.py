@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stillhouse.engine.errors import InvalidRequest
 from stillhouse.engine.request import Request
 from stillhouse.engine.sampler import choose
-from stillhouse.engine.sampling import SamplingParams, parse_params
+from stillhouse.engine.sampling import SamplingParams, StructuredOutputs, parse_params
 
 
 def test_values_may_be_strings_as_in_tritons_vllm_backend() -> None:
@@ -24,6 +24,13 @@ def test_values_may_be_strings_as_in_tritons_vllm_backend() -> None:
 
 def test_null_takes_the_default() -> None:
     assert parse_params({"temperature": None, "seed": None}) == SamplingParams()
+
+
+def test_of_the_forms_of_an_answer_those_that_are_null_are_not_given() -> None:
+    asked = {"json": None, "choice": ["left", "right"], "regex": None}
+    assert parse_params({"structured_outputs": asked}).structured_outputs == StructuredOutputs(
+        "choice", ["left", "right"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,15 @@ def test_null_takes_the_default() -> None:
         ({"logit_bias": {str(token): 1 for token in range(4097)}}, "logit_bias must be at most 4096 token ids"),
         ({"stop_token_ids": "[" * 100_000}, "stop_token_ids must be JSON"),
         ({"stop_token_ids": "[" + "9" * 5000 + "]"}, "stop_token_ids must be JSON"),
+        ({"max_tokens": "1_0"}, "max_tokens must be a whole number, got '1_0'"),
+        ({"max_tokens": "9" * 5000}, "max_tokens must be a whole number"),
+        ({"seed": "٥"}, "seed must be a whole number"),
+        ({"temperature": " 1"}, "temperature must be a number, got ' 1'"),
+        ({"temperature": "1_0.0"}, "temperature must be a number"),
+        ({"temperature": "inf"}, "temperature must be a number"),
+        ({"logit_bias": {" 5 ": 1}}, "logit_bias must be a whole number, got ' 5 '"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias must name each token id once"),
+        ({"structured_outputs": {"json": None}}, "structured_outputs must be an object with one of"),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name_and_range(given_params: dict[str, object], named: str) -> None:

@@ -129,6 +129,7 @@ def test_content_may_come_in_parts_and_nulls_are_not_given(http: httpx.Client) -
 
 def test_fields_without_an_effect_are_accepted(http: httpx.Client) -> None:
     idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True}
+    idle |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
     assert http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle}).status_code == 200
 
 

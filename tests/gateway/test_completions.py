@@ -11,6 +11,7 @@ import pytest
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.sampling import SamplingParams, parse_params
 from stillhouse.gateway import params
+from stillhouse.gateway.server import GatewayServer
 
 PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time"]
 GREEDY: Any = {"model": "support-int4", "temperature": 0, "max_tokens": 6}
@@ -95,6 +96,14 @@ def test_more_prompts_than_run_together_are_answered(http: httpx.Client) -> None
     answer = http.post("/v1/completions", json=body).json()
     assert len(answer["choices"]) == 80
     assert len({choice["text"] for choice in answer["choices"]}) == 1
+
+
+def test_a_batch_is_answered_however_short_the_queue_is(narrow_server: GatewayServer) -> None:
+    body = {"model": "support-int4", "prompt": ["a"] * 9, "max_tokens": 1, "temperature": 0}
+    key = {"Authorization": "Bearer sesame"}
+    answer = httpx.post(f"{narrow_server.url}/v1/completions", json=body, headers=key, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 9
 
 
 def test_the_parameters_are_read_once_however_many_prompts_there_are(

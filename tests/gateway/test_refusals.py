@@ -20,6 +20,7 @@ from stillhouse.gateway.server import GatewayServer
 
 CHAT = "/v1/chat/completions"
 SOUND: Any = {"model": "support-int4", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+TEXT_PART = {"type": "text", "text": "Hi"}
 KEY = {"Authorization": "Bearer sesame"}
 
 
@@ -76,21 +77,38 @@ def test_a_value_that_is_deep_is_refused_in_short(http: httpx.Client, field: str
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": "Hi", "colour": "red"}]}, "messages.0.colour"),
         ({"messages": [{"role": "tool", "content": "Hi", "tool_call_id": "1"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": 5}]}, "messages.0.name"),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi", "reasoning_content": 7}]},
+            "messages.0.reasoning_content",
+        ),
+        ({"messages": [{"role": "assistant", "content": "Hi", "refusal": {"a": 1}}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": "Hi", "refusal": "No"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [TEXT_PART | {"cache": 1}]}]}, "messages.0.content.0.cache"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"temprature": 1}, "temprature"),
         ({"stop": [""]}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {" 5 ": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias"),
         ({"min_tokens": 3}, "min_tokens"),
         ({"max_completion_tokens": 3}, "max_completion_tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"guided_regex": "(", "stream": True}, "structured_outputs"),
+        ({"guided_regex": "(", "stream": True}, "guided_regex"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"thinking_token_budget": 3}, "thinking_token_budget"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [5], "tool_choice": "none"}, "tools.0"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"seed": 2**70}, "seed"),
         ({"priority": 2**31}, "priority"),

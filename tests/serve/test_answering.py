@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import EngineClosed
+from stillhouse.engine.errors import EngineClosed, InvalidRequest
 from stillhouse.serve.tensors import read_question
 
 FINAL = 1
@@ -55,13 +55,19 @@ class Model:
         self.cancelled = True
 
 
+def texts_of(output: Any) -> str | list[str]:
+    """The text of an answer, or those of several."""
+    texts = [text.decode() for text in output]
+    return texts if len(texts) > 1 else texts[0]
+
+
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """stillhouse.serve.answering over a made-up triton_python_backend_utils."""
     triton: Any = ModuleType("triton_python_backend_utils")
     triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     triton.Tensor = lambda name, array: (name, array)
-    triton.InferenceResponse = lambda tensors=None, error=None: error or dict(tensors)["text_output"][0].decode()
+    triton.InferenceResponse = lambda tensors=None, error=None: error or texts_of(dict(tensors)["text_output"])
     triton.TritonError = lambda message, code: f"{code}: {message}"
     for code in ("INTERNAL", "INVALID_ARG", "UNAVAILABLE"):
         setattr(triton.TritonError, code, code)
@@ -146,6 +152,33 @@ def test_who_is_cut_is_told_why(answering: ModuleType) -> None:
     model.sink(Chunk("", (), 2, 1, "cancelled"))
     outbox.close()
     assert sender.sent == [("one", 0), ("UNAVAILABLE: shut down: the grace time is over", FINAL)]
+
+
+def test_several_answers_are_streamed_side_by_side_and_sent_whole_together(answering: ModuleType) -> None:
+    chunks = [Chunk("a", (5,), 2, 1), Chunk("x", (6,), 2, 1, "stop", index=1), Chunk("b", (7,), 2, 2, "length")]
+    sent = {True: [(["a", ""], 0), (["", "x"], 0), (["b", ""], FINAL)], False: [(["ab", "x"], FINAL)]}
+    for stream, expected in sent.items():
+        outbox = answering.Outbox()
+        made, model, sender, watcher = come(
+            answering, outbox, '{"n": 2, "exclude_input_in_output": true}', stream=stream
+        )
+        made.begin()
+        for chunk in chunks:
+            model.sink(chunk)
+        outbox.close()
+        assert [(texts if isinstance(texts, list) else [texts], flags) for texts, flags in sender.sent] == expected
+        assert watcher.watched == []
+
+
+def test_of_several_answers_one_that_fails_ends_all_with_its_error_once(answering: ModuleType) -> None:
+    outbox = answering.Outbox()
+    made, model, sender, _ = come(answering, outbox, '{"n": 2}', stream=True)
+    made.begin()
+    model.sink(Chunk("", (), 2, 0, "error", InvalidRequest("nothing fits"), index=1))
+    model.sink(Chunk("", (), 2, 0, "cancelled"))
+    outbox.close()
+    assert model.cancelled
+    assert sender.sent == [("INVALID_ARG: invalid request: nothing fits", FINAL)]
 
 
 def test_its_time_runs_and_its_client_is_watched_before_it_reaches_the_engine(answering: ModuleType) -> None:

@@ -42,7 +42,7 @@ def question(*returns: str, logprobs_asked: bool = True) -> Question:
 
 def answer(chunks: list[Chunk], *returns: str, prompt: str = "", logprobs_asked: bool = True) -> dict[str, Any]:
     asked = question(*returns, logprobs_asked=logprobs_asked)
-    return answer_tensors(asked, chunks, prompt, lambda token: f"<{token}>")
+    return answer_tensors(asked, [chunks], [chunks[-1]], prompt, lambda token: f"<{token}>")
 
 
 def test_only_the_text_comes_unasked_and_the_prompt_goes_before_it() -> None:
@@ -76,6 +76,19 @@ def test_logprobs_are_json_with_rank_and_text_and_always_hold_the_sampled_token(
 
 def test_logprobs_that_were_not_asked_for_are_null() -> None:
     assert answer(CHUNKS, "logprobs", logprobs_asked=False)["logprobs"][0] == b"null"
+
+
+def test_of_several_answers_each_has_its_own_element_and_what_it_has_so_far() -> None:
+    second = Chunk("No", (21,), 5, 1, "length", logprob=-1.0, top_logprobs={}, cumulative_logprob=-1.0, index=1)
+    parts, asked = [[CHUNKS[0]], [], []], question(*EXTRA_OUTPUTS)
+    tensors = answer_tensors(asked, parts, [CHUNKS[0], second, None], "", lambda token: f"<{token}>")
+    assert tensors["text_output"].tolist() == [b" Par", b"", b""]
+    assert tensors["finish_reason"].tolist() == [b"None", b"length", b"None"]
+    assert tensors["cumulative_logprob"].tolist() == [-0.5, -1.0, 0.0]
+    assert tensors["num_output_tokens"].tolist() == [1, 0, 0]
+    assert tensors["num_input_tokens"].tolist() == [5]
+    assert [len(json.loads(text)) for text in tensors["logprobs"]] == [1, 0, 0]
+    assert [json.loads(text) for text in tensors["details"]][1:] == [None, None]
 
 
 def token_of(chunks: list[Chunk]) -> Token:
@@ -138,7 +151,7 @@ def test_an_engines_error_comes_out_as_it_went_in_whatever_its_text_says_and_how
     kind: type[StillhouseError], begun: bool
 ) -> None:
     text = "m: internal error (not finite: the context holds 3 requests are waiting; unknown model, no answer within"
-    assembly = Assembly(Request("m", {}, stream=True), Limits(None, None))
+    assembly = Assembly(Request("m", "", {}, stream=True), Limits(None, None))
     if begun:
         assembly.add(Reply("a", None, None, 1, None, 0.0))
     met = assembly.broken(from_server(kind_and_line(kind(text, hint="mend it")), "m"))

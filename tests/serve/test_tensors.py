@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.sampling import SamplingParams, StructuredOutputs
 from stillhouse.serve.tensors import Question, read_question
 
 
@@ -98,6 +99,16 @@ def test_a_cumulative_logprob_makes_the_engine_keep_logprobs_that_the_caller_did
     assert read({"logprobs": 3}, text_input="Hello", return_cumulative_logprob=True).params.logprobs == 3
 
 
+def test_what_the_vllm_backend_takes_and_what_is_so_anyway_is_taken() -> None:
+    given = {"n": "3", "best_of": "1", "use_beam_search": "false", "length_penalty": 1.0, "detokenize": True}
+    question = read({"early_stopping": False}, text_input="Hello", sampling_parameters=json.dumps(given))
+    assert question.params == SamplingParams(n=3)
+    guided = {"choice": ["left", "right"], "json": None, "backend": "xgrammar", "disable_fallback": False}
+    for sent in (guided, json.dumps(guided)):
+        question = read(text_input="Hello", sampling_parameters=json.dumps({"guided_decoding": sent}))
+        assert question.params.structured_outputs == StructuredOutputs("choice", ["left", "right"])
+
+
 def test_the_shortest_of_the_time_outs_holds() -> None:
     assert read(text_input="Hello").timeout_s is None
     assert read({"timeout": 1_500_000}, text_input="Hello").timeout_s == 1.5
@@ -130,6 +141,11 @@ def test_the_shortest_of_the_time_outs_holds() -> None:
         ({"text_input": "a", "sampling_parameters": '{"beams": 4}'}, "unknown sampling parameter 'beams'"),
         ({"text_input": "a", "sampling_parameters": '{"top_p": 2}'}, "top_p must be above 0 and at most 1"),
         ({"text_input": "a", "sampling_parameters": '{"max_tokens": "many"}'}, "max_tokens must be a whole number"),
+        ({"text_input": "a", "sampling_parameters": '{"best_of": 3}'}, "best_of is not supported here, got 3"),
+        ({"text_input": "a", "sampling_parameters": '{"use_beam_search": "true"}'}, "use_beam_search is not supported"),
+        ({"text_input": "a", "sampling_parameters": '{"guided_decoding": 5}'}, "guided_decoding must be an object"),
+        ({"text_input": "a", "sampling_parameters": '{"n": 0}'}, "n must be between 1 and 128"),
+        ({"text_input": "a", "sampling_parameters": '{"probe": 3}'}, "probe must be true or false"),
         ({"text_input": "a", "stream": np.array([True, False])}, "stream must hold one boolean"),
     ],
 )

@@ -79,6 +79,8 @@ def build_request(
         raise InvalidCall("a model's name must not be empty")
     if version is not None and not str(version).isdecimal():
         raise InvalidCall(f"a model's version is a whole number, got {version!r}")
+    if str(sampling.get("n") or 1) != "1":
+        raise InvalidCall(f"n must be 1: one answer a call is read here, got {sampling['n']!r}", hint="call n times")
     inputs: dict[str, str | bool | list[int]] = {}
     if prompt is not None:
         inputs["text_input"] = prompt

@@ -78,8 +78,8 @@ class Engine:
         """Queues a request and returns at once; `sink` gets its tokens from the engine's thread.
 
         `timeout_s` ends it with DeadlineExceeded, waiting or running; it counts from `came_s` on the clock of
-        time.perf_counter (None: now), and so does the request's place in the queue. Raises PromptTooLong (with the prompt's length
-        and the context's), QueueFull, or EngineClosed.
+        time.perf_counter (None: now), and so does the request's place in the queue. Raises PromptTooLong (with the
+        prompt's length and the context's), QueueFull, or EngineClosed.
         """
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: at least one token is needed", hint="give some text")
@@ -107,7 +107,7 @@ class Engine:
         return request
 
     def check_room(self, coming: int = 0) -> None:
-        """Raises QueueFull or EngineClosed where `submit` would raise it behind `coming` others, whatever the request."""
+        """Raises QueueFull or EngineClosed where `submit` would raise it behind `coming` others."""
         if self._failure or self._closing:
             raise self._failure or EngineClosed("the engine is shut down")
         waiting = len(self._scheduler.waiting) + coming

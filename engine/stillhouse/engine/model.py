@@ -144,9 +144,13 @@ class LanguageModel:
     ) -> Submitted:
         """Queues a request and returns at once; `sink` gets every chunk from the engine's thread, and must be quick.
 
-        `timeout_s` counts from `came_s`, on the clock of time.perf_counter; None is now. With `params.n` above 1 the chunks of the answers come mixed, told apart by their index. Raises InvalidRequest
-        (PromptTooLong among them), QueueFull or EngineClosed.
+        `timeout_s` counts from `came_s`, on the clock of time.perf_counter; None is now. With `params.n` above 1 the
+        chunks of the answers come mixed, told apart by their index. Raises InvalidRequest (PromptTooLong among them),
+        QueueFull or EngineClosed.
         """
+        limits = self.engine.limits
+        if params.n > (most := limits.slots + limits.max_waiting):
+            raise InvalidRequest(f"n: {params.n} answers are more than run and wait here together, {most}")
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         requests: list[Request] = []

@@ -25,7 +25,9 @@ class EngineOptions(BaseModel):
     prefill_alone_tokens: int = Field(default=512, ge=3, description="the same, while nothing decodes")
     prefix_slots: int = Field(default=4, ge=0, description="prompts kept, so that others that begin alike reuse them")
     max_waiting: int | None = Field(
-        default=None, ge=0, description="requests that may wait for a slot; None: as many as there are slots, 4 at least"
+        default=None,
+        ge=0,
+        description="requests that may wait for a slot; None: as many as there are slots, 4 at least",
     )
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         default="auto", description="ONNX Runtime's execution provider; auto: the one that the version was built for"

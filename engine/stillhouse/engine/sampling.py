@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from stillhouse.engine.errors import InvalidRequest, shown
 # Every one is looked at for every token.
 MAX_STOPS = 256
 MAX_BIASES = 4096
+_WHOLE = re.compile("-?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +126,10 @@ def parse_params(given: Mapping[str, Any], defaults: SamplingParams | None = Non
 
 def _read_int(name: str, value: Any) -> int:
     if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}") from None
+        # Python's int() takes more: spaces, underscores, digits of any script.
+        if not _WHOLE.fullmatch(value):
+            raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}")
+        return int(value)
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -143,9 +146,11 @@ def read_number(name: str, value: Any) -> float:
     """A finite number, as such or as a text. Raises InvalidRequest, naming the parameter."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InvalidRequest(f"{name} must be a number, got {shown(value)}")
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise InvalidRequest(f"{name} must be a number, got {shown(value)}")
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
         raise InvalidRequest(f"{name} must be a number, got {shown(value)}") from None
     if not math.isfinite(number):
         raise InvalidRequest(f"{name} must be a finite number, got {shown(value)}")
@@ -189,13 +194,18 @@ def _read_bias(name: str, value: Any) -> dict[int, float]:
     value = _read_json_if_string(name, value)
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"{name} must be an object of token ids to biases, got {shown(value)}")
-    return {_read_int(name, key): read_number(name, bias) for key, bias in value.items()}
+    biases = {_read_int(name, key): read_number(name, bias) for key, bias in value.items()}
+    if len(biases) < len(value):
+        raise InvalidRequest(f"{name} must name each token id once, got {shown(value)}")
+    return biases
 
 
 def _read_structure(name: str, value: Any) -> StructuredOutputs:
     """One of {"json": schema}, {"json_object": true}, {"regex": …}, {"choice": […]}, {"grammar": Lark}."""
     value = _read_json_if_string(name, value)
     known = ("json", "json_object", "regex", "choice", "grammar")
+    if isinstance(value, Mapping):
+        value = {kind: content for kind, content in value.items() if content is not None}
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in known:
         raise InvalidRequest(f"{name} must be an object with one of {', '.join(known)}, got {shown(value)}")
     kind: Any

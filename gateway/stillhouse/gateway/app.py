@@ -37,7 +37,7 @@ _PAGE_HEADERS = {
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The application over `gateway`; every failure it answers has OpenAI's shape."""
-    # FastAPI's own pages load scripts from elsewhere, and its redirects lead to the Host of the request: there are none.
+    # FastAPI's own pages load scripts from elsewhere, its redirects lead to the request's Host: there are none.
     app = FastAPI(title="stillhouse", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Doorway, gateway=gateway)
     if gateway.cors_origins:

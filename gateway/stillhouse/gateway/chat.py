@@ -40,7 +40,7 @@ async def chat_job(generator: Generator, model: ServedModel, meter: Meter, body:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return Job(generator, model, meter, "chat.completion", "chatcmpl", [prompt_ids], params, body.n or 1)
+    return Job(generator, model, meter, "chat.completion", "chatcmpl", [prompt_ids], params, body)
 
 
 async def chat_completion(job: Job, body: ChatBody) -> dict[str, Any]:

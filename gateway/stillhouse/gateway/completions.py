@@ -40,7 +40,7 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
         logprobs=body.logprobs,
         prompt_logprobs=max(scored, default=None),
     )
-    return Job(generator, model, meter, "text_completion", "cmpl", prompts, params, body.n or 1)
+    return Job(generator, model, meter, "text_completion", "cmpl", prompts, params, body)
 
 
 def given_prompts(body: CompletionBody) -> list[str] | list[list[int]]:

@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 from stillhouse.engine.answer import Chunk
+from stillhouse.engine.errors import InvalidRequest
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.gateway.answers import merged
+from stillhouse.gateway.bodies import GenerationBody
 from stillhouse.gateway.generator import Generator, ServedModel
 from stillhouse.gateway.metrics import Meter
-from stillhouse.gateway.params import answer_params
+from stillhouse.gateway.params import answer_params, as_sent
 
 
 @dataclass(slots=True)
@@ -51,9 +53,13 @@ class Job:
     prefix: str  # of the id
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
-    n: int
+    body: GenerationBody
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def n(self) -> int:
+        return self.body.n or 1
 
     @property
     def num_answers(self) -> int:
@@ -76,6 +82,8 @@ class Job:
                 tally.add(number, chunk)
                 self.meter.take(number, chunk)
                 yield number, chunk
+        except InvalidRequest as error:
+            raise as_sent(error, self.body) from None
         finally:
             await source.aclose()
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stillhouse.engine.errors import shown
 from stillhouse.gateway.bodies import ChatBody
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import ServedModel
 
-_FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "refusal", "annotations"}
-_TOOL_FIELDS = ("tool_calls", "tool_call_id")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Beside role and content, with their types. Templates leave out the first two as they like (thoughts are for one turn);
+# one that does not know the others would have the model answer another conversation.
+_TYPES: dict[str, type] = {
+    "name": str,
+    "reasoning_content": str,
+    "tool_calls": list,
+    "tool_call_id": str,
+    "refusal": str,
+    "annotations": list,
+}
+_RENDERED_OR_REFUSED = ("tool_calls", "tool_call_id", "refusal", "annotations")
+_PUT_IN_HERE = ("messages", "add_generation_prompt")
 
 
 def ready_messages(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> list[dict[str, Any]]:
@@ -20,10 +32,21 @@ def ready_messages(messages: Sequence[Mapping[str, Any]], model: ServedModel) ->
     return [_ready(message, f"messages.{index}", model) for index, message in enumerate(messages)]
 
 
+def check_variables(variables: Mapping[str, Any] | None) -> None:
+    """Raises ApiError for a variable of the template that it gets from the conversation itself."""
+    for name in _PUT_IN_HERE:
+        if variables and name in variables:
+            raise invalid(
+                f"chat_template_kwargs.{name}: leave it out, it follows from the request", "chat_template_kwargs"
+            )
+
+
 def check_tools(body: ChatBody, model: ServedModel) -> None:
     """Raises ApiError for tools: a model that is never told of them, or whose calls nobody reads, must not seem to."""
+    if body.tool_choice == "none":
+        return  # the model is not to call any, and need not be told of them
     if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
+        if body.tool_choice not in (None, "auto"):
             raise invalid("tool_choice names a tool, but there are no tools", "tool_choice")
         return
     if not model.tokenizer.template_mentions("tools"):
@@ -37,15 +60,21 @@ def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[s
     given = {name: value for name, value in message.items() if value not in (None, [])}
     if given.get("type") in ("message", "text"):
         del given["type"]  # some clients say so of every message
-    if unknown := sorted(given.keys() - _FIELDS):
+    if unknown := sorted(given.keys() - _TYPES.keys() - {"role", "content"}):
         raise invalid(f"unknown field {place}.{unknown[0]!s}", f"{place}.{unknown[0]!s}", "unknown_field")
-    if not isinstance(given.get("role"), str) or not given["role"]:
-        raise invalid(f"{place}.role is missing or no string", f"{place}.role")
-    for name in _TOOL_FIELDS:
+    if given.get("role") not in _ROLES:
+        raise invalid(
+            f"{place}.role must be one of {', '.join(_ROLES)}, got {shown(given.get('role'))}", f"{place}.role"
+        )
+    for name, kind in _TYPES.items():
+        if name in given and not isinstance(given[name], kind):
+            words = "string" if kind is str else "list"
+            raise invalid(f"{place}.{name} must be a {words}, got {shown(given[name])}", f"{place}.{name}")
+    for name in _RENDERED_OR_REFUSED:
         if name in given and not model.tokenizer.template_mentions(name):
             raise invalid(f"{place}.{name}: the chat template of {model.name} does not render it", f"{place}.{name}")
     content = message.get("content")
-    if content is None and "tool_calls" not in given:
+    if content in (None, []) and "tool_calls" not in given:
         raise invalid(f"{place}.content is missing", f"{place}.content")
     return {**given, "content": _text(content, f"{place}.content")}
 
@@ -63,5 +92,9 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
             raise invalid(f"{place}.{index}: only parts of text are understood here, got {kind!r}", f"{place}.{index}")
+        if unknown := sorted(name for name in part.keys() - {"type", kind} if part[name] is not None):
+            raise invalid(
+                f"unknown field {place}.{index}.{unknown[0]}", f"{place}.{index}.{unknown[0]}", "unknown_field"
+            )
         texts.append(part[kind])
     return "\n".join(texts)

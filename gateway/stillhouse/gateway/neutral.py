@@ -43,7 +43,7 @@ def without_neutral(fields: dict[str, Any], known: Collection[str]) -> dict[str,
     """
     idle = NEUTRAL.keys() & fields.keys() - known
     for name in sorted(idle):
-        if not _is_neutral(name, fields[name]):
+        if not is_neutral(name, fields[name]):
             values = " or ".join(map(json.dumps, NEUTRAL[name]))
             raise invalid(
                 f"{name} is not supported here: leave it out" + (f", or send {values}" if values else ""),
@@ -53,6 +53,7 @@ def without_neutral(fields: dict[str, Any], known: Collection[str]) -> dict[str,
     return {name: value for name, value in fields.items() if name not in idle} if idle else fields
 
 
-def _is_neutral(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether the field called `name` changes nothing with `value`."""
     # To Python true is 1; to who sends it, it is not.
     return value is None or any(value == one and (value is True) == (one is True) for one in NEUTRAL[name])

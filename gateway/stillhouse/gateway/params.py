@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
+from stillhouse.engine.errors import InvalidRequest
 from stillhouse.engine.sampling import SamplingParams, parse_params
 from stillhouse.gateway.bodies import ChatBody, GenerationBody
-from stillhouse.gateway.errors import invalid, too_long
+from stillhouse.gateway.errors import ApiError, invalid, too_long
 from stillhouse.gateway.generator import ServedModel
 
 COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of max_tokens for completions
@@ -31,6 +33,7 @@ _SAME_NAMES = (
     "logit_bias",
     "priority",
 )
+_ENGINES_WORD = re.compile(r"(structured_outputs)(\.\w+)?")
 # Thinking tokens that an effort allows; None: as many as the model likes.
 EFFORT_TOKENS: dict[str, int | None] = {
     "none": 0,
@@ -69,9 +72,13 @@ def sampling_params(
     given["max_tokens"] = room if max_tokens is None else max(1, max_tokens)
     given["logprobs"] = logprobs
     given["prompt_logprobs"] = prompt_logprobs
-    given["structured_outputs"] = _form(body)
+    form = _form(body)
+    given["structured_outputs"] = form and form[1]
     given["thinking_token_budget"] = _thinking_budget(body, model)
-    return parse_params(given, model.default_params)
+    try:
+        return parse_params(given, model.default_params)
+    except InvalidRequest as error:
+        raise as_sent(error, body) from None
 
 
 def answer_params(params: SamplingParams, index: int) -> SamplingParams:
@@ -79,8 +86,17 @@ def answer_params(params: SamplingParams, index: int) -> SamplingParams:
     return params if params.seed is None or index == 0 else replace(params, seed=params.seed + index)
 
 
-def _form(body: GenerationBody) -> dict[str, Any] | None:
-    """The one form that was asked for, of OpenAI's field and vLLM's two ways to say it."""
+def as_sent(error: InvalidRequest, body: GenerationBody) -> InvalidRequest | ApiError:
+    """The error with the body's own word where the engine speaks of structured_outputs."""
+    form, said = _form(body), _ENGINES_WORD.match(str(error))
+    if form is None or said is None or form[0] == said[1]:
+        return error
+    hint = f" ({error.hint})" if error.hint else ""
+    return invalid(f"{form[0]}{str(error)[said.end() :]}{hint}", form[0])
+
+
+def _form(body: GenerationBody) -> tuple[str, dict[str, Any]] | None:
+    """The one form that was asked for, of OpenAI's field and vLLM's two ways to say it, and the field's name."""
     forms: list[tuple[str, dict[str, Any]]] = []
     if body.response_format is not None and body.response_format.type != "text":
         forms.append(("response_format", _response_format(body)))
@@ -94,7 +110,7 @@ def _form(body: GenerationBody) -> dict[str, Any] | None:
     forms += [(name, {name.removeprefix("guided_"): value}) for name, value in given if value is not None]
     if len(forms) > 1:
         raise invalid(f"{forms[0][0]} and {forms[1][0]} exclude each other", forms[1][0])
-    return forms[0][1] if forms else None
+    return forms[0] if forms else None
 
 
 def _response_format(body: GenerationBody) -> dict[str, Any]:

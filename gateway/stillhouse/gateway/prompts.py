@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import ServedModel
-from stillhouse.gateway.messages import ready_messages
+from stillhouse.gateway.messages import check_variables, ready_messages
 
 _LARGE_CHARACTERS = 4096  # a few milliseconds of tokenizing; more is done on a thread
 _PER_MESSAGE_CHARACTERS = 64  # what a template makes of an empty one
@@ -26,6 +26,7 @@ async def chat_ids(
 ) -> list[int]:
     """Token ids of a conversation; the template has put in the special tokens, so none are added by default."""
     ready = ready_messages(messages, model)
+    check_variables(variables)
 
     def encode() -> list[int]:
         text = model.tokenizer.render_chat(ready, add_generation_prompt=add_generation_prompt, variables=variables)

@@ -72,10 +72,13 @@ class Answering:
         self._outbox = outbox
         self._watcher = watcher
         self._metrics = metrics
-        self._gathered: list[Chunk] = []
+        self._running = self.num_answers
+        # Of each answer: its chunks where it is not streamed, and the last that was sent.
+        self._gathered: list[list[Chunk]] = [[] for _ in range(self.num_answers)]
+        self._lasts: list[Chunk | None] = [None] * self.num_answers
         self._prompt = ""
         self._request: Submitted | None = None
-        self._last_token_s: float | None = None
+        self._last_token_s: dict[int, float] = {}  # by answer
         self._came_s = time.perf_counter()
         self._cancelled = False
         self.asked = 0  # the watcher's
@@ -136,11 +139,11 @@ class Answering:
         if self._sender is None:  # it has failed before
             return
         if chunk.finish_reason is None:
-            self._send([chunk], final=False)
+            self._send(chunk, final=False)
             return
         with self._lock:
-            self._deliver_last(chunk)
-            self._let_go()
+            if self._deliver_end(chunk):
+                self._let_go()
 
     def fail(self, error: StillhouseError) -> None:
         """Ends it with `error` in place of what could not be submitted or delivered."""
@@ -163,17 +166,23 @@ class Answering:
         """Called on the engine's thread with every chunk."""
         self._measure(chunk)
         if not self._question.stream:
-            self._gathered.append(chunk)
+            self._gathered[chunk.index].append(chunk)
         if self._question.stream or chunk.finish_reason is not None:
             self._outbox.put(self, chunk)
 
-    def _deliver_last(self, chunk: Chunk) -> None:
+    def _deliver_end(self, chunk: Chunk) -> bool:
+        """Sends the end of one answer; whether that is the end of the request."""
         if chunk.finish_reason == "error":
+            self.cancel()  # the other answers
             send_error(self._sender, chunk.error or StillhouseError("the engine failed"))
-        elif chunk.finish_reason == "cancelled":
+            return True
+        if chunk.finish_reason == "cancelled":
             self._end_cancelled()
-        else:
-            self._send(self._gathered or [chunk], final=True)
+            return True
+        self._running -= 1
+        if self._question.stream or not self._running:
+            self._send(chunk, final=not self._running)
+        return not self._running
 
     def _end_cancelled(self) -> None:
         """To a client that has gone, the final flag alone; to one that waits while the model ends, an error."""
@@ -182,8 +191,12 @@ class Answering:
         else:
             send_error(self._sender, self._cut)
 
-    def _send(self, chunks: list[Chunk], *, final: bool) -> None:
-        outputs = answer_tensors(self._question, chunks, self._prompt, self._token_text)
+    def _send(self, chunk: Chunk, *, final: bool) -> None:
+        parts: list[list[Chunk]] = self._gathered
+        if self._question.stream:
+            parts = [[chunk] if index == chunk.index else [] for index in range(self.num_answers)]
+        self._lasts = [part[-1] if part else last for part, last in zip(parts, self._lasts, strict=True)]
+        outputs = answer_tensors(self._question, parts, self._lasts, self._prompt, self._token_text)
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
         self._sender.send(response, flags=FINAL if final else 0)
 
@@ -194,13 +207,13 @@ class Answering:
         if self._question.probe:
             self._metrics.leave_out(chunk)
             return
-        now_s, before_s = time.perf_counter(), self._last_token_s
+        now_s, before_s = time.perf_counter(), self._last_token_s.get(chunk.index)
         if chunk.token_ids:
             if before_s is None:
                 self._metrics.observe("time_to_first_token_seconds", now_s - self._came_s)
             else:
                 self._metrics.observe("inter_token_latency_seconds", now_s - before_s)
-            self._last_token_s = now_s
+            self._last_token_s[chunk.index] = now_s
         if chunk.finish_reason in SUCCESSES:
             self._metrics.observe("e2e_request_latency_seconds", now_s - self._came_s)
             timing = self._request.timing if self._request else None

@@ -1,4 +1,7 @@
-"""From the engine's chunks to output tensors: one response a chunk, or one for all of them."""
+"""From the engine's chunks to output tensors: one response a chunk, or one for all of them.
+
+Of a request for several answers (`n`) each response has an element for each, as in Triton's vLLM backend.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,36 @@ Tensors = dict[str, "NDArray[Any]"]
 
 
 def answer_tensors(
-    question: Question, chunks: Sequence[Chunk], prompt: str, token_text: Callable[[int], str]
+    question: Question,
+    parts: Sequence[Sequence[Chunk]],
+    lasts: Sequence[Chunk | None],
+    prompt: str,
+    token_text: Callable[[int], str],
 ) -> Tensors:
-    """The outputs that `question` asks for, over `chunks`, which follow one another and are not empty.
+    """The outputs that `question` asks for, over the chunks of each answer in this response, not all of them empty.
 
     As in Triton's vLLM backend: text, logprobs and num_output_tokens are of these chunks alone, the cumulative
-    log-probability and finish_reason ("None" before the end) are the request's so far. `prompt` goes before the text.
+    log-probability and finish_reason ("None" before the end) are the answer's so far: `lasts` has the last chunk of
+    each by now (None: it has not begun). `prompt` goes before each text.
     """
-    last = chunks[-1]
-    tensors: Tensors = {"text_output": strings(prompt + "".join(chunk.text for chunk in chunks))}
+    texts = (prompt + "".join(chunk.text for chunk in part) for part in parts)
+    tensors: Tensors = {"text_output": strings(*texts)}
     if "finish_reason" in question.returns:
-        tensors["finish_reason"] = strings(str(last.finish_reason))
+        tensors["finish_reason"] = strings(*(str(last.finish_reason if last else None) for last in lasts))
     if "cumulative_logprob" in question.returns:
-        tensors["cumulative_logprob"] = np.array([last.cumulative_logprob], np.float32)
+        sums = [last.cumulative_logprob if last else 0.0 for last in lasts]
+        tensors["cumulative_logprob"] = np.array(sums, np.float32)
     if "logprobs" in question.returns:
-        tensors["logprobs"] = strings(_logprobs_json(chunks, token_text) if question.logprobs_asked else "null")
+        asked = question.logprobs_asked
+        tensors["logprobs"] = strings(*(_logprobs_json(part, token_text) if asked else "null" for part in parts))
     if "num_input_tokens" in question.returns:
-        tensors["num_input_tokens"] = np.array([last.num_prompt_tokens], np.uint32)
+        (count, *_) = (last.num_prompt_tokens for last in lasts if last)
+        tensors["num_input_tokens"] = np.array([count], np.uint32)
     if "num_output_tokens" in question.returns:
-        tensors["num_output_tokens"] = np.array([sum(len(chunk.token_ids) for chunk in chunks)], np.uint32)
+        counts = [sum(len(chunk.token_ids) for chunk in part) for part in parts]
+        tensors["num_output_tokens"] = np.array(counts, np.uint32)
     if "details" in question.returns:
-        tensors["details"] = strings(_details_json(chunks))
+        tensors["details"] = strings(*(_details_json(part) if part else "null" for part in parts))
     return tensors
 
 

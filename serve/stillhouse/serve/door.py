@@ -1,4 +1,4 @@
-"""The way into the engine: templates are rendered and prompts tokenized here, on threads, one request after the other."""
+"""The way into the engine: here templates are rendered and prompts tokenized, on threads."""
 
 from __future__ import annotations
 

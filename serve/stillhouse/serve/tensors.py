@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stillhouse.engine.errors import InvalidRequest, shown
 from stillhouse.engine.sampling import SamplingParams, parse_params, read_bool, read_number
+from stillhouse.serve.vllm_words import engine_words
 
 # The outputs that come only when their `return_…` input is true.
 EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "details")
@@ -106,9 +107,7 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
     sampling = parameters | (_json_object("sampling_parameters", given) if given else {})
     timeout_s = _shortest_s(timeout_us, sampling.pop("timeout_s", None))
     probe = read_bool("probe", sampling.pop("probe", False))
-    params = parse_params(sampling)
-    if params.n != 1:
-        raise InvalidRequest(f"n must be 1 here, got {params.n}", hint="send the request n times")
+    params = parse_params(engine_words(sampling))
     returns = frozenset(name for name in EXTRA_OUTPUTS if flags[f"return_{name}"])
     logprobs_asked = params.logprobs is not None
     if "cumulative_logprob" in returns and not logprobs_asked:
