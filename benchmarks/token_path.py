@@ -47,7 +47,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("metrics", r"serve/metrics\.py|_measure \("),
         ("asking whether clients have gone", r"is_abandoned|serve/watch\.py"),
         ("send() and handing over between threads", r"serve/answering\.py"),
-        ("the door: reading requests, tokenizing", r"serve/triton_model\.py|concurrent/futures|execute"),
+        ("the door: reading requests, tokenizing", r"serve/(?:triton_model|door)\.py|concurrent/futures|execute"),
         ("scheduling, binding tensors", r"engine/"),
     ],
     "launcher": [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -82,6 +83,21 @@ def test_a_failure_or_a_process_that_is_gone_is_named() -> None:
     found["failures"].append("grpc, short: StreamBroken: …")
     del found["rests"][1]["processes"]["model"]
     assert [wrong.split(":")[0] for wrong in soak.verdict(found)] == ["a request failed", "model"]
+
+
+def test_the_requests_that_warm_the_server_up_come_before_its_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    async def period(_: Any, seen: mixture.Seen, seed: str, *__: Any) -> None:
+        seeds.append(seed)
+        seen.counts["grpc, short"] += 99
+        seen.failures.append("one")
+
+    monkeypatch.setattr(soak, "one_period", period)
+    seen, nobody = mixture.Seen(), cast("Any", None)
+    assert asyncio.run(soak.warm_up(nobody, seen, 7, 8)) == 0
+    assert seeds == ["7/warm/0", "7/warm/1", "7/warm/2"]
+    assert len(seen.failures) == 3
 
 
 def test_one_rest_proves_nothing() -> None:
