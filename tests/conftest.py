@@ -6,7 +6,9 @@ import importlib.util
 import os
 import shutil
 import signal
+import socketserver
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -59,6 +61,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "support_repository" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture
+def http_answers() -> Iterator[Callable[..., str]]:
+    """Starts servers that answer every request with the same bytes, each at the URL that is given back.
+
+    `hold`: then neither another byte nor the end comes.
+    """
+    over, servers = threading.Event(), list[socketserver.ThreadingTCPServer]()
+
+    def start(answer: bytes, *, hold: bool = False) -> str:
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                length = 0
+                for line in iter(self.rfile.readline, b"\r\n"):
+                    name, _, value = line.partition(b":")
+                    length = int(value) if name.lower() == b"content-length" else length
+                self.rfile.read(length)
+                self.wfile.write(answer)
+                if hold:
+                    over.wait(30)
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -46,9 +46,10 @@ class Garbage(Exception):
 
 
 class Server:
-    def __init__(self, default: Plan, slots: int, *, takes_messages: bool = True) -> None:
+    def __init__(self, default: Plan, slots: int, *, takes_messages: bool = True, counts: bool = True) -> None:
         self.default = default
         self.takes_messages = takes_messages  # Triton's own vLLM backend does not
+        self.counts = counts  # Triton's first vLLM backend did not, and had no finish_reason
         self.slots = asyncio.Semaphore(slots)
         self.log: list[dict[str, Any]] = []
         self.stalled_until_s = 0.0  # of the loop's clock: until then no token leaves
@@ -75,11 +76,14 @@ class Server:
 
     async def answer(self, model: str, inputs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The outputs of one response after another, as the vLLM backend names them; waits for a slot first."""
-        if "messages" in inputs and not self.takes_messages:
-            raise ModelError(f"unexpected inference input 'messages' for model '{model}'")
+        for name in inputs:
+            if name not in self.input_names():
+                raise ModelError(f"unexpected inference input '{name}' for model '{model}'")
         async with self.slots:
             async for outputs in self.answer_now(model, inputs):
-                yield outputs
+                yield outputs if self.counts else {"text_output": outputs["text_output"]}
+        if not self.counts and inputs.get("stream"):
+            yield {"text_output": ""}
 
     async def answer_now(self, model: str, inputs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         plan = self.plan(inputs)
@@ -123,7 +127,10 @@ class Server:
         entry["ended"] = "done"
 
     def input_names(self) -> list[str]:
-        return ["text_input", "stream", "sampling_parameters", *(["messages"] if self.takes_messages else [])]
+        names = ["text_input", "stream", "sampling_parameters", "exclude_input_in_output"]
+        names += ["messages", "input_ids", "return_details"] if self.takes_messages else []
+        counts = ("finish_reason", "cumulative_logprob", "num_input_tokens", "num_output_tokens")
+        return names + ([f"return_{name}" for name in counts] if self.counts else [])
 
     def outputs(self, text: str, index: int, new_tokens: int, last: bool) -> dict[str, Any]:
         return {

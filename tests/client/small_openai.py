@@ -76,7 +76,12 @@ def openai_routes(server: Server, api_key: str) -> web.Application:
             return web.json_response({"choices": [choice], "usage": usage})
         return refused("no answer", 500)
 
+    async def metrics(request: web.Request) -> web.Response:  # noqa: ARG001
+        """As an edge server's: of the one process, without a model's name."""
+        return web.Response(text="stillhouse_edge_process_resident_memory_bytes 3.5e+09\n")
+
     app = web.Application(middlewares=[guard])
+    app.router.add_get("/metrics", metrics)
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", complete)
     app.router.add_post("/v1/completions", complete)

@@ -49,9 +49,11 @@ def main() -> None:
     parser.add_argument("--api-key", default="", help="of the OpenAI API; everybody is served without")
     parser.add_argument("--slots", type=int, default=10_000, help="answers at a time; others wait for their turn")
     parser.add_argument("--no-messages", action="store_true", help="over Triton a text alone, as vLLM's own backend")
+    parser.add_argument("--no-counts", action="store_true", help="over Triton no counts and no finish reason either")
     options = parser.parse_args()
     plan = Plan(tokens=options.tokens, first_s=options.first_s, gap_s=options.gap_s)
-    asyncio.run(serve(Server(plan, options.slots, takes_messages=not options.no_messages), options.api_key))
+    model = Server(plan, options.slots, takes_messages=not options.no_messages, counts=not options.no_counts)
+    asyncio.run(serve(model, options.api_key))
 
 
 if __name__ == "__main__":

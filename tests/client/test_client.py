@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -161,6 +161,36 @@ def test_a_stream_that_stalls_times_out_between_tokens(client: Client) -> None:
     assert 0.15 < time.perf_counter() - started < 1.5
 
 
+@pytest.mark.parametrize("head", ["HTTP/1.0 200 OK", "HTTP/1.1 200 OK\r\nConnection: close"])
+def test_a_stream_that_stalls_times_out_on_a_connection_that_will_be_closed_too(
+    http_answers: Callable[..., str], head: str
+) -> None:
+    event = b'data: {"text_output": "word0 ", "finish_reason": "None", "num_output_tokens": 1}\n\n'
+    url = http_answers(head.encode() + b"\r\nContent-Type: text/event-stream\r\n\r\n" + event, hold=True)
+    with Client(url, timeout_s=4.0) as client, pytest.raises(TimedOut, match=r"no further token for 0\.2 s"):
+        list(client.stream(MODEL, "x", token_timeout_s=0.2))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_without_a_finish_reason_is_whole_when_its_body_has_ended(
+    http_answers: Callable[..., str], stream: bool
+) -> None:
+    body = b'{"text_output": "word0 "}'
+    body = b"data: " + body + b"\n\n" if stream else body
+    url = http_answers(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with Client(url) as client:
+        if stream:
+            assert [token.text for token in client.stream(MODEL, "x")] == ["word0 "]
+        else:
+            assert client.generate(MODEL, "x").text == "word0 "
+
+
+def test_what_a_model_does_not_take_is_not_asked_for(client: Client) -> None:
+    known = ["text_input", "stream", "return_num_output_tokens"]
+    inputs = json.loads(client.generate(MODEL, plan(echo=True, tokens=1), model_inputs=known, max_tokens=1).text)
+    assert set(inputs) == {*known, "sampling_parameters"}
+
+
 def test_the_time_out_of_the_whole_answer_counts_from_the_request(client: Client) -> None:
     for wishes in ({"stall_after": 0}, {"tokens": 1000, "gap_s": 0.02}):
         started = time.perf_counter()
@@ -219,6 +249,7 @@ def test_a_server_that_dies_breaks_the_stream(mortal_server: Any, scheme: str) -
         ({}, "exactly one of prompt, messages and input_ids is given, got none"),
         ({"prompt": "a", "input_ids": [1]}, "got prompt, input_ids"),
         ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": ["hello"]}, "a message is .*, got 'hello'"),
         ({"prompt": "a", "stop": {1, 2}}, "sampling parameters must be what JSON can hold"),
         ({"prompt": "a", "temperature": float("nan")}, "sampling parameters must be what JSON can hold"),
         ({"prompt": "half \ud83d"}, "text that UTF-8 can hold"),

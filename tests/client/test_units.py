@@ -99,7 +99,7 @@ def test_what_triton_says_tells_the_kind(message: str, kind: type[ClientError]) 
         (400, b'{"error":"bad"}', RequestRejected, "m: bad"),
         (400, b'data: {"error":"bad event"}\n\n', RequestRejected, "m: bad event"),
         (404, b'{"error":"Request for unknown model"}', ModelNotFound, "unknown model"),
-        (404, b"<html>nothing here</html>", RequestRejected, "HTTP status 404"),
+        (404, b"<html>nothing here</html>", RequestRejected, "HTTP status 404: nothing here"),
         (503, b'{"error":"queue is full"}', Unavailable, "queue is full"),
         (502, b"", Unavailable, "HTTP status 502"),
     ],
@@ -108,6 +108,12 @@ def test_a_status_tells_the_kind(status: int, body: bytes, kind: type[ClientErro
     error = read_error(status, body, "m")
     assert type(error) is kind
     assert words in str(error)
+
+
+def test_of_a_web_page_the_first_line_is_said() -> None:
+    page = b"<!DOCTYPE HTML>\n<html>\n<head><style>\np {color: red}\n</style>\n<title>Not &amp; here</title>\n<p>More"
+    assert str(read_error(501, page, "m")) == "m: HTTP status 501: Not & here"
+    assert str(read_error(502, b"\nno upstream\nat all\n", "m")) == "m: HTTP status 502: no upstream"
 
 
 def test_every_error_has_the_one_base_and_its_hint() -> None:

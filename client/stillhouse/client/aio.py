@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -46,10 +46,13 @@ class AsyncClient:
         input_ids: Sequence[int] | None = None,
         version: str | int | None = None,
         timeout_s: float | Unset | None = UNSET,
+        model_inputs: Collection[str] | None = None,
         **sampling: Any,
     ) -> Completion:
         """The whole answer, sent in one piece; arguments as in `Client.generate`. Raises ClientError."""
-        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=False)
+        request = build_request(
+            model, prompt, messages, input_ids, version, sampling, stream=False, model_inputs=model_inputs
+        )
         assembly = Assembly(request, choose_limits(self._limits, timeout_s, UNSET))
         async for _ in self._tokens(request, assembly):
             pass
@@ -66,6 +69,7 @@ class AsyncClient:
         timeout_s: float | Unset | None = UNSET,
         token_timeout_s: float | Unset | None = UNSET,
         details: bool = False,
+        model_inputs: Collection[str] | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[Token, None]:
         """The answer as it comes, without the prompt; arguments as in `Client.generate`.
@@ -75,7 +79,17 @@ class AsyncClient:
         The request is sent, and its clock started, when the first token is asked for. `aclose()`, or cancelling the
         task, cancels the request on the server.
         """
-        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=True, details=details)
+        request = build_request(
+            model,
+            prompt,
+            messages,
+            input_ids,
+            version,
+            sampling,
+            stream=True,
+            details=details,
+            model_inputs=model_inputs,
+        )
         return self._tokens(request, Assembly(request, choose_limits(self._limits, timeout_s, token_timeout_s)))
 
     @overload

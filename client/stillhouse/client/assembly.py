@@ -20,6 +20,7 @@ class Assembly:
         self._last: Token | None = None
         self._first_s: float | None = None
         self._ended = False
+        self._names_its_end = False
 
     def start(self) -> None:
         self._started_s = time.perf_counter()
@@ -40,6 +41,7 @@ class Assembly:
         if reply.ends:
             self._ended = True
             return None
+        self._names_its_end |= reply.has_finish_reason
         before = self._last
         count = reply.num_output_tokens
         if count is not None and before is not None:
@@ -64,7 +66,8 @@ class Assembly:
         """Called when the transport has no more replies. Raises StreamBroken where the answer has no end."""
         if self._last is None:
             raise StreamBroken(f"{self._request.model}: the server ended the stream without an answer")
-        if not self._ended and self._last.finish_reason is None:
+        # A model without the output finish_reason ends when its stream does.
+        if self._names_its_end and not self._ended and self._last.finish_reason is None:
             raise StreamBroken(
                 f"{self._request.model}: the stream ended after {self._received()}, before the answer's end",
                 hint="the server may have gone down; ask again",

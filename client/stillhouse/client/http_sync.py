@@ -96,7 +96,7 @@ class HttpStream:
                 self._response = self._transport.post(self._request, wait_s)
                 self._begin(self._response)
             while not self._replies and not self._done:
-                self._limit(self._response, wait_s)
+                limit_wait(self._response, wait_s)
                 self._read()
         except ReadTimeoutError:
             raise TimeoutError from None
@@ -136,7 +136,14 @@ class HttpStream:
         for data in self._events.feed(piece):
             self._replies.append(http_wire.read_reply(data, self._request))
 
-    def _limit(self, response: urllib3.BaseHTTPResponse, wait_s: float | None) -> None:
-        sock = getattr(response.connection, "sock", None)
-        if sock is not None:
-            sock.settimeout(wait_s if wait_s is None else max(wait_s, _SHORTEST_S))
+
+def limit_wait(response: urllib3.BaseHTTPResponse, wait_s: float | None) -> None:
+    """Lets the next read of an answer's body take `wait_s` at most; urllib3 has a limit for the whole request alone."""
+    sock = getattr(response.connection, "sock", None)
+    if sock is None:
+        # The server will close the connection (HTTP/1.0, Connection: close), so it has let go of its socket: the file
+        # that the answer is read from still holds it.
+        file = getattr(getattr(response, "_fp", None), "fp", None)
+        sock = getattr(getattr(file, "raw", None), "_sock", None)
+    if sock is not None:
+        sock.settimeout(wait_s if wait_s is None else max(wait_s, _SHORTEST_S))

@@ -7,7 +7,9 @@ when its finish reason came, or when the body ended as HTTP says it should.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
+import re
 import time
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +27,9 @@ from stillhouse.client.types import ModelEntry, Reply, Request
 
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
 INDEX_PATH = "/v2/repository/index"
+
+# A page's tags, and what between them is not to be read.
+_TAGS = re.compile(r"<(style|script)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
 def generate_path(request: Request) -> str:
@@ -95,12 +100,20 @@ def read_error(status: int, body: bytes, where: str) -> ClientError:
         said = json.loads(body)
     message = said["error"] if isinstance(said, dict) and "error" in said else None
     if message is None:
-        text = body[:200].decode("utf-8", errors="replace").strip()
+        text = first_line(body)
         message = f"HTTP status {status}" + (f": {text}" if text else "")
         if status == 404:
             return _not_triton(f"{where}: {message}")
     default = Unavailable if status >= 500 else ModelNotFound if status == 404 else RequestRejected
     return from_server(str(message), where, default)
+
+
+def first_line(body: bytes) -> str:
+    """The first line that says something, of a text or of a web page, which proxies and small servers refuse with."""
+    text = body[:4000].decode("utf-8", errors="replace")
+    if text.lstrip().startswith("<"):
+        text = html.unescape(_TAGS.sub("", text))
+    return next((line.strip()[:200] for line in text.splitlines() if line.strip()), "")
 
 
 def cannot_reach(authority: str, reason: object) -> ConnectionFailed:

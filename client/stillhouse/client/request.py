@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -66,8 +66,12 @@ def build_request(
     *,
     stream: bool,
     details: bool = False,
+    model_inputs: Collection[str] | None = None,
 ) -> Request:
-    """The request for exactly one of prompt, messages and input_ids. Raises InvalidCall."""
+    """The request for exactly one of prompt, messages and input_ids. Raises InvalidCall.
+
+    Of what is asked for with every request, that alone which is among `model_inputs`, where they are known.
+    """
     given = [
         name
         for name, value in (("prompt", prompt), ("messages", messages), ("input_ids", input_ids))
@@ -90,6 +94,8 @@ def build_request(
                 f"messages must be a list of messages, got {type(messages).__name__}",
                 hint='for example [{"role": "user", "content": "Hello"}]; a text goes into prompt',
             )
+        if strange := [message for message in messages if not isinstance(message, Mapping)]:
+            raise InvalidCall(f'a message is {{"role": "…", "content": "…"}}, got {strange[0]!r:.60}')
         inputs["messages"] = _to_json("messages", [dict(message) for message in messages])
     if input_ids is not None:
         inputs["input_ids"] = [int(token) for token in input_ids]
@@ -100,6 +106,8 @@ def build_request(
         if isinstance(value, str) and not _is_unicode(value):
             raise InvalidCall(f"{name} must be text that UTF-8 can hold, got half a surrogate pair")
     wanted = _DETAILS if details else _ALWAYS
+    if model_inputs is not None:
+        wanted = {name: value for name, value in wanted.items() if name in model_inputs}
     return Request(model, "" if version is None else str(version), {**inputs, **wanted}, stream)
 
 
@@ -117,6 +125,7 @@ def reply_from(values: dict[str, Any], received_s: float) -> Reply:
         num_output_tokens=values.get("num_output_tokens"),
         cumulative_logprob=values.get("cumulative_logprob"),
         received_s=received_s,
+        has_finish_reason="finish_reason" in values,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -48,15 +48,19 @@ class Client:
         input_ids: Sequence[int] | None = None,
         version: str | int | None = None,
         timeout_s: float | Unset | None = UNSET,
+        model_inputs: Collection[str] | None = None,
         **sampling: Any,
     ) -> Completion:
         """The whole answer, sent in one piece (so `ttft_s` is None; `stream` knows it).
 
         Exactly one of `prompt`, `messages` (OpenAI's form, through the model's chat template) and `input_ids` is
         given. `sampling` goes to the server as it is, in vLLM's words: max_tokens, temperature, top_p, seed, stop …;
-        the server's defaults are vLLM's (16 tokens, temperature 1). Raises ClientError.
+        the server's defaults are vLLM's (16 tokens, temperature 1). `model_inputs` are the inputs that the model has,
+        where it has not all of the contract's: the `return_…` among them alone are asked for. Raises ClientError.
         """
-        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=False)
+        request = build_request(
+            model, prompt, messages, input_ids, version, sampling, stream=False, model_inputs=model_inputs
+        )
         assembly = Assembly(request, choose_limits(self._limits, timeout_s, UNSET))
         for _ in self._tokens(request, assembly):
             pass
@@ -72,6 +76,7 @@ class Client:
         version: str | int | None = None,
         timeout_s: float | Unset | None = UNSET,
         token_timeout_s: float | Unset | None = UNSET,
+        model_inputs: Collection[str] | None = None,
         **sampling: Any,
     ) -> Generator[Token, None, None]:
         """The answer as it comes, without the prompt; arguments as in `generate`.
@@ -79,7 +84,9 @@ class Client:
         The request is sent, and its clock started, when the first token is asked for. Closing the iterator (or
         leaving it to the garbage collector) cancels the request on the server.
         """
-        request = build_request(model, prompt, messages, input_ids, version, sampling, stream=True)
+        request = build_request(
+            model, prompt, messages, input_ids, version, sampling, stream=True, model_inputs=model_inputs
+        )
         return self._tokens(request, Assembly(request, choose_limits(self._limits, timeout_s, token_timeout_s)))
 
     @overload

@@ -76,3 +76,4 @@ class Reply:
     received_s: float  # of time.perf_counter
     ends: bool = False  # the server's own end marker; carries nothing else
     details: Mapping[str, Any] | None = None
+    has_finish_reason: bool = True  # False: there is no such output in the response, not even one that says none
