@@ -95,6 +95,14 @@ def foreign_server() -> Iterator[SmallServer]:
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def uncounted_server() -> Iterator[SmallServer]:
+    """One whose Triton models count no tokens, give no finish reason, and end with an empty response."""
+    server = start_server("--no-messages", "--no-counts", "--first-s", "0.01")
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def locust(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs plain locust on the repository's locustfile, in a folder of its own."""

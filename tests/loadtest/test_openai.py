@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -134,6 +134,37 @@ def test_a_server_of_something_else_is_refused() -> None:
 
 def test_a_port_that_accepts_and_says_nothing_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        client = OpenAiClient(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", answer_timeout_s=0.2)
-        with pytest.raises(TimedOut):
+        client = OpenAiClient(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", timeout_s=0.2)
+        with pytest.raises(TimedOut, match=r"longer than 0\.2 s"):
             list(client.stream(body("x")))
+
+
+HEAD = b"\r\nContent-Type: text/event-stream\r\n\r\n"
+EVENT = b'data: {"choices": [{"delta": {"content": "word0 "}, "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK", b"HTTP/1.1 200 OK\r\nConnection: close"])
+def test_a_stall_times_out_on_a_connection_that_will_be_closed_too(
+    http_answers: Callable[..., str], head: bytes
+) -> None:
+    client = OpenAiClient(http_answers(head + HEAD + EVENT, hold=True), token_timeout_s=0.2, timeout_s=4.0)
+    with pytest.raises(TimedOut, match=r"no further token for 0\.2 s after 1 responses"):
+        list(client.stream(body("x")))
+
+
+def test_the_first_token_has_the_time_of_the_whole_answer(http_answers: Callable[..., str]) -> None:
+    """As over Triton: the time between tokens begins with the first, not with the head of the answer."""
+    client = OpenAiClient(
+        http_answers(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked" + HEAD, hold=True),
+        token_timeout_s=0.05,
+        timeout_s=0.4,
+    )
+    with pytest.raises(TimedOut, match=r"longer than 0\.4 s \(0 responses came\)"):
+        list(client.stream(body("x")))
+
+
+def test_a_text_in_parts_is_another_protocol(http_answers: Callable[..., str]) -> None:
+    event = EVENT.replace(b'"word0 "', b'[{"type": "text", "text": "word0 "}]')
+    client = OpenAiClient(http_answers(b"HTTP/1.0 200 OK" + HEAD + event))
+    with pytest.raises(WrongContent, match="not a completion's"):
+        list(client.stream(body("x")))

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from stillhouse.client import ConnectionFailed
 from stillhouse.loadtest.compare import compare_models, comparison_table, precision_of
 from stillhouse.loadtest.errors import BadInput, RunFailed
-from stillhouse.loadtest.load import Load
+from stillhouse.loadtest.load import Load, locust_arguments
 from stillhouse.loadtest.run import LoadResult, run_locust
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.show import show
@@ -108,8 +109,31 @@ def test_the_command_prints_the_table_alone_on_stdout(server: Any) -> None:
     assert done.stdout.splitlines()[0].startswith("precision")
     assert len(done.stdout.splitlines()) == 3
     assert "support-int4: 2 users, 1 s" in done.stderr
-    done = subprocess.run([*command, *arguments, "--json"], capture_output=True, text=True, check=True)
+    assert "ignore_eos" in server.log()[-1]["inputs"]["sampling_parameters"]
+    arguments += ["--json", "--no-ignore-eos"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0]["summary"]["requests"] > 0
+    assert "ignore_eos" not in server.log()[-1]["inputs"]["sampling_parameters"], "strict servers refuse it"
+
+
+def test_an_edge_servers_memory_is_read_with_the_key_which_nobody_else_gets(
+    guarded_server: Any, server: Any, http_answers: Callable[..., str]
+) -> None:
+    load = Load(users=1, duration_s=1, max_tokens=2)
+    own = run_locust(guarded_server.openai_host, load=load, api_key="secret")
+    assert (own.memory_bytes, own.hint) == (3_500_000_000, "")
+    elsewhere = f"{guarded_server.openai_host}/metrics"
+    assert run_locust(server.openai_host, load=load, metrics_url=elsewhere, api_key="secret").memory_bytes is None
+    page = http_answers(b"HTTP/1.0 200 OK\r\n\r\nstillhouse_gateway_requests_in_flight 0.0\n")
+    behind = run_locust(server.openai_host, load=load, metrics_url=page)
+    assert behind.memory_bytes is None
+    assert "--metrics-url http://127.0.0.1:8002/metrics" in behind.hint, "there is Triton's own page"
+
+
+def test_stages_of_users_are_asked_over_the_wished_protocol(tmp_path: Path) -> None:
+    (tmp_path / "users.toml").write_text('unit = "users"\n[[stage]]\nduration_s = 1\nlevel = 2\n')
+    load = Load(stages=str(tmp_path / "users.toml"), protocol="openai")
+    assert locust_arguments("http://h/v1", "m", load, tmp_path)[-1] == "OpenAiUser"
 
 
 @pytest.mark.parametrize(

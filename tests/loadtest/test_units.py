@@ -75,6 +75,7 @@ def test_prompt_files_hold_prompts_or_messages(tmp_path: Path) -> None:
         ("{}\n", "line 1: neither a prompt nor messages"),
         ('{"prompt": ""}\n', "line 1: neither"),
         ('{"prompt": "a", "messages": [1]}\n', "line 1: neither"),
+        ('{"messages": ["hi"]}\n', "line 1: neither"),
         ('{"prompt": "a"}\n[1]\n', "line 2: neither"),
         ("prompt\n", "line 1: not JSON"),
     ],

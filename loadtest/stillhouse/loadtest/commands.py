@@ -142,6 +142,7 @@ def compare(
     models: Annotated[str, typer.Option(help="Models, separated by commas.", show_default="all that are ready")] = "",
     duration: Annotated[str, typer.Option(help="How long each model is driven in one round.")] = "15s",
     rounds: Annotated[int, typer.Option(min=1, help="How often; the models take turns.")] = 1,
+    ignore_eos: Annotated[bool, typer.Option(help="Every answer has exactly --max-tokens tokens.")] = True,
     load: Load,
     api_key: _KEY = "",
     metrics_url: _METRICS = None,
@@ -165,12 +166,15 @@ def compare(
         [name.strip() for name in models.split(",") if name.strip()],
         replace(load, duration_s=parse_duration_s(duration)),
         rounds=rounds,
+        ignore_eos=ignore_eos,
         api_key=api_key,
         metrics_url=metrics_url,
         repository=repository,
         progress=tell,
     )
     print(json.dumps([c.to_json() for c in compared], indent=2) if json_output else comparison_table(compared))
+    if hint := compared[0].load.hint:
+        tell(f"hint: {hint}")
 
 
 @app.command()

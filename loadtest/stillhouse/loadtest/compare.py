@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.client import Client, ModelEntry
+from stillhouse.client import Client, ClientError, ModelEntry
 from stillhouse.loadtest.errors import BadInput, RunFailed
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.report import align, number
 from stillhouse.loadtest.run import LoadResult, merged, run_locust
 from stillhouse.loadtest.server_metrics import version_size_bytes
-from stillhouse.loadtest.target import OPENAI, Target, find_protocol, open_target
+from stillhouse.loadtest.target import OPENAI, Target, choose_model, open_target, resolve
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
@@ -53,6 +53,7 @@ def compare_models(
     load: Load | None = None,
     *,
     rounds: int = 1,
+    ignore_eos: bool = True,
     api_key: str = "",
     metrics_url: str | None = None,
     repository: Path | None = None,
@@ -61,12 +62,13 @@ def compare_models(
     """Drives the models (all that are ready, where none is named) in turns, with `load`, `rounds` times each.
 
     Taking turns lets what the machine does meanwhile fall on all of them alike. Every answer has the load's
-    `max_tokens` tokens, from the same prompts in the same order. `repository` is the server's, where it is on this
-    machine, for the sizes. Raises ClientError or LoadtestError.
+    `max_tokens` tokens (`ignore_eos`), from the same prompts in the same order. `repository` is the server's, where it
+    is on this machine, for the sizes. Raises ClientError or LoadtestError.
     """
-    load = replace(load or Load(), ignore_eos=True)
-    load = replace(load, protocol=load.protocol or find_protocol(url))
-    target = open_target(url, load.protocol, api_key=api_key)
+    load = replace(load or Load(), ignore_eos=ignore_eos)
+    protocol, base_url = resolve(url, load.protocol)
+    load = replace(load, protocol=protocol)
+    target = open_target(base_url, protocol, api_key=api_key)
     try:
         chosen = _choose(target, models)
         versions = {} if load.protocol == OPENAI else _ready_versions(url)
@@ -82,7 +84,7 @@ def compare_models(
                 which = f", round {turn + 1} of {rounds}" if rounds > 1 else ""
                 progress(f"{model}: {load.said}, {load.duration_s:g} s{which}")
             this_load = replace(load, seed=load.seed + turn)
-            result = run_locust(url, model, this_load, metrics_url=metrics_url, api_key=api_key)
+            result = run_locust(base_url, model, this_load, metrics_url=metrics_url, api_key=api_key)
             if result.ended_early:
                 raise RunFailed(result.ended_early)
             results[model].append(result)
@@ -142,20 +144,22 @@ def _warm_up(target: Target, model: str, *, chat: bool) -> None:
 
 
 def _choose(target: Target, models: Sequence[str]) -> list[str]:
+    if models:
+        return [choose_model(target, model) for model in models]
     ready = target.models()
-    missing = [model for model in models if model not in ready]
-    if missing:
-        raise BadInput(f"no model {missing[0]!r} on this server", hint=f"ready there: {', '.join(ready) or 'none'}")
     if not ready:
         raise BadInput("the server has no model that is ready", hint="look at its log")
-    return list(models) or sorted(ready, key=_place)
+    return sorted(ready, key=_place)
 
 
 def _ready_versions(url: str) -> dict[str, str]:
-    """The highest ready version of each model: the one that requests without a version go to."""
+    """The highest ready version of each model, which requests without a version go to; none where none is told."""
     versions: dict[str, str] = {}
     with Client(url) as client:
-        entries: Sequence[ModelEntry] = client.models()
+        try:
+            entries: Sequence[ModelEntry] = client.models()
+        except ClientError:
+            return {}
     for entry in entries:
         if entry.ready and int(entry.version or 0) >= int(versions.get(entry.name) or 0):
             versions[entry.name] = entry.version

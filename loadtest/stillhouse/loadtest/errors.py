@@ -5,9 +5,10 @@ LoadtestError           anything a person can do something about; `hint` says wh
 ├── RunFailed           Locust ended without a result, or the server died during the run
 └── Missed              the figures are not what was asked for (an objective, a comparison)
 
-What a request may fail with is a ClientError of stillhouse.client, and one more:
+What a request may fail with is a ClientError of stillhouse.client, and two more:
 
 RequestRejected
+├── KeyRefused          an OpenAI API wants a key, or another one
 └── WrongContent        what came back is not what was asked for: another protocol, no token, too many
 """
 
@@ -36,6 +37,10 @@ class RunFailed(LoadtestError):
 
 class Missed(LoadtestError):
     """The figures are not what was asked for."""
+
+
+class KeyRefused(RequestRejected):
+    """An OpenAI API wants a key, or another one."""
 
 
 class WrongContent(RequestRejected):

@@ -19,14 +19,14 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from stillhouse.client import ClientError
-from stillhouse.loadtest.errors import LoadtestError
+from stillhouse.loadtest.errors import BadInput, LoadtestError
 from stillhouse.loadtest.gathering import GATHER_S, Gathering
 from stillhouse.loadtest.options import add_options, api_key_of, counter_of, shape_of, slo_of, workload_of
 from stillhouse.loadtest.recording import Run
 from stillhouse.loadtest.report import token_table, write_csv, write_json
-from stillhouse.loadtest.shapes import Shape
 from stillhouse.loadtest.tally import Summary
-from stillhouse.loadtest.target import choose_model, find_protocol
+from stillhouse.loadtest.target import choose_model, resolve
+from stillhouse.loadtest.user_stages import UserStages
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,9 @@ def begin_process(environment: Environment, **_: Any) -> None:
         if options.result:
             write_json(Path(options.result), {"error": str(run.problem), "hint": run.problem.hint})
         sys.exit(1)
+    if run.shape is not None and run.shape.in_users:
+        environment.shape_class = UserStages(run.shape.stages)
+        environment.shape_class.runner = runner
 
 
 def begin_test(environment: Environment, **_: Any) -> None:
@@ -162,16 +165,17 @@ def _forget() -> None:
 
 def _prepare(environment: Environment) -> None:
     options = environment.parsed_options
-    user_class = environment.user_classes[0]
     run.problem = None
-    run.host = str(environment.host or user_class.host)
-    run.api_key, run.token_timeout_s = api_key_of(options), options.token_timeout
+    run.api_key, run.timeout_s, run.token_timeout_s = api_key_of(options), options.timeout, options.token_timeout
     try:
+        run.host, protocol = _whom_to_ask(environment)
         run.workload, run.slo, run.shape = workload_of(options), slo_of(options), shape_of(options)
         run.count_tokens = counter_of(options)
+        if environment.web_ui is not None and run.shape is not None and run.shape.in_users:
+            raise BadInput("stages of users are for runs without the web page", hint="add --headless")
         if isinstance(environment.runner, MasterRunner) and environment.web_ui is not None:
             return  # its workers ask; whether a server is there is for them to say
-        run.protocol = getattr(user_class, "protocol", "") or find_protocol(run.host)
+        run.protocol, run.host = resolve(run.host, protocol)
         target = run.new_target()
         try:
             run.model = choose_model(target, options.model)
@@ -183,6 +187,16 @@ def _prepare(environment: Environment) -> None:
         print(f"error: {problem}", file=sys.stderr)
         if problem.hint:
             print(f"hint: {problem.hint}", file=sys.stderr)
+
+
+def _whom_to_ask(environment: Environment) -> tuple[str, str]:
+    """The host and the protocol of all user classes of ours ("" to find out). Raises BadInput where they differ."""
+    ours = [one for one in environment.user_classes if hasattr(one, "protocol")]
+    asked = {(str(environment.host or one.host), one.protocol) for one in ours}
+    if len(asked) != 1:
+        said = ", ".join(sorted(f"{host} ({protocol or 'found out'})" for host, protocol in asked)) or "none"
+        raise BadInput(f"a test asks one server over one protocol, got {said}", hint="name one user class, or --host")
+    return asked.pop()
 
 
 def _watch(environment: Environment) -> None:
@@ -234,11 +248,6 @@ def _report(environment: Environment) -> None:
         write_csv(Path(f"{options.csv_prefix}_tokens.csv"), summaries)
     if options.result:
         write_json(Path(options.result), result)
-
-
-def shape_in_users() -> Shape | None:
-    """The stages of a closed loop, where the test has some."""
-    return run.shape if run.shape is not None and run.shape.in_users else None
 
 
 events.init_command_line_parser.add_listener(add_options)

@@ -46,6 +46,7 @@ class Load:
     seed: int = 0
     slo: str = ""
     tokenizer: Path | None = None  # checks the server's counts
+    timeout_s: float = 300.0  # of a whole answer
     token_timeout_s: float = 30.0
     protocol: str = ""  # "triton", "openai", or "" to find out
     model_version: str = ""
@@ -99,7 +100,7 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
     in_users = shape is not None and shape.in_users
     # An open loop's users are dispatchers: one a process is enough.
     users = load.processes if load.open_loop else load.users
-    arguments = ["--locustfile", str(_HERE / ("locustfile_users.py" if in_users else "locustfile.py"))]
+    arguments = ["--locustfile", str(_HERE / "locustfile.py")]
     arguments += ["--headless", "--only-summary", "--loglevel", "WARNING", "--host", host]
     if not in_users:
         arguments += ["--users", str(users), "--spawn-rate", str(100 if load.open_loop else min(users, 100))]
@@ -128,6 +129,7 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
         "seed": load.seed,
         "slo": load.slo,
         "tokenizer": load.tokenizer and load.tokenizer.resolve(),
+        "timeout": load.timeout_s,
         "token-timeout": load.token_timeout_s,
     }
     # With "=", so that a value may begin with a dash.
@@ -135,7 +137,7 @@ def locust_arguments(host: str, model: str, load: Load, folder: Path) -> list[st
     arguments += ["--ignore-eos"] if load.ignore_eos else []
     arguments += [] if load.stream else ["--no-stream"]
     # The names of classes come last: Locust's parser takes all words that follow.
-    return arguments if in_users else [*arguments, USER_CLASSES[load.protocol]]
+    return [*arguments, USER_CLASSES[load.protocol]]
 
 
 @cache

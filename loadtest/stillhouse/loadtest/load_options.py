@@ -31,6 +31,9 @@ _OPTIONS: Mapping[str, Any] = {
     "tokenizer": Annotated[
         Path | None, typer.Option(help="A tokenizer.json that checks how the server counts tokens.", metavar="FILE")
     ],
+    "timeout_s": Annotated[
+        float, typer.Option("--timeout", help="Seconds that a whole answer may take, its first token too.")
+    ],
     "token_timeout_s": Annotated[
         float, typer.Option("--token-timeout", help="Seconds without a next token that fail a request.")
     ],

@@ -46,6 +46,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     add("--seed", type=int, default=0, help="Seed of prompts, arrivals and sampling (default: 0)")
     add("--tokenizer", default="", metavar="FILE", help="A tokenizer.json that checks how the server counts tokens")
     add("--slo", default="", help='Objective: "ttft_p95<200ms, itl_p95<50ms, errors<1%%"')
+    add("--timeout", type=float, default=300.0, help="Seconds that a whole answer may take, its first token too")
     add("--token-timeout", type=float, default=30.0, help="Seconds without a next token that fail a request")
     add("--result", default="", metavar="FILE", include_in_web_ui=False, help="Write the figures as JSON")
     add("--progress", default="", metavar="FILE", include_in_web_ui=False, help="Write how far it is, again and again")

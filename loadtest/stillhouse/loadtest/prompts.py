@@ -137,7 +137,7 @@ def _read_prompt(value: dict[str, Any], chance: random.Random) -> Prompt | None:
     text, messages = value.get("prompt"), value.get("messages")
     if isinstance(text, str) and text and messages is None:
         return {"prompt": text}
-    if isinstance(messages, list) and messages and text is None:
+    if isinstance(messages, list) and messages and text is None and all(isinstance(one, dict) for one in messages):
         return {"messages": messages}
     turns = value.get("conversations")
     if isinstance(turns, list):

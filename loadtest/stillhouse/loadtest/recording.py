@@ -57,6 +57,7 @@ class Run:
     host: str = ""
     protocol: str = ""
     api_key: str = ""
+    timeout_s: float = 300.0
     token_timeout_s: float = 30.0
     model: str = ""
     workload: Workload = field(default_factory=lambda: Workload([]))
@@ -94,7 +95,13 @@ class Run:
             slot.busy -= 1
 
     def new_target(self) -> Target:
-        return open_target(self.host, self.protocol, token_timeout_s=self.token_timeout_s, api_key=self.api_key)
+        return open_target(
+            self.host,
+            self.protocol,
+            timeout_s=self.timeout_s,
+            token_timeout_s=self.token_timeout_s,
+            api_key=self.api_key,
+        )
 
     def record(self, sample: Sample) -> None:
         self.samples.add(sample)

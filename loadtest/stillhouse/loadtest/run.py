@@ -17,9 +17,9 @@ from typing import Any
 from stillhouse.client.address import parse_url
 from stillhouse.loadtest.errors import BadInput, RunFailed
 from stillhouse.loadtest.load import Load, environment_facts, locust_arguments
-from stillhouse.loadtest.server_metrics import QueueTime, gauge_of, queue_of, read_page
+from stillhouse.loadtest.server_metrics import QueueTime, gauge_of, is_gateways, queue_of, read_page
 from stillhouse.loadtest.tally import Summary, Tally, without_nan
-from stillhouse.loadtest.target import choose_model, find_protocol, open_target
+from stillhouse.loadtest.target import choose_model, open_target, resolve
 
 _START_AND_END_S = 60.0  # what Locust may need beyond the run itself
 _ASK_S = 1.0  # how often the server's metrics and Locust's progress are read
@@ -41,6 +41,7 @@ class LoadResult:
     load: Load = field(default_factory=Load)
     host: str = ""
     details: dict[str, Any] = field(default_factory=dict)  # what Locust's process wrote: curves, client, samples
+    hint: str = ""  # where figures are that are missing
 
     @property
     def problems(self) -> list[str]:
@@ -101,11 +102,15 @@ def run_locust(
     BadInput or ClientError where it cannot be tested at all, RunFailed where Locust gave no result.
     """
     load = (load or Load()).checked()
-    load, model = _ask_first(host, model, load, api_key)
+    api_key = api_key or os.environ.get("OPENAI_API_KEY", "")
+    load, base_url, model = _ask_first(host, model, load, api_key)
     with tempfile.TemporaryDirectory(prefix="stillhouse-loadtest-") as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "locust", *locust_arguments(host, model, load, folder)]
-        watch = _Watch(metrics_url or default_metrics_url(host, load.protocol), model, folder, load, progress)
+        command = [sys.executable, "-m", "locust", *locust_arguments(base_url, model, load, folder)]
+        metrics_url = metrics_url or default_metrics_url(host, load.protocol)
+        # The key is for who is asked, not for whoever else has the metrics.
+        metrics_key = api_key if parse_url(metrics_url).authority == parse_url(host).authority else ""
+        watch = _Watch(metrics_url, metrics_key, model, folder, load, progress)
         _run(command, folder, load, api_key, watch)
         result = _read_result(folder)
     tallies = [Tally.from_json(value) for value in result.pop("tallies")]
@@ -113,15 +118,17 @@ def run_locust(
         raise RunFailed(f"a run measures one model, got {len(tallies)}", hint=result.get("ended_early") or None)
     summary = Summary.from_json(result["summaries"][0])
     result["tally"] = tallies[0].to_json()
-    return LoadResult(summary.model, load.users, summary, watch.memory_bytes, watch.queue, load, host, result)
+    hint = watch.hint(host)
+    return LoadResult(summary.model, load.users, summary, watch.memory_bytes, watch.queue, load, host, result, hint)
 
 
-def _ask_first(host: str, model: str, load: Load, api_key: str) -> tuple[Load, str]:
-    """Finds out protocol and model, so that what cannot be tested is known before a process is started."""
-    protocol = load.protocol or find_protocol(host)
-    target = open_target(host, protocol, api_key=api_key or os.environ.get("OPENAI_API_KEY", ""))
+def _ask_first(host: str, model: str, load: Load, api_key: str) -> tuple[Load, str, str]:
+    """Finds out protocol, URL and model, so that what cannot be tested is known before a process is started."""
+    protocol, base_url = resolve(host, load.protocol)
+    limits = {"timeout_s": load.timeout_s, "token_timeout_s": load.token_timeout_s}
+    target = open_target(base_url, protocol, api_key=api_key, **limits)
     try:
-        return replace(load, protocol=protocol), choose_model(target, model)
+        return replace(load, protocol=protocol), base_url, choose_model(target, model)
     finally:
         target.close()
 
@@ -148,21 +155,20 @@ def merged(results: Sequence[LoadResult]) -> LoadResult:
 class _Watch:
     """Reads the server's metrics page and Locust's progress while the run goes on."""
 
-    def __init__(self, metrics_url: str, model: str, folder: Path, load: Load, progress: Progress | None) -> None:
+    def __init__(
+        self, metrics_url: str, api_key: str, model: str, folder: Path, load: Load, progress: Progress | None
+    ) -> None:
         self.memory_bytes: int | None = None
         self.queue: QueueTime | None = None
         self._before: QueueTime | None = None
-        self._metrics_url, self._model, self._folder, self._load, self._progress = (
-            metrics_url,
-            model,
-            folder,
-            load,
-            progress,
-        )
+        self._at_gateway = False
+        self._metrics_url, self._api_key, self._model = metrics_url, api_key, model
+        self._folder, self._load, self._progress = folder, load, progress
 
     def look(self) -> None:
-        page = read_page(self._metrics_url)
+        page = read_page(self._metrics_url, self._api_key)
         if page is not None:
+            self._at_gateway = is_gateways(page)
             now_bytes, queue = gauge_of(page, self._model), queue_of(page, self._model)
             self.memory_bytes = max(filter(None, (self.memory_bytes, now_bytes)), default=None)
             if queue is not None and self._before is None:
@@ -178,6 +184,13 @@ class _Watch:
                 f"  {told['elapsed_s']:.0f} of {self._load.duration_s:.0f} s: {told['answers']} answers, "
                 f"{told['failed']} failed, {told['tokens']} tokens"
             )
+
+    def hint(self, host: str) -> str:
+        """Where the figures are that the page lacked; "" where it had them, or nobody can say."""
+        if not self._at_gateway or self.memory_bytes is not None:
+            return ""
+        page = f"http://{parse_url(host).host}:8002/metrics"
+        return f"memory and queue time are on Triton's own metrics page, not the gateway's: add --metrics-url {page}"
 
 
 def _run(command: list[str], folder: Path, load: Load, api_key: str, watch: _Watch) -> None:

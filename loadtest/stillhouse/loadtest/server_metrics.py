@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEMORY_GAUGE = "stillhouse_process_resident_memory_bytes"
+EDGE_MEMORY_GAUGE = "stillhouse_edge_process_resident_memory_bytes"  # of the one process with all its models
 QUEUE_HISTOGRAM = "request_queue_time_seconds"  # after stillhouse_ or vllm:
 
 # One sample line of the Prometheus text format: name{label="value",…} number
@@ -51,10 +52,11 @@ class QueueTime:
         return 1e3 * low
 
 
-def read_page(metrics_url: str) -> str | None:
+def read_page(metrics_url: str, api_key: str = "") -> str | None:
     """The metrics page; None where there is none."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(metrics_url, timeout=2.0) as response:
+        with urllib.request.urlopen(urllib.request.Request(metrics_url, headers=headers), timeout=2.0) as response:
             return str(response.read().decode("utf-8", errors="replace"))
     except (urllib.error.URLError, OSError, ValueError):
         return None
@@ -62,8 +64,18 @@ def read_page(metrics_url: str) -> str | None:
 
 def gauge_of(page: str, model: str) -> int | None:
     """The resident memory of the model's process, the largest where versions have one each; None where unknown."""
-    values = [int(value) for name, labels, value in _lines(page) if name == MEMORY_GAUGE and _is_of(labels, model)]
+    values = [
+        int(value)
+        for name, labels, value in _lines(page)
+        if name == EDGE_MEMORY_GAUGE or (name == MEMORY_GAUGE and _is_of(labels, model))
+    ]
     return max(values, default=None)
+
+
+def is_gateways(page: str) -> bool:
+    """Whether the page is our gateway's, which stands before a Triton; an edge server tells of itself too."""
+    names = {name for name, _, _ in _lines(page)}
+    return any(name.startswith("stillhouse_gateway_") for name in names) and EDGE_MEMORY_GAUGE not in names
 
 
 def queue_of(page: str, model: str) -> QueueTime | None:

@@ -30,6 +30,8 @@ def show(
         print(
             f"queue time on the server: mean {result.queue.mean_ms:.1f} ms, p95 {result.queue.percentile_ms(95):.1f} ms"
         )
+    if result.hint:
+        tell(f"hint: {result.hint}")
     for problem in result.problems:
         tell(f"INVALID: the load generator could not keep up: {problem}")
     if result.ended_early:

@@ -1,7 +1,8 @@
 """Who is asked, and how: Triton over gRPC or HTTP, or the OpenAI API, by the host's form or by name.
 
 `host:port` and `grpc://` are gRPC. An `http://` host is asked for /v2 first (Triton's protocol, KServe v2), then for
-/v1 (the OpenAI API); one that ends in /v1 needs no question.
+/v1 (the OpenAI API); one that ends in /v1 needs no question. An OpenAI API that is said to be one is asked at the path
+that was given (…/v1beta/openai), at /v1 where none was.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from urllib.parse import quote
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from stillhouse.client import Client, ConnectionFailed, ModelNotFound, Token
+from stillhouse.client import Client, ClientError, ConnectionFailed, TimedOut, Token
 from stillhouse.client.address import parse_url
-from stillhouse.loadtest.errors import BadInput
+from stillhouse.loadtest.errors import BadInput, KeyRefused
 from stillhouse.loadtest.openai_api import OpenAiClient
 from stillhouse.loadtest.pieces import Piece
 from stillhouse.loadtest.prompts import Prompt
@@ -24,8 +25,8 @@ from stillhouse.loadtest.prompts import Prompt
 TRITON, OPENAI = "triton", "openai"
 _ASK_S = 10.0
 
-# Whether a Triton model takes `messages`, by host, model and version: many targets share a host.
-_takes_messages: dict[tuple[str, str, str], bool] = {}
+# The inputs of a Triton model, by host, model and version: many targets share a host. None: not known, so all of them.
+_inputs: dict[tuple[str, str, str], set[str] | None] = {}
 
 
 class Target(Protocol):
@@ -35,7 +36,7 @@ class Target(Protocol):
         """The models that are ready. Raises ClientError."""
 
     def ready(self) -> bool:
-        """Whether it answers at all; connects, so that a first request need not."""
+        """Whether it answers at all; connects, so that a first request need not. Raises nothing."""
 
     def prepare(self, model: str, version: str) -> None:
         """Finds out what `ask` must know of a model: once before a test, for no latency would contain it."""
@@ -52,45 +53,47 @@ class Target(Protocol):
 class TritonTarget:
     """Triton's vLLM contract, over gRPC or HTTP; a model that takes no `messages` (vLLM's own) is sent their texts."""
 
-    def __init__(self, host: str, token_timeout_s: float) -> None:
+    def __init__(self, host: str, timeout_s: float, token_timeout_s: float) -> None:
         self._host = host
-        self.client = Client(host, token_timeout_s=token_timeout_s)
+        self.client = Client(host, timeout_s=timeout_s, token_timeout_s=token_timeout_s)
 
     def models(self) -> list[str]:
         return sorted({entry.name for entry in self.client.models() if entry.ready})
 
     def ready(self) -> bool:
-        return self.client.ready()
+        try:
+            return self.client.ready()
+        except ClientError:
+            return True  # it does not know the question, but it is there
 
     def prepare(self, model: str, version: str) -> None:
-        names = _input_names(self._host, model, version)
-        _takes_messages[self._host, model, version] = "messages" in names or not names
+        _inputs[self._host, model, version] = _input_names(self._host, model, version) or None
 
     def ask(
         self, model: str, version: str, prompt: Prompt, sampling: dict[str, Any], *, stream: bool
     ) -> Iterator[Piece]:
-        if (self._host, model, version) not in _takes_messages:
+        if (self._host, model, version) not in _inputs:
             self.prepare(model, version)
-        if "messages" in prompt and not _takes_messages[self._host, model, version]:
+        inputs = _inputs[self._host, model, version]
+        if "messages" in prompt and inputs is not None and "messages" not in inputs:
             prompt = _as_text(prompt)
+        arguments = {**prompt, **sampling}
         if stream:
-            yield from _pieces(self.client.stream(model, version=version or None, **prompt, **sampling))
+            yield from _pieces(self.client.stream(model, version=version or None, model_inputs=inputs, **arguments))
             return
-        answer = self.client.generate(model, version=version or None, **prompt, **sampling)
-        yield Piece(answer.text, answer.e2e_s, False, True, answer.num_input_tokens, answer.num_output_tokens)
+        answer = self.client.generate(model, version=version or None, model_inputs=inputs, **arguments)
+        carries_token = bool(answer.text or answer.num_output_tokens)
+        yield Piece(answer.text, answer.e2e_s, False, carries_token, answer.num_input_tokens, answer.num_output_tokens)
 
     def close(self) -> None:
         self.client.close()
 
 
 class OpenAiTarget:
-    """The OpenAI API: chat completions for messages, completions for a prompt."""
+    """The OpenAI API at `base_url`: chat completions for messages, completions for a prompt."""
 
-    def __init__(self, host: str, token_timeout_s: float, api_key: str) -> None:
-        base_url = host.rstrip("/")
-        if not base_url.startswith(("http://", "https://")):
-            raise BadInput(f"the OpenAI API is asked over http:// or https://, got {host!r}")
-        self.client = OpenAiClient(base_url if base_url.endswith("/v1") else f"{base_url}/v1", api_key, token_timeout_s)
+    def __init__(self, base_url: str, timeout_s: float, token_timeout_s: float, api_key: str) -> None:
+        self.client = OpenAiClient(base_url, api_key, token_timeout_s, timeout_s)
 
     def models(self) -> list[str]:
         return self.client.models()
@@ -119,11 +122,29 @@ class OpenAiTarget:
         self.client.close()
 
 
-def open_target(host: str, protocol: str = "", *, token_timeout_s: float = 30.0, api_key: str = "") -> Target:
+def open_target(
+    host: str, protocol: str = "", *, timeout_s: float = 300.0, token_timeout_s: float = 30.0, api_key: str = ""
+) -> Target:
     """The target at `host`; `protocol` is TRITON, OPENAI, or "" to find out. Raises BadInput or ClientError."""
-    if (protocol or find_protocol(host)) == OPENAI:
-        return OpenAiTarget(host, token_timeout_s, api_key)
-    return TritonTarget(host, token_timeout_s)
+    protocol, host = resolve(host, protocol)
+    if protocol == OPENAI:
+        return OpenAiTarget(host, timeout_s, token_timeout_s, api_key)
+    return TritonTarget(host, timeout_s, token_timeout_s)
+
+
+def resolve(host: str, protocol: str = "") -> tuple[str, str]:
+    """TRITON or OPENAI, and the host with it: of an OpenAI API the whole base URL. Raises BadInput or ClientError.
+
+    What it gives, resolved again, stays the same, and nobody is asked.
+    """
+    found = protocol or find_protocol(host)
+    if found != OPENAI:
+        return found, host
+    if not host.startswith(("http://", "https://")):
+        raise BadInput(f"the OpenAI API is asked over http:// or https://, got {host!r}")
+    base_url, path = host.rstrip("/"), parse_url(host).path
+    whole = path.endswith("/v1") or (protocol and path)
+    return found, base_url if whole else f"{base_url}/v1"
 
 
 def find_protocol(host: str) -> str:
@@ -141,21 +162,23 @@ def find_protocol(host: str) -> str:
         return OPENAI
     if _status(f"{base_url}/v2/health/ready") == 200:
         return TRITON
-    hint = "give the URL of a Triton server's HTTP port, or of an OpenAI API's /v1"
+    hint = "give a Triton server's HTTP port or an OpenAI API's /v1, or say what it is (--protocol triton or openai)"
     raise BadInput(f"{base_url} answers neither at /v2 (Triton) nor at /v1 (OpenAI)", hint=hint)
 
 
 def choose_model(target: Target, wish: str) -> str:
     """`wish` if it is ready there; without a wish the first model ending in -int4, else the first.
 
-    A server that cannot list its models is taken at its word when it is asked. Raises BadInput or ClientError.
+    A server that cannot list its models is believed to have it. Raises BadInput or ClientError.
     """
     try:
         ready = target.models()
-    except ModelNotFound:
+    except (ConnectionFailed, TimedOut, KeyRefused):
+        raise
+    except ClientError as error:
         if wish:
             return wish
-        raise
+        raise BadInput(f"this server does not list its models: {error}", hint="name one with --model") from None
     if not ready:
         raise BadInput("the server has no model that is ready", hint="look at its log")
     if not wish:
@@ -166,9 +189,14 @@ def choose_model(target: Target, wish: str) -> str:
 
 
 def _pieces(tokens: Generator[Token, None, None]) -> Iterator[Piece]:
+    counted = 0
     try:
         for token in tokens:
-            yield Piece(token.text, token.time_s, False, True, token.num_input_tokens, token.num_output_tokens)
+            count = token.num_output_tokens
+            # Some models end with a response that has neither text nor tokens.
+            carries_token = bool(token.text) or (count or 0) > counted
+            counted = count or 0
+            yield Piece(token.text, token.time_s, False, carries_token, token.num_input_tokens, count)
     finally:
         tokens.close()  # cancels on the server what the test's end cut off
 

@@ -21,7 +21,7 @@ from locust import User, task
 from locust.env import Environment
 from locust.exception import StopTest
 
-from stillhouse.client import ClientError, ConnectionFailed
+from stillhouse.client import ClientError, ConnectionFailed, InvalidCall
 from stillhouse.loadtest import hooks
 from stillhouse.loadtest.arrivals import plan, turns
 from stillhouse.loadtest.errors import WrongContent
@@ -37,7 +37,7 @@ _NEVER_S = 1e7
 # Users of a closed loop who begin together stay together, for a server that takes the same time for each: then all
 # answers come at once, and all but the first wait for the client.
 _STAGGER_S = 0.005
-_PAUSE_S = 0.5  # after a connection that was refused: a dead server is not to be asked a thousand times a second
+_PAUSE_S = 0.5  # after a request that reached no server: it is not to be made a thousand times a second
 
 
 def _let_grpc_know_of_gevent() -> None:
@@ -145,7 +145,7 @@ class LlmUser(User):  # type: ignore[misc]
             tokens = answer.responses if answer.counted is None else answer.counted
             _check(tokens, prompt.get("max_tokens", options.max_tokens))
             outcome = OK
-        except ClientError as error:
+        except Exception as error:  # what is no ClientError is our mistake, and as little to be hidden
             outcome, failure = type(error).__name__, error
         except GreenletExit:
             outcome = UNFINISHED if self.drained else CUT
@@ -158,7 +158,8 @@ class LlmUser(User):  # type: ignore[misc]
             run.record(sample)
             if outcome != CUT:
                 _fire_latencies(self.environment, sample, len(answer.text), failure)
-        if due_s is None and isinstance(failure, ConnectionFailed):
+        reached = isinstance(failure, ClientError) and not isinstance(failure, (ConnectionFailed, InvalidCall))
+        if due_s is None and failure is not None and not reached:
             sleep(_PAUSE_S)
 
     def _sample(self, answer: Answer, outcome: str, start_s: float, passed_s: float, late_s: float) -> Sample:
@@ -215,7 +216,7 @@ def _check(tokens: int, most: int) -> None:
         raise WrongContent(f"the answer has {tokens} tokens, at most {most} were asked for")
 
 
-def _fire_latencies(environment: Environment, sample: Sample, letters: int, failure: ClientError | None) -> None:
+def _fire_latencies(environment: Environment, sample: Sample, letters: int, failure: Exception | None) -> None:
     if failure is None and sample.outcome == OK:
         if sample.ttft_s is not None:
             _fire(environment, "TTFT", sample.model, sample.ttft_s * 1000, 0, None)
