@@ -38,6 +38,7 @@ _STATUSES: dict[int, type[ClientError]] = {
     403: KeyRefused,
     404: ModelNotFound,
     429: Overloaded,
+    501: RequestRejected,
     503: Overloaded,
 }
 
@@ -74,13 +75,13 @@ class OpenAiClient:
             raise WrongContent(f"{self._base_url}/models: not a list of models: {response.data[:80]!r}") from None
 
     def ready(self) -> bool:
-        """Whether it answers at all; not every server lists its models."""
+        """Whether it answers at all."""
         try:
             self.models()
-        except (ConnectionFailed, TimedOut):
-            return False
+        except RequestRejected:
+            return True  # not every server lists its models
         except ClientError:
-            return True
+            return False
         return True
 
     def stream(self, body: dict[str, Any]) -> Iterator[Piece]:

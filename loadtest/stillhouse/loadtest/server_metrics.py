@@ -54,9 +54,11 @@ class QueueTime:
 
 def read_page(metrics_url: str, api_key: str = "") -> str | None:
     """The metrics page; None where there is none."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(metrics_url, headers=headers), timeout=2.0) as response:
+        request = urllib.request.Request(metrics_url)
+        if api_key:
+            request.add_unredirected_header("Authorization", f"Bearer {api_key}")
+        with urllib.request.urlopen(request, timeout=2.0) as response:
             return str(response.read().decode("utf-8", errors="replace"))
     except (urllib.error.URLError, OSError, ValueError):
         return None

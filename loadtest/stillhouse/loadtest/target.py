@@ -15,7 +15,7 @@ from urllib.parse import quote
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from stillhouse.client import Client, ClientError, ConnectionFailed, TimedOut, Token
+from stillhouse.client import Client, ClientError, ConnectionFailed, Overloaded, RequestRejected, TimedOut, Token
 from stillhouse.client.address import parse_url
 from stillhouse.loadtest.errors import BadInput, KeyRefused
 from stillhouse.loadtest.openai_api import OpenAiClient
@@ -63,8 +63,10 @@ class TritonTarget:
     def ready(self) -> bool:
         try:
             return self.client.ready()
-        except ClientError:
+        except RequestRejected:
             return True  # it does not know the question, but it is there
+        except ClientError:
+            return False
 
     def prepare(self, model: str, version: str) -> None:
         _inputs[self._host, model, version] = _input_names(self._host, model, version) or None
@@ -173,7 +175,7 @@ def choose_model(target: Target, wish: str) -> str:
     """
     try:
         ready = target.models()
-    except (ConnectionFailed, TimedOut, KeyRefused):
+    except (ConnectionFailed, TimedOut, Overloaded, KeyRefused):
         raise
     except ClientError as error:
         if wish:
