@@ -126,9 +126,9 @@ def test_failures_are_counted_by_their_kind(server: Any, locust: Locust, tmp_pat
 def test_what_nobody_foresaw_is_a_failure_too_and_not_asked_again_in_a_tight_loop(
     http_answers: Callable[..., str], locust: Locust, tmp_path: Path
 ) -> None:
-    event = {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}], "usage": {"completion_tokens": "one"}}
-    answer = f"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {json.dumps(event)}\n\n"
-    arguments = ("--host", f"{http_answers(answer.encode())}/v1", "--model", "theirs", "--users", "2")
+    event = json.dumps({"text_output": "a", "finish_reason": "stop", "num_output_tokens": "one"})
+    host = http_answers(f"HTTP/1.0 200 OK\r\n\r\ndata: {event}\n\n".encode())
+    arguments = ("TritonUser", "--host", host, "--model", "theirs", "--users", "2")
     done = locust(*HEADLESS, *arguments, "--run-time", "2s", "--result", "r.json")
     assert done.returncode == 1
     (summary,) = json.loads((tmp_path / "r.json").read_text())["summaries"]

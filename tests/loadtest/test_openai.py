@@ -163,8 +163,22 @@ def test_the_first_token_has_the_time_of_the_whole_answer(http_answers: Callable
         list(client.stream(body("x")))
 
 
-def test_a_text_in_parts_is_another_protocol(http_answers: Callable[..., str]) -> None:
-    event = EVENT.replace(b'"word0 "', b'[{"type": "text", "text": "word0 "}]')
-    client = OpenAiClient(http_answers(b"HTTP/1.0 200 OK" + HEAD + event))
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (b'"word0 "', b'[{"type": "text", "text": "word0 "}]'),
+        (b'"choices"', b'"usage": {"completion_tokens": "1"}, "choices"'),
+    ],
+)
+def test_a_text_in_parts_or_a_count_in_letters_is_another_protocol(
+    http_answers: Callable[..., str], right: bytes, wrong: bytes
+) -> None:
+    client = OpenAiClient(http_answers(b"HTTP/1.0 200 OK" + HEAD + EVENT.replace(right, wrong)))
     with pytest.raises(WrongContent, match="not a completion's"):
         list(client.stream(body("x")))
+
+
+def test_an_error_that_is_none_is_none(http_answers: Callable[..., str]) -> None:
+    event = EVENT.replace(b'"choices"', b'"error": null, "choices"') + b"data: [DONE]\n\n"
+    client = OpenAiClient(http_answers(b"HTTP/1.0 200 OK" + HEAD + event))
+    assert [piece.text for piece in client.stream(body("x"))] == ["word0 "]

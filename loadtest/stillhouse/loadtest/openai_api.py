@@ -185,7 +185,7 @@ def _read_event(data: bytes, now_s: float) -> tuple[Piece, bool]:
     """The piece in one event, and whether it is the answer's last. Raises ClientError where it is an error."""
     try:
         value = json.loads(data)
-        if "error" in value:
+        if value.get("error"):
             raise RequestRejected(_message(value, data))
         choices = value["choices"]
         choice = choices[0] if choices else {}
@@ -193,8 +193,6 @@ def _read_event(data: bytes, now_s: float) -> tuple[Piece, bool]:
         thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
         text = delta.get("content") or choice.get("text") or ""
         usage = value.get("usage") or {}
-        if not (isinstance(thought, str) and isinstance(text, str)):
-            raise TypeError("a text in parts is another protocol")
         piece = Piece(
             text=text or thought,
             time_s=now_s,
@@ -203,7 +201,7 @@ def _read_event(data: bytes, now_s: float) -> tuple[Piece, bool]:
             num_input_tokens=usage.get("prompt_tokens"),
             num_output_tokens=usage.get("completion_tokens"),
         )
-        return piece, choice.get("finish_reason") is not None
+        return _checked(piece), choice.get("finish_reason") is not None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise WrongContent(f"an event is not a completion's: {data[:80]!r}") from None
 
@@ -214,11 +212,18 @@ def _whole(data: bytes, now_s: float) -> Piece:
         choice = value["choices"][0]
         text = choice["message"].get("content") if "message" in choice else choice["text"]
         usage = value.get("usage") or {}
-        if not isinstance(text or "", str):
-            raise TypeError("a text in parts is another protocol")
-        return Piece(text or "", now_s, False, True, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        return _checked(Piece(text or "", now_s, False, True, *counts))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise WrongContent(f"the answer is not a completion: {data[:80]!r}") from None
+
+
+def _checked(piece: Piece) -> Piece:
+    """The same, once its fields are what they say: a text in parts, or a count in letters, is another protocol's."""
+    counts = (piece.num_input_tokens, piece.num_output_tokens)
+    if not isinstance(piece.text, str) or not all(count is None or isinstance(count, int) for count in counts):
+        raise TypeError
+    return piece
 
 
 def _refusal(status: int, body: bytes, where: str) -> ClientError:
