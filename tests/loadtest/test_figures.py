@@ -28,9 +28,12 @@ def sample(ttft_s: float | None, e2e_s: float, tokens: int = 11, outcome: str = 
 def test_a_percentile_is_the_nearest_rank_within_a_thousandth(values_s: list[float], percent: int) -> None:
     (found_ms,) = Latencies(values_s).percentiles_ms([percent])
     ordered = sorted(values_s)
-    # HdrHistogram rounds the rank half up.
-    rank = max(1, int(percent * len(ordered) / 100 + 0.5))
+    rank = math.ceil(percent * len(ordered) / 100)
     assert found_ms / 1e3 == pytest.approx(ordered[rank - 1], rel=0.0015, abs=1.5e-6)
+
+
+def test_a_95th_percentile_is_not_exceeded_by_more_than_5_per_cent() -> None:
+    assert Latencies([0.1] * 29 + [0.3] * 2).percentiles_ms([95]) == pytest.approx([300], rel=0.001)
 
 
 def test_histograms_of_several_workers_are_the_histogram_of_all_their_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_master_and_two_workers_send_one_plan_and_their_histograms_are_one(
     # Nearest rank over the samples of both, and what the merged histograms say.
     ttft_ms = sorted(1000 * sample["ttft_s"] for sample in samples_of(result))
     for percent in (50, 95):
-        rank = max(1, int(percent * len(ttft_ms) / 100 + 0.5))
+        rank = math.ceil(percent * len(ttft_ms) / 100)
         assert summary["ttft"][f"p{percent}_ms"] == pytest.approx(ttft_ms[rank - 1], rel=0.002)
     assert summary["verdicts"][0]["met"] is False and summary["good"] == 0
     assert done.stdout.count("tokens/s") == 1

@@ -15,6 +15,7 @@ from hdrh.histogram import HdrHistogram
 
 _LONGEST_US = 7_200_000_000
 _DIGITS = 3
+_ROUNDING = 1e-9  # 99.9 % of 1000 values are 999, whatever floats make of it
 # Where the curve of the report is read: the closer to 100, the denser.
 CURVE = (0.0, 5.0, *range(10, 90, 5), *range(90, 99), 99.0, 99.5, 99.9, 99.99, 100.0)
 
@@ -55,7 +56,7 @@ class Latencies:
         self._max_s = max(self._max_s, other._max_s)
 
     def percentiles_ms(self, percents: Sequence[float], missing: int = 0) -> list[float]:
-        """The values at `percents` (0 … 100), the lowest that at least so many per cent do not exceed.
+        """The values at `percents` (0 … 100), the lowest that at least so many per cent do not exceed: nearest rank.
 
         `missing` values count as longer than any other (answers that never came): infinite where a percentile falls
         among them. NaN where there is nothing at all.
@@ -63,10 +64,13 @@ class Latencies:
         count = len(self)
         if not count:
             return [math.inf if missing else math.nan] * len(percents)
-        scaled = [percent * (count + missing) / count for percent in percents]
-        found = self._histogram.get_percentile_to_value_dict([one for one in scaled if one <= 100])
+        ranks = [max(1, math.ceil(percent * (count + missing) / 100 - _ROUNDING)) for percent in percents]
+        # HdrHistogram rounds a rank half up, which may leave out one value too many: a quarter below, it is ours.
+        asked = {rank: 100 * (rank - 0.25) / count for rank in ranks if rank <= count}
+        found = self._histogram.get_percentile_to_value_dict(list(asked.values()))
         # Its buckets give their upper edge, which may lie beyond the longest value there was.
-        return [math.inf if one > 100 else min(found[one] / 1e3, self._max_s * 1e3) for one in scaled]
+        longest_ms = self._max_s * 1e3
+        return [math.inf if rank > count else min(found[asked[rank]] / 1e3, longest_ms) for rank in ranks]
 
     def spread(self) -> Spread:
         if not len(self):
