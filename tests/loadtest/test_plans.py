@@ -118,6 +118,23 @@ def test_sharegpt_files_bring_their_first_questions(tmp_path: Path) -> None:
     assert workload.times_s is None
 
 
+def test_conversations_without_a_question_are_left_out_and_counted(tmp_path: Path) -> None:
+    talks = [[], [{"from": "gpt", "value": "Hello"}], [{"from": "human", "value": "Two?"}]]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    workload = load_workload(path, system_prompt="Be brief.")
+    assert [prompt["messages"][-1]["content"] for prompt in workload.prompts] == ["Two?"]
+    assert workload.left_out == 2
+
+
+def test_a_prompt_may_hold_what_unicode_calls_a_line_break(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('﻿{"prompt": "one linemore"}
+{"prompt": "two"}
+'.encode())
+    assert [prompt["prompt"] for prompt in load_workload(path).prompts] == ["one linemore", "two"]
+
+
 def test_a_trace_has_times_lengths_and_order(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     lines = [{"prompt": "b", "at_s": 12.5, "max_tokens": 3}, {"prompt": "a", "at_s": 10}]
@@ -146,7 +163,9 @@ def test_a_trace_of_lengths_gets_made_up_texts(tmp_path: Path) -> None:
         ('{"prompt": "a", "at_s": 1}\n{"prompt": "b"}', "only 1 of 2 lines have an arrival time"),
         ('{"prompt": "a", "at_s": -1}', "line 1: at_s is seconds"),
         ('{"prompt": "a", "max_tokens": 0}', "line 1: max_tokens is a whole number"),
-        ('[{"conversations": []}]', "entry 1: neither"),
+        ('{"prompt": "a", "at_s": Infinity}', "line 1: at_s is seconds"),
+        ('[{"conversations": []}]', "holds no prompt: none of its 1 conversations has a question"),
+        ('[{"conversations": "x"}]', "entry 1: neither"),
     ],
 )
 def test_a_bad_trace_is_named_with_its_line(tmp_path: Path, text: str, error: str) -> None:

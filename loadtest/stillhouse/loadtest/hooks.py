@@ -244,6 +244,8 @@ def _report(environment: Environment) -> None:
     print(f"\n{token_table(summaries)}\n", flush=True)
     for problem in result["client"]["problems"]:
         print(f"INVALID: the load generator could not keep up: {problem}", flush=True)
+    if run.workload.left_out:
+        print(f"left out: {run.workload.left_out} conversations without a question", flush=True)
     if options.csv_prefix:
         write_csv(Path(f"{options.csv_prefix}_tokens.csv"), summaries)
     if options.result:

@@ -1,7 +1,8 @@
 """What users send, as data: a file of prompts, a trace with arrival times, made-up lengths, or a small set of our own.
 
 A file is JSONL with a line `{"prompt": …}` or `{"messages": […]}` each, or ShareGPT's layout (a JSON list, or JSONL, of
-`{"conversations": [{"from": "human", "value": …}, …]}`, of which the first question is asked). A line may say more:
+`{"conversations": [{"from": "human", "value": …}, …]}`, of which the first question is asked; those without one, of
+which its files hold some, are left out). A line may say more:
 `"max_tokens"`, and `"at_s"`, its arrival in seconds from the start; where the lines have it, the file is a trace.
 A line `{"timestamp": ms, "input_length": n, "output_length": m}` (Mooncake's traces) is one with a made-up text.
 """
@@ -9,9 +10,10 @@ A line `{"timestamp": ms, "input_length": n, "output_length": m}` (Mooncake's tr
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ class Workload:
 
     prompts: list[Prompt]
     times_s: list[float] | None = None
+    left_out: int = 0  # conversations without a question
 
 
 def load_workload(
@@ -61,7 +64,7 @@ def load_workload(
     if synthetic is not None:
         workload = Workload(synthetic.prompts(size, seed))
     if system_prompt:
-        return Workload([_with_system(prompt, system_prompt) for prompt in workload.prompts], workload.times_s)
+        return replace(workload, prompts=[_with_system(prompt, system_prompt) for prompt in workload.prompts])
     return workload
 
 
@@ -79,24 +82,28 @@ def shuffled(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
 
 def _read_file(path: Path, seed: int) -> Workload:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of it
     except OSError as error:
         raise BadInput(f"cannot read the prompt file {path}: {error.strerror}", hint=_FORM) from None
     except UnicodeDecodeError:
         raise BadInput(f"the prompt file {path} is not UTF-8 text", hint=_FORM) from None
     chance = random.Random(seed)
-    entries = [_read_entry(value, where, chance) for value, where in _values(text, path)]
+    values = _values(text, path)
+    asking = [(value, where) for value, where in values if not _is_without_question(value)]
+    entries = [_read_entry(value, where, chance) for value, where in asking]
     if not entries:
-        raise BadInput(f"the prompt file {path} holds no prompt", hint=_FORM)
+        without = f": none of its {len(values)} conversations has a question" if values else ""
+        raise BadInput(f"the prompt file {path} holds no prompt{without}", hint=_FORM)
+    left_out = len(values) - len(asking)
     times_s = [at_s for _, at_s in entries if at_s is not None]
     if not times_s:
-        return Workload([prompt for prompt, _ in entries])
+        return Workload([prompt for prompt, _ in entries], None, left_out)
     if len(times_s) < len(entries):
         raise BadInput(
             f"{path}: only {len(times_s)} of {len(entries)} lines have an arrival time", hint="give all or none at_s"
         )
     entries.sort(key=lambda entry: entry[1] or 0.0)
-    return Workload([prompt for prompt, _ in entries], [at_s - min(times_s) for at_s in sorted(times_s)])
+    return Workload([prompt for prompt, _ in entries], [at_s - min(times_s) for at_s in sorted(times_s)], left_out)
 
 
 def _values(text: str, path: Path) -> list[tuple[Any, str]]:
@@ -109,7 +116,8 @@ def _values(text: str, path: Path) -> list[tuple[Any, str]]:
         if isinstance(listed, list):
             return [(value, f"{path}, entry {n}") for n, value in enumerate(listed, start=1)]
     values = []
-    for n, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines, which also cuts at U+2028 and U+0085: JSON's strings may hold those as they are.
+    for n, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 values.append((json.loads(line), f"{path}, line {n}"))
@@ -128,7 +136,7 @@ def _read_entry(value: Any, where: str, chance: random.Random) -> tuple[Prompt, 
             raise BadInput(f"{where}: max_tokens is a whole number from 1, got {limit!r}", hint=_FORM)
         prompt["max_tokens"] = limit
     at = value.get("at_s", value["timestamp"] / 1e3 if isinstance(value.get("timestamp"), (int, float)) else None)
-    if at is not None and not (isinstance(at, (int, float)) and at >= 0):
+    if at is not None and not (isinstance(at, (int, float)) and 0 <= at < math.inf):
         raise BadInput(f"{where}: at_s is seconds from the start, got {at!r}", hint=_FORM)
     return prompt, at
 
@@ -139,17 +147,31 @@ def _read_prompt(value: dict[str, Any], chance: random.Random) -> Prompt | None:
         return {"prompt": text}
     if isinstance(messages, list) and messages and text is None and all(isinstance(one, dict) for one in messages):
         return {"messages": messages}
-    turns = value.get("conversations")
-    if isinstance(turns, list):
-        asked = [
-            turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") in ("human", "user")
-        ]
-        if asked and isinstance(asked[0], str) and asked[0]:
-            return {"messages": [{"role": "user", "content": asked[0]}]}
+    question = _first_question(value)
+    if question is not None:
+        return {"messages": [{"role": "user", "content": question}]}
     length = value.get("input_length")
     if isinstance(length, int) and length > 0:
         return {"messages": [{"role": "user", "content": words(length, chance)}]}
     return None
+
+
+def _first_question(value: dict[str, Any]) -> str | None:
+    """Of a conversation in ShareGPT's layout."""
+    turns = value.get("conversations")
+    asked = [
+        turn.get("value")
+        for turn in (turns if isinstance(turns, list) else [])
+        if isinstance(turn, dict) and turn.get("from") in ("human", "user")
+    ]
+    return next((text for text in asked if isinstance(text, str) and text), None)
+
+
+def _is_without_question(value: Any) -> bool:
+    """A conversation, empty or one in which the model alone speaks."""
+    if not isinstance(value, dict) or not isinstance(value.get("conversations"), list):
+        return False
+    return _first_question(value) is None and value.keys().isdisjoint(("prompt", "messages", "input_length"))
 
 
 def _with_system(prompt: Prompt, system_prompt: str) -> Prompt:

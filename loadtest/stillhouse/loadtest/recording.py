@@ -155,6 +155,7 @@ class Run:
                     "processes": {name: state.to_json() for name, state in self.clients.items()},
                 },
                 "tallies": [tally.to_json() for tally in tallies.values()],
+                "left_out": self.workload.left_out,
                 "ended_early": self.ended_early,
                 "sample_fields": list(Sample.__dataclass_fields__),
                 "samples_seen": self.samples.seen,
