@@ -73,7 +73,7 @@ def test_merged_says_what_base_and_adapter_said_together(
     attached, merged = logits_of(tiny_base, adapter), logits_of(tmp_path / "merged")
     assert float((attached - merged).abs().max()) <= 1e-4
     assert float((logits_of(tiny_base) - merged).abs().max()) > 1e-3
-    assert 0 <= record["max_logit_difference"] <= 1e-4
+    assert 0 <= record["max_logit_difference"] <= 1e-4 <= record["allowed_logit_difference"] < 1e-3
     assert changed in record["modules_changed"]
     assert 1e-5 < record["relative_change_median"] <= record["relative_change_max"] < 1
 
@@ -223,3 +223,30 @@ def test_a_base_without_adapters_is_the_checkpoint_itself(tiny_base: Path, tmp_p
 def test_a_weight_of_zero_changes_nothing_and_is_refused(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match="its weight is 0"):
         run_merge(tiny_base, tmp_path / "merged", tiny_adapter, weights=[0.0])
+
+
+def test_a_change_that_is_larger_than_fp32_can_say_is_refused(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    import json
+
+    adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e38}))
+    with pytest.raises(StillhouseError, match=r"change model\.layers\.0\..* by more than FP32 can say"):
+        run_merge(tiny_base, tmp_path / "merged", adapter)
+
+
+def test_with_large_logits_more_is_allowed_and_written_down(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] *= 100.0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    record = run_merge(base, tmp_path / "merged", tiny_adapter)
+    largest = float(logits_of(tmp_path / "merged").abs().max())
+    assert record["max_logit_difference"] <= record["allowed_logit_difference"]
+    assert record["allowed_logit_difference"] == pytest.approx(5e-6 * largest, rel=0.5)

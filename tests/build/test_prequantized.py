@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from stillhouse.build import pipeline
 from stillhouse.build.auto import refuse_to_widen
 from stillhouse.build.blocks import BlockWeight
+from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.nbits import HEAD, read_quantized
 from stillhouse.build.plan import plan
 from stillhouse.build.prequantized import TAKEN, block_weight, taken, unpack
@@ -174,3 +175,69 @@ def test_an_adapter_is_not_merged_into_integers(
     write_gptq(tiny_base, tmp_path / "gptq")
     with pytest.raises(StillhouseError, match="cannot be merged into 4-bit integers"):
         plan(load_recipe(write_recipe(tiny_adapter, base=tmp_path / "gptq")), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words_"),
+    [
+        ("model.embed_tokens.weight", float("nan"), r"has NaN in model\.embed_tokens\.weight"),
+        ("model.layers.0.mlp.up_proj.scales", float("inf"), r"has (NaN|inf) in model\.layers\.0\.mlp\.up_proj\.weight"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_refused(
+    name: str, value: float, words_: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq")
+    change(tmp_path / "gptq", lambda tensors: tensors[name].view(-1)[-1].fill_(value))
+    with pytest.raises(StillhouseError, match=words_):
+        unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+
+
+def test_a_shape_that_does_not_fit_and_a_module_without_a_place_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    write_gptq(tiny_base, tmp_path / "gptq")
+    config = tmp_path / "gptq" / "config.json"
+    sound = config.read_text()
+    config.write_text(json.dumps(json.loads(sound) | {"intermediate_size": 320}))
+    with pytest.raises(
+        StillhouseError, match=r"down_proj\.weight as \[128, 256\], its config.json makes it \[128, 320\]"
+    ):
+        unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+    config.write_text(sound)
+    parts = ("qweight", "qzeros", "scales")
+    stem = "model.layers.0.mlp"
+    change(tmp_path / "gptq", lambda ts: ts.update({f"{stem}.x.{p}": ts[f"{stem}.up_proj.{p}"].clone() for p in parts}))
+    with pytest.raises(StillhouseError, match=r"layers\.0\.mlp\.x\.weight has no place in a LlamaForCausalLM"):
+        unpack(lambda _: None, base=str(tmp_path / "gptq"), destination=str(tmp_path / "whole"))
+
+
+def test_a_checkpoint_that_says_it_in_a_file_of_its_own_is_taken_over(
+    tiny_base: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As auto-gptq wrote them before transformers could read them."""
+    folder = tmp_path / "gptq"
+    chosen = write_gptq(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    assert plan(load_recipe(write_recipe(base=folder)), tmp_path / "out").base.quantized
+    unpack(lambda _: None, base=str(folder), destination=str(tmp_path / "whole"))
+    written = load_file(str(tmp_path / "whole" / "model.safetensors"))
+    assert all(np.array_equal(written[f"{name}.weight"].numpy(), own.dequantized()) for name, own in chosen.items())
+    (folder / "quantize_config.json").write_text(json.dumps(settings | {"is_marlin_format": True}))
+    with pytest.raises(StillhouseError, match="in the format marlin"):
+        plan(load_recipe(write_recipe(base=folder)), tmp_path / "out")
+
+
+def test_such_a_file_beside_an_unquantized_checkpoint_means_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "plain"))
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 8}))
+    assert not open_checkpoint(str(folder)).quantized
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the checkpoint's tensors in place."""
+    tensors = load_file(str(folder / "model.safetensors"))
+    edit(tensors)
+    save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})

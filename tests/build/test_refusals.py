@@ -109,6 +109,14 @@ def remove(name: str) -> Damage:
     return damage
 
 
+def empty_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def to_integers(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.int() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+
+
 BASES: dict[str, tuple[Damage, str]] = {
     "no checkpoint": (remove("config.json"), "is no checkpoint: it has no config.json"),
     "no weights": (remove("model.safetensors"), "has no *.safetensors"),
@@ -137,6 +145,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "other shapes": (widen, "does not fit"),
     "half of a pair": (without("layers.0.self_attn.q_proj.lora_B"), "lora_B.weight is missing"),
     "not LoRA": (set_adapter_config(peft_type="IA3"), "is of type IA3"),
+    "integers": (edit_tensors(to_integers), "lora_A.weight in I32, not in floats"),
     "empty": (edit_tensors(lambda _: {}), "holds no tensor"),
     "LFS pointer": (point_to_lfs, "is a Git LFS pointer"),
 }
@@ -150,6 +159,19 @@ WEIGHTS: dict[str, tuple[str, Damage, str]] = {
     "inf in the adapter": ("adapter", edit_tensors(to_infinity), "has inf in"),
     "another rank": ("adapter", set_adapter_config(r=8), "size mismatch"),
     "modules left out": ("adapter", set_adapter_config(target_modules=["q_proj"]), "adapter_config.json leaves out"),
+    "a pattern that is none": ("adapter", set_adapter_config(rank_pattern={"(": 3}), "cannot be attached: "),
+    "a list for patterns": ("adapter", set_adapter_config(rank_pattern=[1]), "cannot be attached: AttributeError: "),
+    "other shapes": (
+        "base",
+        set_config(intermediate_size=300),
+        "down_proj.weight as [128, 256], its config.json makes it",
+    ),
+    "heads that do not fit": (
+        "base",
+        set_config(num_attention_heads=3),
+        "is not a multiple of the number of attention",
+    ),
+    "no tokenizer in its file": ("base", empty_tokenizer, "has one that cannot be read: KeyError: 'added_tokens'"),
     "modules promised": ("adapter", without("v_proj"), "lacks weights that its adapter_config.json promises"),
 }
 
@@ -242,38 +264,6 @@ def test_a_base_of_another_name_that_fits_is_a_warning(
     assert "warning: adapter other names owner/another-model as its base" in done.stderr  # type: ignore[attr-defined]
     done = cli("build", write_recipe(tiny_adapter), "--repository", tmp_path / "repository", "--dry-run")
     assert "warning" not in done.stderr  # type: ignore[attr-defined]
-
-
-def test_code_that_a_base_brings_is_run_only_where_the_recipe_says_so_and_leaves_none_behind(
-    tiny_base: Path, tiny_adapter: Path, tmp_path: Path, write_recipe: Callable[..., Path]
-) -> None:
-    from stillhouse.build.merge import merge
-    from stillhouse.build.plan import plan
-    from stillhouse.build.recipe import load_recipe
-
-    own = shutil.copytree(tiny_base, tmp_path / "own")
-    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    set_config(auto_map=auto_map, model_type="own")(own)
-    (own / "modeling_own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    with pytest.raises(StillhouseError, match="brings its own modelling code") as refused:
-        plan(load_recipe(write_recipe(base=own)), tmp_path / "repository")
-    assert refused.value.hint is not None
-    assert "trust_remote_code = true" in refused.value.hint
-    trusting = load_recipe(write_recipe(tiny_adapter, base=own)).model_copy(update={"trust_remote_code": True})
-    assert plan(trusting, tmp_path / "repository").base.path == own
-    adapters = [{"path": str(tiny_adapter), "weight": 1.0}]
-    merge(
-        lambda _: None, base=str(own), adapters=adapters, probe_texts=["some words to compare on"],
-        destination=str(tmp_path / "merged"), trust_remote_code=True,
-    )  # fmt: skip
-    config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
-    assert "auto_map" not in config
-    assert not list((tmp_path / "merged").glob("*.py"))
 
 
 def test_a_repository_that_is_none_is_refused_before_anything_is_run(

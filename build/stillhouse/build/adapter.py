@@ -115,6 +115,11 @@ def _hold_against(folder: Path, tensors: dict[str, TensorInfo], base: Checkpoint
     rows = {tensors[name].shape[0] for name, place in places.items() if is_vocabulary(place) and tensors[name].shape}
     for name, place in places.items():
         found, wanted = tensors[name].shape, shapes.get(place.module)
+        if not tensors[name].is_float:
+            raise StillhouseError(
+                f"adapter: {folder} has {name} in {tensors[name].dtype}, not in floats",
+                hint="save the trained adapter again with save_pretrained",
+            )
         if wanted is None:
             raise StillhouseError(
                 f"adapter: {folder} changes {place.module or name}, a module that this base does not have",

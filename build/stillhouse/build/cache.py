@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.engine.directory import sha256_of
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import StillhouseError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +113,22 @@ def prune(root: Path, limit_bytes: int | None = None) -> None:
         return
     clear_unheld(stages, _BESIDE)
     if limit_bytes is None:
-        limit_bytes = int(os.environ.get("STILLHOUSE_CACHE_BYTES", DEFAULT_BYTES))
+        limit_bytes = _limit_bytes()
     entries = [entry for entry in stages.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     total = 0
     for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
         total += sum(file.stat().st_size for file in entry.iterdir())
         if total > limit_bytes:
             _remove_unless_held(entry)
+
+
+def _limit_bytes() -> int:
+    asked = os.environ.get("STILLHOUSE_CACHE_BYTES") or str(DEFAULT_BYTES)
+    if not asked.isdecimal():
+        raise UsageError(
+            f"STILLHOUSE_CACHE_BYTES is {asked!r}, no whole number of bytes", hint=f"20 GB are {DEFAULT_BYTES}"
+        )
+    return int(asked)
 
 
 def _make(stages: Path, folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

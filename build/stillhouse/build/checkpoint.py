@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.build.hub import folder_of
-from stillhouse.build.prequantized import as_if_whole, refuse_unless_taken
+from stillhouse.build.prequantized import as_if_whole, quantization_of, refuse_unless_taken
 from stillhouse.build.recipe import HUB_ID
 from stillhouse.build.tensors import TensorInfo, read_header
 from stillhouse.engine.directory import sha256_of
@@ -25,28 +25,30 @@ _READ = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json",
 )  # fmt: skip
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+# What config.json must say, and the least that makes sense: a token is predicted from the one before it.
+_NEEDED = {
+    "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 1, "max_position_embeddings": 2,
+}  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model's folder: what it is called, its config.json, its tensors' shapes, and a hash over all it says."""
+    """A base model's folder: what it is called, its config.json, its tensors' shapes, and a hash over all it says.
+
+    `quantized`: it brings integers of its own, which int4 takes over; `tensors` are as if it did not.
+    """
 
     id: str
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     sha256: str
+    quantized: bool
 
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it brings integers of its own, which int4 takes over."""
-        return "quantization_config" in self.config
 
     @property
     def context_length(self) -> int:
@@ -56,7 +58,8 @@ class Checkpoint:
 def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
     """The base at `source`, a folder or a hub id; its own modelling code is refused unless `trust_remote_code`.
 
-    Raises StillhouseError where it is no checkpoint, of a family that is not supported, quantized, pickled or broken.
+    Raises StillhouseError where it is no checkpoint, of a family that is not supported, quantized, pickled or broken,
+    or holds an adapter, which transformers would attach unasked.
     """
     folder = folder_of(source, revision, "base", code=trust_remote_code)
     if not (folder / "config.json").is_file():
@@ -64,8 +67,13 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
             f"base: {folder} is no checkpoint: it has no config.json",
             hint="name the folder that holds config.json and *.safetensors, as save_pretrained writes it",
         )
+    if (folder / "adapter_config.json").is_file():
+        raise StillhouseError(
+            f"base: {folder} holds an adapter (adapter_config.json) beside its config.json",
+            hint="move adapter_config.json and its weights into a folder of their own, and name it in adapters",
+        )
     config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["none"])[0]
+    architecture = _architecture(folder, config)
     if "auto_map" in config and not trust_remote_code:
         raise StillhouseError(
             f"base: {folder} brings its own modelling code (auto_map), which is not run",
@@ -77,8 +85,8 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
     tensors = _all_tensors(folder)
-    if "quantization_config" in config:
-        refuse_unless_taken(folder, config["quantization_config"])
+    if (quantization := quantization_of(folder, config, tensors)) is not None:
+        refuse_unless_taken(folder, quantization)
         tensors = as_if_whole(tensors)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StillhouseError(
@@ -90,18 +98,28 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
     _hold_against_config(folder, config, tensors)
     named = str(config.get("_name_or_path") or "")
     own_name = source if HUB_ID.fullmatch(source) else named if HUB_ID.fullmatch(named) else folder.name
-    return Checkpoint(own_name, folder, config, tensors, _folder_sha256(folder))
+    return Checkpoint(own_name, folder, config, tensors, _folder_sha256(folder), quantization is not None)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`. Raises StillhouseError, with the line, where it is not JSON."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StillhouseError(f"{file} is not JSON: {error}", hint="copy or download the file again") from None
     if not isinstance(content, dict):
         raise StillhouseError(f"{file} holds no JSON object", hint="copy or download the file again")
     return content
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> str:
+    named = config.get("architectures") or ["none"]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise StillhouseError(
+            f"base: {folder}/config.json has architectures {named!r}, no list of names",
+            hint=f"supported: {', '.join(ARCHITECTURES)}",
+        )
+    return named[0]
 
 
 def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -136,11 +154,21 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
     """config.json must say what the weights are: a layer too many or too few would be dropped or made up silently."""
-    for key in _NEEDED:
-        if not isinstance(config.get(key), int):
+    for key, least in _NEEDED.items():
+        value = config.get(key)
+        if type(value) is not int or value < least:
+            said = "no" if value is None else f"{value!r} as"
             raise StillhouseError(
-                f"base: {folder}/config.json says no {key}", hint="copy or download the checkpoint again"
+                f"base: {folder}/config.json says {said} {key}; it is a whole number, {least} at least",
+                hint="copy or download the checkpoint again",
             )
+    if (
+        odd := next((n for n, info in tensors.items() if n.endswith(".weight") and not info.is_float), None)
+    ) is not None:
+        raise StillhouseError(
+            f"base: {folder} has {odd} in {tensors[odd].dtype}, not in floats",
+            hint="copy or download the checkpoint again",
+        )
     layers = {int(found.group(1)) for name in tensors if (found := _LAYER.search(name))}
     if layers != set(range(config["num_hidden_layers"])):
         raise StillhouseError(

@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from stillhouse.build import proof, vocabulary
+from stillhouse.build import proof, vocabulary, whole
 from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of
 from stillhouse.build.checkpoint import read_json
 from stillhouse.build.tensors import read_header
-from stillhouse.build.tokenizer_files import write_tokenizer
+from stillhouse.build.tokenizer_files import tokenizer_source, write_tokenizer
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
 
@@ -49,18 +49,21 @@ def merge(
     share(0.2)
     proof.refuse_not_finite(model, f"base: {base}")
     paths = [Path(adapter["path"]) for adapter in adapters]
-    write_tokenizer(Path(base), paths, folder, trust_remote_code=trust_remote_code)
-    windows = _windows(folder, probe_texts, model.get_input_embeddings().weight.shape[0])
     rows = model.get_input_embeddings().weight.shape[0]
+    windows = _windows(Path(base), paths, folder, probe_texts, rows, trust_remote_code)
     before = merged = proof.logits_of(model, windows) if adapters else []
-    difference = 0.0
+    differences: list[tuple[float, float]] = []
     for index, adapter in enumerate(adapters):
-        model, merged, own = _merge_one(model, Path(adapter["path"]), float(adapter["weight"]), windows, rows)
-        difference = max(difference, own)
+        model, merged, own = _merge_one(
+            model, Path(base), Path(adapter["path"]), float(adapter["weight"]), windows, rows, first=index == 0
+        )
+        differences.append(own)
         share(0.2 + 0.5 * (index + 1) / len(adapters))
     vocabulary.refuse_tokens_without_rows(folder, paths, model.get_input_embeddings().weight.shape[0])
-    record: dict[str, Any] = {"modules_changed": [], "max_logit_difference": difference}
+    record: dict[str, Any] = {"modules_changed": [], "max_logit_difference": 0.0}
     if adapters:
+        nearest = max(differences, key=lambda pair: pair[0] / pair[1])
+        record |= {"max_logit_difference": nearest[0], "allowed_logit_difference": nearest[1]}
         record |= proof.changes(model, Path(base))
         record |= {"kl_from_base": proof.divergence(before, merged), "kl_tokens": sum(map(len, windows))}
     share(0.8)
@@ -84,9 +87,16 @@ def _load(base: Path, trust_remote_code: bool) -> Any:
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, where they can be named
         )
-    except (ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # what a config may say is endless, and so is what transformers raises for it
         raise StillhouseError(f"base: {base} cannot be loaded: {_reason(error)}", hint="see the build log") from error
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise StillhouseError(
+            f"base: {base} has {name} as {list(found)}, its config.json makes it {list(wanted)}",
+            hint="copy or download the checkpoint again",
+        )
     if report["missing_keys"]:
         raise StillhouseError(
             f"base: {base} lacks {min(report['missing_keys'])}", hint="copy or download the checkpoint again"
@@ -94,21 +104,30 @@ def _load(base: Path, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: int) -> tuple[Any, list[Any], float]:
+def _merge_one(
+    model: Any, base: Path, path: Path, weight: float, windows: list[Any], rows: int, *, first: bool
+) -> tuple[Any, list[Any], tuple[float, float]]:
     """The model with one adapter merged into it, its logits, and their largest difference to the adapter attached.
 
-    `rows` is the base's vocabulary.
+    Beside that difference comes the one that was allowed. `rows` is the base's vocabulary; `first` says that no other
+    adapter was merged into `model` before.
     """
     before = proof.fingerprints(model)
+    tokens = model.get_input_embeddings().weight.shape[0]
     vocabulary.grow_vocabulary(model, path, weight, rows)
+    alone = first and weight == 1.0
+    own = {} if alone else whole.weights_before(model, path)
     attached = _attach(model, path)
     proof.refuse_not_finite(attached, f"adapter: {path}")
     _scale(attached, weight, path)
+    if not alone:
+        _refuse_a_start_that_moves_the_base(attached, weight, path)
+        whole.add_up(attached, path, weight, own, base, tokens)
     with_adapter = proof.logits_of(attached, windows)
     vocabulary.untie(attached.get_base_model())
     try:
         merged = attached.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # peft's kinds of LoRA raise what they like
         raise StillhouseError(
             f"adapter: {path} cannot be merged: {_reason(error)}", hint="see the build log"
         ) from error
@@ -128,7 +147,7 @@ def _merge_one(model: Any, path: Path, weight: float, windows: list[Any], rows: 
             f"adapter: {path}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
             hint="an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log",
         )
-    return merged, logits, difference
+    return merged, logits, (difference, allowed)
 
 
 def _attach(model: Any, path: Path) -> Any:
@@ -136,7 +155,6 @@ def _attach(model: Any, path: Path) -> Any:
     from peft import PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
-    from safetensors import SafetensorError
 
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -144,7 +162,7 @@ def _attach(model: Any, path: Path) -> Any:
             config = PeftConfig.from_pretrained(str(path))
             config.inference_mode = True
             attached = PeftModel.from_pretrained(model, str(path), config=config).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a config with a pattern that is none, a list for a table, …
         raise StillhouseError(
             f"adapter: {path} cannot be attached: {_reason(error)}", hint="was it trained on this base?"
         ) from error
@@ -168,11 +186,20 @@ def _attach(model: Any, path: Path) -> Any:
     return attached
 
 
+def _refuse_a_start_that_moves_the_base(attached: Any, weight: float, path: Path) -> None:
+    """PiSSA and others take their start out of the weight that they meet: it must be the base's, and whole."""
+    start = attached.peft_config["default"].init_lora_weights
+    if isinstance(start, str) and start not in ("gaussian", "eva"):
+        raise StillhouseError(
+            f"adapter: {path} was begun by {start}, whose change cannot be "
+            + (f"weighted by {weight:g}" if weight != 1.0 else "added to another adapter's"),
+            hint="leave its weight out" if weight != 1.0 else "name it first; of two such adapters merge one",
+        )
+
+
 def _scale(attached: Any, weight: float, path: Path) -> None:
-    """Multiplies the adapter's change by `weight`, also where it saved a module whole."""
-    import torch
+    """Multiplies the adapter's products by `weight`."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
 
     config = attached.peft_config["default"]
     if weight != 1.0 and (config.bias != "none" or config.trainable_token_indices):
@@ -184,32 +211,33 @@ def _scale(attached: Any, weight: float, path: Path) -> None:
         raise StillhouseError(
             f"adapter: {path} is a DoRA, whose change cannot be weighted by {weight:g}", hint="leave its weight out"
         )
-    start = config.init_lora_weights
-    if weight != 1.0 and isinstance(start, str) and start not in ("gaussian", "eva"):  # the others move the base, too
-        raise StillhouseError(
-            f"adapter: {path} was begun by {start}, whose change cannot be weighted by {weight:g}",
-            hint="leave its weight out",
-        )
     for module in attached.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)
-        elif isinstance(module, ModulesToSaveWrapper) and weight != 1.0:
-            new, old = module.modules_to_save["default"].parameters(), module.original_module.parameters()
-            with torch.no_grad():
-                for changed, original in zip(new, old, strict=True):
-                    changed.copy_(torch.lerp(original, changed, weight))
 
 
-def _windows(folder: Path, texts: list[str], vocabulary: int) -> list[Any]:
-    """Up to PROBE_TOKENS tokens (S,) of each text; ids that the base does not know are left out."""
+def _windows(
+    base: Path, adapters: list[Path], folder: Path, texts: list[str], vocabulary: int, trust_remote_code: bool
+) -> list[Any]:
+    """Up to PROBE_TOKENS tokens (S,) of each text, by the tokenizer that this writes into `folder`.
+
+    Ids that the base does not know are left out. Raises StillhouseError where the tokenizer cannot be read.
+    """
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    windows = [
-        [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token < vocabulary]
-        for text in texts
-    ]
+    try:
+        write_tokenizer(base, adapters, folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    except (StillhouseError, OSError):
+        raise
+    except Exception as error:  # transformers reads a tokenizer's files without checking them
+        raise StillhouseError(
+            f"tokenizer: {tokenizer_source(base, adapters)} has one that cannot be read: {_reason(error)}",
+            hint="save it again: tokenizer.save_pretrained(folder)",
+        ) from error
+    windows = [[token for token in window if token < vocabulary] for window in ids]
     return [torch.tensor(window[:PROBE_TOKENS]) for window in windows if window]
 
 
@@ -246,4 +274,6 @@ def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path) -> 
 def _reason(error: Exception) -> str:
     """The line of an error that says what is wrong; torch's own first line only says where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    if lines[0].endswith(":") and len(lines) > 1:
+        return lines[1]
+    return lines[0] if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {lines[0]}"

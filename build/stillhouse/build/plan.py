@@ -18,12 +18,16 @@ from stillhouse.build.recipe import QuantizeOptions, Recipe
 from stillhouse.build.reckon import Sizes, disk, memory
 from stillhouse.build.tasks import Tasks, read_tasks
 from stillhouse.build.texts import Text, evaluation_text, token_ids, token_windows
+from stillhouse.build.tokenizer_files import misread_before
 from stillhouse.engine.directory import VersionDirectory, sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.manifest import GateRecord, Precision, Target
 
 # Raised when the same inputs would give other bytes or other figures than before.
 FORMAT = 5
+MERGE_FORMAT = 2  # of what a merge records beside the weights
+SEVERAL_FORMAT = 2  # of merges of several adapters, or of one with a weight
+TOKENIZER_FORMAT = 2  # of tokenizers that older builds misread
 CALIBRATION_FORMAT = 1
 UNPACK_FORMAT = 2
 CUDA_FORMAT = 2
@@ -89,9 +93,15 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
         "adapters": [[adapter.sha256, adapter.weight] for adapter in adapters],
         "makers": makers,
     }
-    weights_key = key_of(weights | ({"unpacked": UNPACK_FORMAT} if base.quantized else {}))
+    if base.quantized:
+        weights["unpacked"] = UNPACK_FORMAT
+    if len(adapters) > 1 or any(adapter.weight != 1.0 for adapter in adapters):
+        weights["several"] = SEVERAL_FORMAT
+    if misread_before(base.path, [adapter.path for adapter in adapters]):
+        weights["tokenizer"] = TOKENIZER_FORMAT
+    weights_key = key_of(weights)
     # The merge also says what it changed on the text; the weights, and all that is made of them, do not depend on it.
-    merge_key = key_of({"weights": weights_key, "text": text.sha256})
+    merge_key = key_of({"format": MERGE_FORMAT, "weights": weights_key, "text": text.sha256})
     versions: list[PlannedVersion] = []
     for precision, method in methods.items():
         asked = recipe.options(precision)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ from stillhouse.engine.errors import StillhouseError
 GROUP_SIZES = (16, 32, 64, 128, 256)
 TAKEN = "integers.safetensors"
 _PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+def quantization_of(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> dict[str, Any] | None:
+    """How the checkpoint in `folder` with these tensors is quantized, None where it is not.
+
+    config.json says so, or a quantize_config.json beside it, as auto-gptq wrote before transformers read checkpoints.
+    """
+    settings = config.get("quantization_config")
+    file = folder / "quantize_config.json"
+    if settings is None and file.is_file() and any(name.endswith(".qweight") for name in tensors):
+        try:
+            settings = {"quant_method": "gptq"} | json.loads(file.read_text("utf-8"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StillhouseError(
+                f"{file} is no JSON object: {error}", hint="copy or download the file again"
+            ) from None
+    if settings is not None and not isinstance(settings, dict):
+        raise StillhouseError(
+            f"base: {folder}/config.json has {settings!r} as quantization_config, which is no object",
+            hint="copy or download the checkpoint again",
+        )
+    return settings
 
 
 def refuse_unless_taken(folder: Path, quantization: dict[str, Any]) -> None:
@@ -53,6 +76,8 @@ def refuse_unless_taken(folder: Path, quantization: dict[str, Any]) -> None:
 
 def format_of(quantization: dict[str, Any]) -> str:
     """The layout's name; gptqmodel writes it under one key, under the other, or (auto-gptq) under none."""
+    if quantization.get("is_marlin_format"):  # auto-gptq's key before there was one for the format
+        return "marlin"
     return str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
 
 
@@ -80,20 +105,25 @@ def as_if_whole(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 def unpack(share: Share, *, base: str, destination: str) -> dict[str, Any]:
     """Writes `base` as an FP32 checkpoint with its own integers beside it (TAKEN); returns an empty merge record.
 
-    Raises StillhouseError where a linear's groups are not neighbours, or a tensor has no place in the architecture.
+    Raises StillhouseError where a linear's groups are not neighbours, a tensor has no place in the architecture or does
+    not fit it, or a weight is NaN or inf.
     """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stillhouse.build.tokenizer_files import write_tokenizer  # which reads checkpoints, as they do this file
+    from stillhouse.build.proof import refuse_not_finite  # these two read checkpoints, as they do this file
+    from stillhouse.build.tokenizer_files import write_tokenizer
 
     folder, source = Path(destination), Path(base)
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.from_pretrained(base, local_files_only=True)
-    settings = config.quantization_config
-    del config.quantization_config
     tensors = _tensors(source)
+    settings = quantization_of(source, config.to_dict(), tensors)
+    if settings is None:
+        raise StillhouseError(f"base: {base} is not quantized", hint="name an unquantized checkpoint as one")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     state: dict[str, torch.Tensor] = {}
     integers: dict[str, torch.Tensor] = {}
     modules = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
@@ -106,16 +136,22 @@ def unpack(share: Share, *, base: str, destination: str) -> dict[str, Any]:
         share(0.6 * (index + 1) / len(modules))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    known = set(model.state_dict())
-    for name, tensor in tensors.items():
-        if name in known:
-            state[name] = tensor.float()
-        elif tensor.count_nonzero():  # auto-gptq writes biases of zeros where the architecture has none
+    known = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # auto-gptq writes biases of zeros where the architecture has none
+    state |= {name: tensor.float() for name, tensor in tensors.items() if name in known or tensor.count_nonzero()}
+    for name, tensor in state.items():
+        if name not in known:
             raise StillhouseError(f"base: {base}: {name} has no place in a {config.architectures[0]}")
+        if tensor.shape != known[name]:
+            raise StillhouseError(
+                f"base: {base} has {name} as {list(tensor.shape)}, its config.json makes it {list(known[name])}",
+                hint="copy or download the checkpoint again",
+            )
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     if lacking := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise StillhouseError(f"base: {base} lacks {lacking[0]}", hint="copy or download the checkpoint again")
+    refuse_not_finite(model, f"base: {base}")
     model.config.dtype = torch.float32
     model.save_pretrained(folder, max_shard_size="1GB")
     if (source / "generation_config.json").is_file():

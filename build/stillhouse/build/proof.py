@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def changes(model: Any, base: Path) -> dict[str, Any]:
     """Which weights differ from the base's files, and by how much: norm of the delta over norm of the weight.
 
     Of an embedding that grew, the rows that the base has are compared. Raises StillhouseError where no weight was
-    changed by more than rounding.
+    changed by more than rounding, or one by more than FP32 can say.
     """
     from safetensors import safe_open
 
@@ -81,6 +82,11 @@ def changes(model: Any, base: Path) -> dict[str, Any]:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 for own in _names_now(name, merged, tied):
                     change, grew = _relative_change(tensors.get_tensor(name), merged[own])
+                    if not math.isfinite(change):
+                        raise StillhouseError(
+                            f"the adapters change {own} by more than FP32 can say",
+                            hint="look at lora_alpha, rank and weight: their factor is far too large",
+                        )
                     if change or grew:
                         relative[own.removesuffix(".weight")] = change
     if max(relative.values(), default=0.0) < LEAST_CHANGE:

@@ -116,6 +116,7 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
                 f"{len(merge.modules_changed)} modules changed by at most {100 * merge.relative_change_max:.3g}% "
                 f"(median {100 * merge.relative_change_median:.3g}%), "
                 f"attached against merged {merge.max_logit_difference:.2g}"
+                + (f" of {allowed:.2g} allowed" if (allowed := merge.allowed_logit_difference) is not None else "")
                 + (f", KL from base {merge.kl_from_base:.2g}" if merge.kl_from_base is not None else ""),
             )
         )

@@ -88,10 +88,10 @@ def read_tasks(path: str) -> Tasks:
             continue
         try:
             tasks.append(Task.model_validate(json.loads(line)))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise _refused(path, number, f"is not JSON: {error}") from None
         except ValidationError as error:
             raise _refused(path, number, _first_fault(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise _refused(path, number, f"is not JSON: {error}") from None
     if not tasks:
         raise StillhouseError(
             f"evaluate.tasks: {path} has no task", hint='a line: {"prompt": "2 + 2 =", "answer": "4"}'

@@ -24,11 +24,16 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of `file` by name (format: https://huggingface.co/docs/safetensors).
 
-    Raises StillhouseError where the file is truncated or no safetensors.
+    Raises StillhouseError where the file is truncated or no safetensors: the tensors lie one behind the other, without
+    a gap and without a byte that two of them share.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -39,25 +44,39 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if len(head) < 8 or length > size - 8:
             raise _broken(file, f"its header needs {8 + length if len(head) == 8 else 8} bytes, the file has {size}")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            header: Any = json.loads(stream.read(length))
+        except (ValueError, RecursionError):
             raise _broken(file, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is no JSON object")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
-    end = 0
+    places: list[tuple[int, int, str]] = []
     try:
         for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            shape = tuple(int(side) for side in entry["shape"])
+            start, stop = _whole_numbers(entry["data_offsets"])
+            shape = tuple(_whole_numbers(entry["shape"]))
             if stop - start != prod(shape) * _BYTES.get(entry["dtype"], 1) and entry["dtype"] in _BYTES:
                 raise _broken(file, f"{name} has {stop - start} bytes, its shape {list(shape)} does not")
             tensors[name] = TensorInfo(entry["dtype"], shape, file)
-            end = max(end, stop)
+            places.append((start, stop, name))
     except (KeyError, TypeError, ValueError):
         raise _broken(file, "its header does not follow the format") from None
+    end = 0
+    for start, stop, name in sorted(places):
+        if start != end or stop < start:
+            raise _broken(file, f"{name} begins at byte {start} of the data, where the one before it ends at {end}")
+        end = stop
     if 8 + length + end != size:
         raise _broken(file, f"its header promises {8 + length + end} bytes, the file has {size}")
     return tensors
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    """`values`, a JSON list of whole numbers from 0 on. Raises ValueError or TypeError where it is none."""
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(values)
+    return list(values)
 
 
 def _broken(file: Path, why: str) -> StillhouseError:

@@ -53,6 +53,8 @@ def token_ids(text: Text, tokenizer_file: Path) -> list[int]:
         raise StillhouseError(
             f"{tokenizer_file} is no tokenizer: {error}", hint="copy or download the file again"
         ) from None
+    tokenizer.no_truncation()  # trainers save both; a text is measured as it is, as the engine reads it
+    tokenizer.no_padding()
     ids: list[int] = tokenizer.encode(text.content, add_special_tokens=False).ids
     return ids
 

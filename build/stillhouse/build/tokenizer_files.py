@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stillhouse.build.checkpoint import read_json
+from stillhouse.engine.errors import StillhouseError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -14,8 +16,11 @@ TOKENIZER_FILES = (
 
 
 def write_tokenizer(base: Path, adapters: list[Path], destination: Path, *, trust_remote_code: bool = False) -> None:
-    """The last tokenizer that an adapter brings, or the base's, as tokenizer.json with its chat template beside."""
-    source = next((path for path in reversed(adapters) if (path / "tokenizer.json").is_file()), base)
+    """The last tokenizer that an adapter brings, or the base's, as tokenizer.json with its chat template beside.
+
+    Raises StillhouseError where it has several chat templates and none of them is the default.
+    """
+    source = tokenizer_source(base, adapters)
     if (source / "tokenizer.json").is_file() and (source / "tokenizer_config.json").is_file():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -27,18 +32,70 @@ def write_tokenizer(base: Path, adapters: list[Path], destination: Path, *, trus
             str(source), local_files_only=True, trust_remote_code=trust_remote_code
         )
         tokenizer.save_pretrained(destination)
-    _lift_chat_template(destination, base)
+        shutil.rmtree(destination / "additional_chat_templates", ignore_errors=True)  # an entry has no folders
+    _lift_chat_template(destination, [source, base])
 
 
-def _lift_chat_template(folder: Path, base: Path) -> None:
+def tokenizer_source(base: Path, adapters: list[Path]) -> Path:
+    """The folder whose tokenizer the merged checkpoint gets."""
+    return next((path for path in reversed(adapters) if (path / "tokenizer.json").is_file()), base)
+
+
+def misread_before(base: Path, adapters: list[Path]) -> bool:
+    """Whether the tokenizer has what older builds lost: chat templates with names, truncation, padding.
+
+    Raises StillhouseError where it has several chat templates and none of them is the default.
+    """
+    source = tokenizer_source(base, adapters)
+    folder, template = _template_in([source, base])
+    file = source / "tokenizer.json"
+    settings = read_json(file) if file.is_file() else {}
+    if isinstance(template, Path | str | None):
+        return bool(settings.get("truncation") or settings.get("padding"))
+    default_template(folder, template)
+    return True
+
+
+def default_template(folder: Path, inside: Any) -> str:
+    """The template in `folder`'s tokenizer_config.json: the one, or of several with names "default", or the only one.
+
+    Raises StillhouseError where there is no such.
+    """
+    if isinstance(inside, str):
+        return inside
+    try:
+        named = {str(entry["name"]): str(entry["template"]) for entry in inside}
+    except (TypeError, KeyError):
+        raise StillhouseError(
+            f"{folder}/tokenizer_config.json has a chat_template that is no text and no list of named ones",
+            hint="copy or download the file again",
+        ) from None
+    if "default" not in named and len(named) != 1:
+        raise StillhouseError(
+            f"{folder}/tokenizer_config.json has the chat templates {', '.join(named)}, none of them is the default",
+            hint='save the one to serve as chat_template.jinja beside it, or call it "default"',
+        )
+    return named.get("default") or next(iter(named.values()))
+
+
+def _lift_chat_template(destination: Path, sources: list[Path]) -> None:
     """Older checkpoints keep the template inside tokenizer_config.json; a version has it in a file of its own."""
-    template = folder / "chat_template.jinja"
-    for source in (folder, base):
-        if template.is_file():
-            return
-        if (source / template.name).is_file():
-            shutil.copyfile(source / template.name, template)
-        elif (source / "tokenizer_config.json").is_file():
-            inside = read_json(source / "tokenizer_config.json").get("chat_template")
-            if isinstance(inside, str):
-                template.write_text(inside, "utf-8")
+    file = destination / "chat_template.jinja"
+    folder, template = _template_in(sources)
+    if file.is_file() or template is None:
+        return
+    if isinstance(template, Path):
+        shutil.copyfile(template, file)
+    else:
+        file.write_text(default_template(folder, template), "utf-8")
+
+
+def _template_in(sources: list[Path]) -> tuple[Path, Any]:
+    """The first of the folders that has a template, and the template: its own file, or what its config says."""
+    for folder in sources:
+        if (file := folder / "chat_template.jinja").is_file():
+            return folder, file
+        config = folder / "tokenizer_config.json"
+        if inside := read_json(config).get("chat_template") if config.is_file() else None:
+            return folder, inside
+    return sources[0], None

@@ -110,6 +110,7 @@ class QualityRecord(_Record):
 class MergeRecord(_Record):
     """What the merge did to the base, and the proof that merged equals attached (FP32 logits).
 
+    `allowed_logit_difference` is the larger of 1e-4 and 5e-6 of the largest logit: FP32's own rounding grows with it.
     A relative change is the norm of a weight's delta over the norm of the weight; `kl_from_base` is
     KL(base ‖ merged) in nats a token, over `kl_tokens` tokens of the evaluation text.
     """
@@ -118,6 +119,7 @@ class MergeRecord(_Record):
     relative_change_max: float = 0.0
     relative_change_median: float = 0.0
     max_logit_difference: float = 0.0
+    allowed_logit_difference: float | None = None
     kl_from_base: float | None = None
     kl_tokens: int = 0
 
