@@ -129,10 +129,8 @@ def test_conversations_without_a_question_are_left_out_and_counted(tmp_path: Pat
 
 def test_a_prompt_may_hold_what_unicode_calls_a_line_break(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_bytes('﻿{"prompt": "one linemore"}
-{"prompt": "two"}
-'.encode())
-    assert [prompt["prompt"] for prompt in load_workload(path).prompts] == ["one linemore", "two"]
+    path.write_bytes('\ufeff{"prompt": "one\u2028line\x85more"}\r\n{"prompt": "two"}\r\n'.encode())
+    assert [prompt["prompt"] for prompt in load_workload(path).prompts] == ["one\u2028line\x85more", "two"]
 
 
 def test_a_trace_has_times_lengths_and_order(tmp_path: Path) -> None:
