@@ -36,6 +36,20 @@ def test_the_same_inputs_are_one_version_and_force_makes_the_same_bytes(
     assert run(f"seed = 5\n{SOURCE}").card["splits"] != first.card["splits"]
 
 
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [("validation = 0.2\ntest = 0.0", ""), ("validation = 0.19\ntest = 0.01", "no record falls to test")],
+)
+def test_a_split_without_a_record_is_no_file(
+    shares: str, said: str, tmp_path: Path, run: Any, made: Any, tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools.write(tmp_path / "data.jsonl", made(20))
+    done = run(f"{SOURCE}[split]\ntrain = 0.8\n{shares}\n")
+    assert set(done.card["splits"]) == {"train", "validation"}
+    assert not (done.path / "test.jsonl").exists()
+    assert said in caplog.text and ("no record falls" in caplog.text) is bool(said)
+
+
 def test_a_changed_source_is_a_new_version_and_a_damaged_version_is_not_taken(
     tmp_path: Path, run: Any, made: Any, tools: Any
 ) -> None:

@@ -27,6 +27,9 @@ def prepare(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
     output: Annotated[Path, typer.Option(help="Where datasets lie: OUTPUT/NAME/VERSION.")] = Path("datasets"),
     force: Annotated[bool, typer.Option(help="Make a new version even where the same inputs have one.")] = False,
+    journal: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what an endpoint answered; by default OUTPUT/NAME.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON in place of a table.")] = False,
 ) -> None:
     """Read, check, clean, balance and split records into a versioned dataset.
@@ -39,7 +42,7 @@ def prepare(
 
     asked = load_data_recipe(recipe)
     with reporter_for_terminal() as reporter:
-        done = run(asked, output, reporter, force=force)
+        done = run(asked, output, reporter, force=force, journal=journal)
     if as_json:
         print(json.dumps({"path": str(done.path), "new": done.new, **done.card}, indent=2, ensure_ascii=False))
     else:

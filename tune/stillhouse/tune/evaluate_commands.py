@@ -117,9 +117,10 @@ def cell(key: str, found: dict[str, float]) -> str:
     from stillhouse.tune.stats import LEAST
 
     digits = 1 if key == "answer_tokens" else 2
+    cut = f", {found['cut']} cut" if found.get("cut") else ""
     if found["count"] < LEAST:  # resampled, so few have no interval worth the name
-        return f"{found['value']:.{digits}f} (of {found['count']})"
-    return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}–{found['high']:.{digits}f}]"
+        return f"{found['value']:.{digits}f} (of {found['count']}{cut})"
+    return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}–{found['high']:.{digits}f}]{cut}"
 
 
 def change_lines(row: dict[str, Any]) -> list[str]:

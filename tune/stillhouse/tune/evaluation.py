@@ -23,9 +23,11 @@ from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_w
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
 from stillhouse.engine.directory import VersionDirectory, open_version
-from stillhouse.engine.errors import UsageError
+from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.engine.policy import live_versions
+from stillhouse.engine.text import Tokenizer
 from stillhouse.tune import stats
+from stillhouse.tune.encoding import Encoder
 from stillhouse.tune.evaluation_recipe import refuse_unmeasured
 from stillhouse.tune.measure import (
     Losses,
@@ -37,7 +39,7 @@ from stillhouse.tune.measure import (
     version_subject,
 )
 from stillhouse.tune.measure_cache import Model, measured_once
-from stillhouse.tune.splits import read_split
+from stillhouse.tune.splits import Split, read_split
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +123,16 @@ def questions_of(recipe: Recipe, texts: Path, checkpoint: Checkpoint) -> tuple[Q
             hint='records = "….jsonl" (instruction, input, output) or tasks = "….jsonl" (prompt, answer)',
         )
     text = evaluation_text(asked.text)
+    encoder = Encoder(Tokenizer(texts), read_network(checkpoint.path).eos_token_ids)
+
+    def records(kind: str) -> Split | None:
+        path = getattr(asked, kind)
+        return fitting_split(read_split(Path(path), f"evaluate.{kind}"), encoder, checkpoint) if path else None
+
     windows = token_windows(token_ids(text, texts / "tokenizer.json"), checkpoint.context_length)
     found = Questions(
-        records=read_split(Path(asked.records), "evaluate.records") if asked.records else None,
-        general=read_split(Path(asked.general), "evaluate.general") if asked.general else None,
+        records=records("records"),
+        general=records("general"),
         tasks=read_tasks(asked.tasks) if asked.tasks else None,
         general_tasks=read_tasks(asked.general_tasks) if asked.general_tasks else None,
         windows=windows,
@@ -132,6 +140,25 @@ def questions_of(recipe: Recipe, texts: Path, checkpoint: Checkpoint) -> tuple[Q
     kinds = ("records", "general", "tasks", "general_tasks")
     labels = {kind: Path(named).name for kind in kinds if (named := getattr(asked, kind)) is not None}
     return found, labels | {"text": text.label}
+
+
+def fitting_split(split: Split, encoder: Encoder, checkpoint: Checkpoint) -> Split:
+    """The split without the records that are longer than the base's context, which are named aloud."""
+    sizes = [len(examples[-1]) for examples in encoder.split(split)]
+    kept = [at for at, size in enumerate(sizes) if size <= checkpoint.context_length]
+    if len(kept) == len(sizes):
+        return split
+    longest = max(range(len(sizes)), key=sizes.__getitem__)
+    said = (
+        f"{split.path}: {len(sizes) - len(kept)} of {len(sizes)} records do not fit into the base's context of "
+        f"{checkpoint.context_length} tokens; the longest, record {split.numbers[longest]}, has {sizes[longest]}"
+    )
+    if not kept:
+        raise StillhouseError(said, hint="shorten them")
+    log.warning("warning: %s: they are left out", said)
+    columns = (split.conversations, split.weights, split.numbers)
+    conversations, weights, numbers = ([column[at] for at in kept] for column in columns)
+    return Split(split.name, split.path, split.sha256, conversations, weights, numbers)
 
 
 def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Model]:
@@ -199,7 +226,7 @@ def _own_figures(found: Measured) -> dict[str, Any]:
     for kind, replies in _by_form(found).items():
         row[f"{kind}_accuracy"] = asdict(stats.share([reply.right for reply in replies]))
     if found.answer_tokens:
-        row["answer_tokens"] = asdict(stats.mean(found.answer_tokens))
+        row["answer_tokens"] = asdict(stats.mean(found.answer_tokens)) | {"cut": found.answers_cut}
     return row
 
 

@@ -141,7 +141,9 @@ def _read_splits(options: TuneOptions) -> dict[str, Split]:
         if named[split] is None and (split == "train" or options.patience):
             raise StillhouseError(
                 f"{options.data} has no {split}.jsonl or {split}.parquet{what_for}",
-                hint="'stillhouse data prepare' makes a dataset" + ("; or say patience = 0" if what_for else ""),
+                hint="patience = 0 goes without; or make the dataset again with a larger split.validation"
+                if what_for
+                else "'stillhouse data prepare' makes a dataset",
             )
     return {split: read_split(Path(path), split) for split, path in named.items() if path is not None}
 

@@ -24,7 +24,7 @@ from stillhouse.tune.encoding import Encoder, Example
 from stillhouse.tune.splits import Split
 
 SLOTS = 8  # as many as `greedy` asks at once
-LENGTH_RECORDS, LENGTH_TOKENS = 24, 64  # records that are answered to measure the answers' length, and at most so long
+LENGTH_RECORDS, LENGTH_TOKENS = 24, 128  # records that are answered to measure the answers' length; where they are cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class Measured:
     tasks: list[Reply]
     general_tasks: list[Reply]
     answer_tokens: list[int]
+    answers_cut: int  # answers that had not ended at LENGTH_TOKENS, or at the end of the context
 
 
 def measure(subject: Subject, asked: Questions) -> Measured:
@@ -76,20 +77,21 @@ def measure(subject: Subject, asked: Questions) -> Measured:
     records, general = _examples(asked.records, encoder), _examples(asked.general, encoder)
     questions, general_questions = _questions(asked.tasks, subject), _questions(asked.general_tasks, subject)
     for_length = records[:: -(-len(records) // LENGTH_RECORDS)] if records else []
+    context = subject.network.context_length
+    room = [min(LENGTH_TOKENS, context - len(example.prompt)) for example in for_length]
     longest = max(
         [len(example) for example in records + general]
-        + [len(example.prompt) + LENGTH_TOKENS for example in for_length]
+        + [len(example.prompt) + tokens for example, tokens in zip(for_length, room, strict=True)]
         + [question.tokens for question in questions + general_questions]
         + [len(window) for window in asked.windows]
     )
-    if longest > subject.network.context_length:
+    if longest > context:
         raise StillhouseError(
-            f"{subject.name}: the longest record or task needs {longest} tokens, its context is "
-            f"{subject.network.context_length}",
+            f"{subject.name}: the longest record or task needs {longest} tokens, its context is {context}",
             hint="shorten it",
         )
     with subject.open(longest) as runner:
-        written = greedy(runner, [e.prompt for e in for_length], [LENGTH_TOKENS] * len(for_length), eos)
+        written = greedy(runner, [example.prompt for example in for_length], room, eos)
         return Measured(
             subject.name,
             records=_answer_losses(runner, records),
@@ -98,6 +100,7 @@ def measure(subject: Subject, asked: Questions) -> Measured:
             tasks=ask(runner, subject.text, questions, eos),
             general_tasks=ask(runner, subject.text, general_questions, eos),
             answer_tokens=[sum(token not in eos for token in ids) for ids in written],
+            answers_cut=sum(ids[-1] not in eos for ids in written),
         )
 
 
@@ -113,11 +116,21 @@ def _questions(tasks: Tasks | None, subject: Subject) -> list[Question]:
 def _answer_losses(runner: Any, examples: Sequence[Example]) -> Losses:
     losses = Losses()
     for example in examples:
-        # The last token predicts nothing: it is not run.
-        logits = runner.prefill(0, (example.prompt + example.answer)[:-1], 0)[len(example.prompt) - 1 :]
-        losses.nats.append(_nats(logits, example.answer))
+        losses.nats.append(_nats(_answer_logits(runner, example), example.answer))
         losses.tokens.append(len(example.answer))
     return losses
+
+
+def _answer_logits(runner: Any, example: Example) -> Any:
+    """The logits that predict the answer, (len(answer), V): none of the prompt's, which may be gigabytes."""
+    tokens = (example.prompt + example.answer)[:-1]  # the last one predicts nothing
+    first = len(example.prompt) - 1
+    # One token is another kernel than several (DESIGN §5): neither part is a single one.
+    start = min(first, len(tokens) - 2)
+    if start < 2:
+        return runner.prefill(0, tokens, 0)[first:]
+    runner.prefill(0, tokens[:start], 0, last_only=True)
+    return runner.prefill(0, tokens[start:], start)[first - start :]
 
 
 def _window_losses(runner: Any, windows: Sequence[list[int]]) -> Losses:

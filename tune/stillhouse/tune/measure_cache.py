@@ -20,7 +20,7 @@ from stillhouse.tune.measure import LENGTH_RECORDS, LENGTH_TOKENS, SLOTS, Losses
 log = logging.getLogger(__name__)
 
 # Raised when the same model would be given other figures than before.
-FORMAT = 1
+FORMAT = 2
 MAKERS = ("stillhouse", "torch", "transformers", "peft", "tokenizers", "onnxruntime", "numpy")
 _STAGE = "measured"
 _LOSSES, _REPLIES = ("records", "general", "text"), ("tasks", "general_tasks")
@@ -66,4 +66,4 @@ def _hashes(asked: Questions) -> dict[str, Any]:
 def _measured(name: str, found: dict[str, Any]) -> Measured:
     records, general, text = (Losses(**found[kind]) for kind in _LOSSES)
     tasks, general_tasks = ([Reply(**reply) for reply in found[kind]] for kind in _REPLIES)
-    return Measured(name, records, general, text, tasks, general_tasks, found["answer_tokens"])
+    return Measured(name, records, general, text, tasks, general_tasks, found["answer_tokens"], found["answers_cut"])

@@ -45,8 +45,12 @@ class Prepared:
     card: dict[str, Any]
 
 
-def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool = False) -> Prepared:
+def prepare(
+    recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool = False, journal: Path | None = None
+) -> Prepared:
     """Makes the next version of `output`/`recipe.name`, or finds the one that the same inputs made.
+
+    What an endpoint answers is kept in the folder `journal`, by default beside the versions.
 
     Raises StillhouseError where a source or the recipe is wrong, nothing is left, or the disk is full; then there is no
     new version, and rejects.jsonl and removed.jsonl beside the versions say what was rejected and dropped until then.
@@ -56,6 +60,8 @@ def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool
     inputs = key_of(inputs_of(recipe, sources))
     with _sentences(parent):
         parent.mkdir(parents=True, exist_ok=True)
+        if journal is not None:
+            journal.mkdir(parents=True, exist_ok=True)
         clear_unheld(parent, TEMPORARY)
         same = None if force else find_same(parent, inputs)
         if same is not None:
@@ -64,7 +70,7 @@ def prepare(recipe: DataRecipe, output: Path, reporter: Reporter, *, force: bool
             work = folder / ".work"
             work.mkdir()
             steps = Steps(reporter, _STEPS)
-            with screen(recipe, folder, work, parent, steps) as screened:
+            with screen(recipe, folder, work, journal or parent, steps) as screened:
                 figures, pictures = write_dataset(recipe, screened, folder, steps)
             shutil.rmtree(work)
             card = {

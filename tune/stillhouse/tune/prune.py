@@ -28,11 +28,13 @@ from stillhouse.tune.measure import Measured, checkpoint_subject, measure
 from stillhouse.tune.prune_options import REPORT, PruneOptions
 from stillhouse.tune.settings import TuneRecipe
 from stillhouse.tune.torch_runner import load
+from stillhouse.tune.training import sentences
 from stillhouse.tune.training_run import Diverged
 
 log = logging.getLogger(__name__)
 
 WHOLE, PRUNED, HEALED = "whole", "pruned", "healed"
+_KEPT = "pruning begins anew; nothing that was there is lost"
 _WORTH = 1.05  # a model that is not this much faster, or as much smaller, has gained nothing
 
 
@@ -64,7 +66,7 @@ def prune(
     _hold_against_base(options, checkpoint.config)
     examples = [example for group in prepare(tuning).sequences["train"] for example in group]
     examples = random.Random(tuning.tune.seed).sample(examples, min(options.examples, len(examples)))
-    with replacing.beside(output) as folder:
+    with sentences(tuning.tune, _KEPT), replacing.beside(output) as folder:
         on_stage("merge")
         whole = _whole(recipe, folder)
         on_stage("importance")

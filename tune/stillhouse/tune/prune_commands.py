@@ -30,6 +30,8 @@ def prune(
 
     hush()
     from stillhouse.build.tables import read_tables
+    from stillhouse.tune.evaluate_commands import NAMES, hold_gate
+    from stillhouse.tune.evaluation_picture import draw_changes
     from stillhouse.tune.evaluation_recipe import load_evaluation
     from stillhouse.tune.prune import prune as run
     from stillhouse.tune.prune_options import prune_options
@@ -45,13 +47,12 @@ def prune(
         force=force,
         on_stage=lambda name: log.info("pruning: %s", name),
     )
+    draw_changes(report["models"], NAMES, output)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         _show(report, output)
     if "against_base" in report:
-        from stillhouse.tune.evaluate_commands import hold_gate
-
         hold_gate("the pruned model", report["against_base"], asked.evaluate)
 
 

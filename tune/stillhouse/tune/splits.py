@@ -37,8 +37,9 @@ class Split:
 
 
 def find_split(folder: Path, name: str) -> Path | None:
-    """The file of the split `name` in a dataset's folder, or None."""
-    return next((file for suffix in SUFFIXES if (file := folder / f"{name}{suffix}").is_file()), None)
+    """The file of the split `name` in a dataset's folder, or None; an empty one is none."""
+    files = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    return next((file for file in files if file.is_file() and file.stat().st_size), None)
 
 
 def read_split(path: Path, name: str) -> Split:

@@ -31,6 +31,7 @@ from stillhouse.engine.directory import MANIFEST, open_version, sha256_of
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune.data_inputs import inputs_of
 from stillhouse.tune.data_recipe import DataRecipe, load_data_recipe
+from stillhouse.tune.evaluation_picture import PICTURE
 from stillhouse.tune.evaluation_recipe import load_evaluation, refuse_unmeasured
 from stillhouse.tune.prune_options import REPORT, prune_options
 from stillhouse.tune.settings import PLACES, TuneOptions, TuneRecipe, load_tune_recipe
@@ -158,7 +159,8 @@ def _data_stage(recipe: DataRecipe) -> Stage:
         files = [out / recipe.name / "1" / f"{split}.{recipe.format}" for split in _SPLITS]
         return [file for file in files if file.is_file() or file.stem == "train"]
 
-    arguments = ("data", "prepare", "{recipe}", "--json", "--output", "{out}")
+    # What was paid for outlives a change of [data]: the journal lies beside the stages.
+    arguments = ("data", "prepare", "{recipe}", "--json", "--output", "{out}", "--journal", "{out}/..")
     return Stage(DATA, arguments, inputs_of(recipe), (), splits, (f"{recipe.name}/1/plots/*.svg",))
 
 
@@ -172,16 +174,17 @@ def _tune_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, 
 
 def _evaluate_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:
     arguments = ("evaluate", "{recipe}", "--json", "--no-versions", "--output", "{out}", *more)
-    return Stage(EVALUATE, arguments, reads, after, lambda out: [out / "evaluation.json"], ("changes.png",))
+    return Stage(EVALUATE, arguments, reads, after, lambda out: [out / "evaluation.json"], (PICTURE,))
 
 
 def _prune_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:
     def checkpoint(out: Path) -> list[Path]:
-        """Its files, but for the report: that has timings in it."""
-        return [file for file in sorted((out / "pruned").iterdir()) if file.is_file() and file.name != REPORT]
+        """Its files, but for the report, which has timings in it, and the picture."""
+        files = sorted(file for file in (out / "pruned").iterdir() if file.is_file())
+        return [file for file in files if file.name not in (REPORT, PICTURE)]
 
     arguments = ("prune", "{recipe}", "--json", "--force", *more, "--set", "prune.output={out}/pruned")
-    return Stage(PRUNE, arguments, reads, after, checkpoint)
+    return Stage(PRUNE, arguments, reads, after, checkpoint, (f"pruned/{PICTURE}",))
 
 
 def _build_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:

@@ -164,9 +164,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
 
 @contextlib.contextmanager
-def sentences(options: TuneOptions) -> Iterator[None]:
-    """What torch says of memory or a disk that is full becomes a line; what was saved before is kept."""
-    kept = "what was saved is kept: the same command goes on from there"
+def sentences(
+    options: TuneOptions, kept: str = "what was saved is kept: the same command goes on from there"
+) -> Iterator[None]:
+    """What torch says of memory or a disk that is full becomes a line; `kept` says what there is then."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from stillhouse.tune.screening import Screened
 from stillhouse.tune.splitting import SPLITS, split
 from stillhouse.tune.steps import Steps
 from stillhouse.tune.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def write_dataset(
@@ -45,6 +48,10 @@ def write_dataset(
     written = {}
     with steps.step("write"):
         for name in SPLITS:
+            if name not in splits.values():  # an empty file would be no split
+                if getattr(recipe.split, name):
+                    log.warning("warning: no record falls to %s: too few records, or too few groups of them", name)
+                continue
             records = _records(screened, splits, name, added if name == "train" else [], by_label)
             written[name] = write_split(name, records, folder, recipe.format, keep)
     with steps.step("coverage"):
