@@ -192,6 +192,21 @@ def test_its_time_runs_and_its_client_is_watched_before_it_reaches_the_engine(an
     outbox.close()
 
 
+def test_whoever_asks_for_the_client_does_not_wait_for_a_request_that_is_being_submitted(
+    answering: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = answering.Outbox()
+    made, model, sender, _ = come(answering, outbox, stream=True)
+    sender.gone = True
+    seen = list[bool]()
+    monkeypatch.setattr(model, "submit", lambda *_, **__: seen.append(made.is_abandoned()))
+    assert made.is_abandoned()
+    made.begin()
+    assert seen == [False]
+    assert made.is_abandoned()
+    outbox.close()
+
+
 @pytest.mark.parametrize("gone", [True, False])
 def test_what_is_cancelled_before_it_reaches_the_engine_is_not_submitted(answering: ModuleType, gone: bool) -> None:
     outbox = answering.Outbox()

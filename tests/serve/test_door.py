@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from stillhouse.engine.core import Stats
 from stillhouse.engine.errors import EngineClosed, InvalidRequest, QueueFull, StillhouseError
 from stillhouse.serve.door import Door
 
 
 class Engine:
-    """Has room for four."""
+    """Has room for four beside the three that wait."""
+
+    def stats(self) -> Stats:
+        return Stats(0, 3, 0, 0, 0, 0)
 
     def check_room(self, coming: int = 0) -> None:
         if coming >= 4:
@@ -51,6 +55,7 @@ def test_what_is_inside_takes_up_room_until_it_has_begun(wait_until: Callable[..
     door.check_room()
     for asked in inside:
         take(asked)
+    assert door.stats().waiting == 4 + 3
     with pytest.raises(QueueFull, match="4 requests are waiting"):
         door.check_room()
     inside[0].go.set()

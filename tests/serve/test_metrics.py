@@ -9,7 +9,7 @@ from stillhouse.engine.answer import Chunk
 from stillhouse.engine.core import Stats
 from stillhouse.serve.metrics import Metrics
 
-COUNTED = Stats(0, 0, 0, 100, prompt_tokens_total=9, generation_tokens_total=7, requests_finished={"stop": 2})
+COUNTED = Stats(0, 0, 0, 100, 9, 7, requests_finished={"stop": 2})
 
 
 def test_the_counters_leave_out_what_they_are_told_to() -> None:
@@ -35,7 +35,7 @@ def test_the_counters_leave_out_what_they_are_told_to() -> None:
             return Metric(self.name, labels)
 
     triton = SimpleNamespace(MetricFamily=Family, TritonModelException=RuntimeError)
-    stats = [Stats(0, 0, 0, 100)]
+    stats = [Stats(0, 0, 0, 100, 0, 0)]
     metrics = Metrics(triton, "m", "1", lambda: stats[-1])
     metrics.leave_out(Chunk("a", (5,), 4, 1))
     metrics.leave_out(Chunk("b", (6,), 4, 2, "stop"))

@@ -119,9 +119,13 @@ class Answering:
         return request is not None and request.timing.scheduled_s is not None
 
     def is_abandoned(self) -> bool:
-        """Whether the client has gone."""
-        with self._lock:
+        """Whether the client has gone; false where it cannot be asked at once, as while a grammar is being compiled."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
             return self._sender is not None and bool(self._sender.is_cancelled())
+        finally:
+            self._lock.release()
 
     def cancel(self) -> None:
         self._cancelled = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stillhouse.engine.errors import EngineClosed, StillhouseError
 
 if TYPE_CHECKING:
-    from stillhouse.engine.core import Engine
+    from stillhouse.engine.core import Engine, Stats
     from stillhouse.serve.answering import Answering
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ class Door:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="stillhouse-door")
         self._inside = 0  # in answers
         self._lock = threading.Lock()
+
+    def stats(self) -> Stats:
+        """The engine's, what is inside counted."""
+        stats = self._engine.stats()
+        return replace(stats, waiting=stats.waiting + self._inside)
 
     def check_room(self) -> None:
         """Raises QueueFull or EngineClosed where whoever comes now would meet it in the engine."""

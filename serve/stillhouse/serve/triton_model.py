@@ -63,7 +63,7 @@ class ServedVersion:
         self._ending = Ending(Path(drain_file) if drain_file else None)
         self._under_way = UnderWay(Path(drain_file).parent if drain_file else None)
         self._watcher = Watcher(lambda: self._model.failed, self._ending)
-        self._metrics = Metrics(pb_utils, name, version, self._model.stats)
+        self._metrics = Metrics(pb_utils, name, version, self._door.stats)
 
     def execute(self, requests: list[Any]) -> None:
         """Takes the requests in and returns at once; every answer goes through its response sender."""
