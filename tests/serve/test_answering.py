@@ -125,10 +125,10 @@ def test_an_answer_that_cannot_be_sent_ends_with_an_error_by_name_and_harms_nobo
 ) -> None:
     real = answering.answer_tensors
 
-    def broken(question: Any, chunks: list[Chunk], *rest: Any) -> Any:
-        if chunks[0].text == "broken":
+    def broken(question: Any, parts: list[list[Chunk]], *rest: Any) -> Any:
+        if parts[0][0].text == "broken":
             raise ValueError("no such shape")
-        return real(question, chunks, *rest)
+        return real(question, parts, *rest)
 
     monkeypatch.setattr(answering, "answer_tensors", broken)
     outbox = answering.Outbox()
