@@ -185,6 +185,13 @@ def test_an_answer_without_a_finish_reason_is_whole_when_its_body_has_ended(
             assert client.generate(MODEL, "x").text == "word0 "
 
 
+@pytest.mark.parametrize("value", ['{"text_output": ["a"]}', '{"text_output": "a", "num_output_tokens": "1"}'])
+def test_a_text_in_parts_or_a_count_in_letters_is_refused(http_answers: Callable[..., str], value: str) -> None:
+    url = http_answers(f"HTTP/1.0 200 OK\r\n\r\n{value}".encode())
+    with Client(url) as client, pytest.raises(RequestRejected, match="text is no text"):
+        client.generate(MODEL, "x")
+
+
 def test_what_a_model_does_not_take_is_not_asked_for(client: Client) -> None:
     known = ["text_input", "stream", "return_num_output_tokens"]
     inputs = json.loads(client.generate(MODEL, plan(echo=True, tokens=1), model_inputs=known, max_tokens=1).text)

@@ -124,16 +124,23 @@ def test_failures_are_counted_by_their_kind(server: Any, locust: Locust, tmp_pat
 
 
 def test_what_nobody_foresaw_is_a_failure_too_and_not_asked_again_in_a_tight_loop(
-    http_answers: Callable[..., str], locust: Locust, tmp_path: Path
+    server: Any, locust: Locust, tmp_path: Path
 ) -> None:
-    event = json.dumps({"text_output": "a", "finish_reason": "stop", "num_output_tokens": "one"})
-    host = http_answers(f"HTTP/1.0 200 OK\r\n\r\ndata: {event}\n\n".encode())
-    arguments = ("TritonUser", "--host", host, "--model", "theirs", "--users", "2")
-    done = locust(*HEADLESS, *arguments, "--run-time", "2s", "--result", "r.json")
+    (tmp_path / "own.py").write_text(
+        "from stillhouse.loadtest import users\n"
+        "class Odd(users.Answer):\n"
+        "    def add(self, piece):\n"
+        "        raise LookupError('odd')\n"
+        "users.Answer = Odd\n"
+        "class Mine(users.OpenAiUser):\n"
+        "    pass\n"
+    )
+    arguments = ("-f", "own.py", "--host", server.openai_host, "--users", "2", "--run-time", "3s")
+    done = locust(*HEADLESS, *arguments, "--result", "r.json")
     assert done.returncode == 1
     (summary,) = json.loads((tmp_path / "r.json").read_text())["summaries"]
-    assert set(summary["failures"]) == {"TypeError"} and 2 <= summary["failures"]["TypeError"] < 20
-    assert summary["cut"] == 0 and "TypeError" in done.stderr
+    assert set(summary["failures"]) == {"LookupError"} and 2 <= summary["failures"]["LookupError"] < 12
+    assert "LookupError" in done.stderr, "in Locust's own table of failures"
 
 
 def test_stages_of_users_are_followed(server: Any, locust: Locust, tmp_path: Path) -> None:
