@@ -171,7 +171,7 @@ def test_the_result_is_a_plain_checkpoint_smaller_and_healed(pruned: tuple[Path,
 
 def test_the_verdict_tells_size_from_speed_and_nothing_gained_from_both() -> None:
     losses = Losses([30.0, 40.0], [10, 10])
-    measured = {name: Measured(name, Losses(), Losses(), losses, [], [], []) for name in ("whole", "healed")}
+    measured = {name: Measured(name, Losses(), Losses(), losses, [], [], [], 0) for name in ("whole", "healed")}
 
     def said(parameters: float, kv_bytes: float, speed: float) -> str:
         whole = {"parameters": 100.0, "kv_bytes_per_token": 100.0, "decode_tokens_per_s": 100.0}
