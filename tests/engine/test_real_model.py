@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stillhouse.engine.directory import open_version
 from stillhouse.engine.errors import InvalidRequest, PromptTooLong, TamperedError
@@ -139,6 +141,7 @@ def test_prompt_logprobs_are_those_of_one_by_one_scoring(model: LanguageModel, p
     [
         ({"regex": "[0-9]{3}-[0-9]{4}"}, r"[0-9]{3}-[0-9]{4}"),
         ({"choice": ["red", "green"]}, "red|green"),
+        ({"choice": [f"no. {at}?" for at in range(10_000)]}, r"no\. [0-9]+\?"),
         (
             {
                 "json": {
@@ -171,6 +174,8 @@ def test_an_answer_has_the_form_that_was_asked_for(
         ({"regex": "\ud800"}, r"structured_outputs\.regex is not valid"),
         ({"json": {"$ref": "#"}}, "nothing fits the grammar"),
         ({"grammar": "start: start"}, "nothing fits the grammar"),
+        ({"choice": [str(at) for at in range(10_001)]}, "10001 choices, at most 10000"),
+        ({"regex": "a" * 300_000}, "300000 long"),
     ],
 )
 def test_a_broken_grammar_is_refused_by_name(
@@ -203,6 +208,21 @@ def test_a_seeded_sample_is_the_same_whatever_else_runs(model: LanguageModel, pr
     assert model.generate(prompts[0], seeded).token_ids == expected
     for stream in company:
         stream.close()
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(order=st.permutations(range(len(QUESTIONS))), steps=st.integers(0, 12))
+def test_to_cancel_one_at_any_moment_changes_no_other(
+    model: LanguageModel, prompts: list[list[int]], alone: list[tuple[int, ...]], order: list[int], steps: int
+) -> None:
+    streams = {at: model.stream(prompts[at], GREEDY) for at in order}
+    victim = streams.pop(order[0])
+    for _ in range(steps):
+        next(victim)
+    victim.close()
+    answers = {at: tuple(token for chunk in stream for token in chunk.token_ids) for at, stream in streams.items()}
+    assert answers == {at: alone[at] for at in streams}
 
 
 def test_the_text_in_pieces_is_the_text_of_the_tokens(model: LanguageModel, prompts: list[list[int]]) -> None:

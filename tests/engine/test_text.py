@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from stillhouse.engine.answer import Chunk, TextSink
 from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.request import Token
+from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.text import Detokenizer, StopMatcher, Tokenizer
 
 CORPUS = ["the quick brown fox", "naïve café, 你好世界", "emoji 👩‍👩‍👧 🎉", "def f(x):\n    return x"] * 5
@@ -140,6 +143,35 @@ def test_messages_of_another_form_are_refused_by_place(chat_tokenizer: Tokenizer
 def test_text_that_is_no_unicode_is_refused(chat_tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="UTF-8"):
         chat_tokenizer.encode("caf\udce9")
+
+
+def test_a_template_written_for_transformers_says_what_it_says_there(tmp_path: Path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<s>{{ m['content'] }}"
+        "{% endgeneration %}"
+        "{% else %}{{ m | tojson(ensure_ascii=true, sort_keys=true, separators=(',', ':')) }}{% endif %}{% endfor %}"
+    )
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(template, "utf-8")
+    messages = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "yes"}]
+    theirs, _ = render_jinja_template(conversations=[messages], chat_template=template)
+    assert Tokenizer(tmp_path).render_chat(messages, add_generation_prompt=False) == theirs[0]
+
+
+@pytest.mark.parametrize(("least", "sent"), [(0, "ab"), (2, "ab"), (3, "abcab"), (5, "abcab"), (6, "abcabc")])
+def test_no_stop_string_ends_an_answer_within_its_least_tokens(tmp_path: Path, least: int, sent: str) -> None:
+    tokenizer = written(byte_level(), tmp_path)
+    ids = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "abcabc"]
+    chunks: list[Chunk] = []
+    params = SamplingParams(min_tokens=least, max_tokens=6, stop=("c",))
+    sink = TextSink(tokenizer, params, 1, None, 0, chunks.append)
+    for at, token in enumerate(ids):
+        if sink(Token(token, finish_reason="length" if at == 5 else None)):
+            break
+    assert "".join(chunk.text for chunk in chunks) == sent
+    assert chunks[-1].finish_reason == ("length" if sent == "abcabc" else "stop")
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:

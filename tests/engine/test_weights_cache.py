@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,13 +81,15 @@ def test_another_model_runtime_or_processor_has_its_own(tmp_path: Path, monkeypa
     assert pack.calls == 4
 
 
-@pytest.mark.parametrize("harm", ["cut", "graph", "stamp", "missing", "foreign"])
+@pytest.mark.parametrize("harm", ["cut", "zeros", "graph", "stamp", "missing", "foreign"])
 def test_what_is_not_whole_is_made_anew(tmp_path: Path, harm: str) -> None:
     pack = Packer()
     model = prepacked_model(version(tmp_path), pack, "ort 1")
     data, stamp = model.with_name("model.onnx.data"), model.with_name("stamp.json")
     if harm == "cut":
         data.write_bytes(b"weights")
+    elif harm == "zeros":
+        data.write_bytes(bytes(700))
     elif harm == "graph":
         model.write_bytes(b"grapf")
     elif harm == "stamp":
@@ -97,7 +100,16 @@ def test_what_is_not_whole_is_made_anew(tmp_path: Path, harm: str) -> None:
         stamp.write_text(stamp.read_text().replace('"key": "', '"key": "x'))
     assert prepacked_model(version(tmp_path), pack, "ort 1") == model
     assert pack.calls == 2
-    assert data.stat().st_size == 700
+    assert data.read_bytes() == b"weights" * 100
+
+
+def test_what_a_killed_process_left_goes_after_an_hour(tmp_path: Path, cache: Path) -> None:
+    old, young = cache / ".0123-dead", cache / ".4567-busy"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepacked_model(version(tmp_path), Packer(), "ort 1")
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_two_processes_may_make_it_at_once(tmp_path: Path, cache: Path) -> None:

@@ -80,6 +80,7 @@ class TextSink:
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens
         self._num_prompt_tokens = num_prompt_tokens
         self._num_output_tokens = 0
         self._cumulative_logprob = None if params.logprobs is None else 0.0
@@ -93,10 +94,10 @@ class TextSink:
             self._num_output_tokens += 1
             if token.logprob is not None:
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + token.logprob
-            text, stopped = self._stop.push(self._detokenizer.push(token.token_id))
+            text, stopped = self._match(self._detokenizer.push(token.token_id))
         # After an error what is held back may be what failed: it stays where it is.
         if token.finish_reason and not stopped and token.error is None:
-            tail, stopped = self._stop.push(self._detokenizer.flush())
+            tail, stopped = self._match(self._detokenizer.flush())
             text += tail if stopped else tail + self._stop.flush()
         self._sink(
             Chunk(
@@ -116,3 +117,7 @@ class TextSink:
             )
         )
         return stopped
+
+    def _match(self, piece: str) -> tuple[str, bool]:
+        """Looks for stop strings behind the first `min_tokens` tokens, as vLLM does."""
+        return (piece, False) if self._num_output_tokens <= self._min_tokens else self._stop.push(piece)

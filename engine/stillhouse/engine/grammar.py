@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from stillhouse.engine.errors import InvalidRequest, StillhouseError
 from stillhouse.engine.sampling import StructuredOutputs
+
+# What a request may ask to be compiled: seconds, and a lexer that llguidance still takes.
+MAX_BYTES, MAX_CHOICES = 1 << 18, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class GrammarCompiler:
         """The constraint for one answer. Raises InvalidRequest with what llguidance says of a wrong grammar."""
         from llguidance import LLMatcher
 
+        _hold_size(wanted)
         try:
             grammar = _grammar(wanted)
             fault = LLMatcher.validate_grammar(grammar, self.tokenizer)
@@ -44,7 +48,9 @@ class GrammarCompiler:
             fault = str(error)
         if fault:
             raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {fault.splitlines()[0][:300]}")
-        return GrammarConstraint(LLMatcher(self.tokenizer, grammar), self.vocab_size)
+        constraint = GrammarConstraint(LLMatcher(self.tokenizer, grammar), self.vocab_size)
+        constraint.allowed()  # what is too large shows at the first token: here, and not in the engine's step
+        return constraint
 
 
 class GrammarConstraint:
@@ -74,6 +80,15 @@ class GrammarConstraint:
         return bool(self._matcher.is_stopped())
 
 
+def _hold_size(wanted: StructuredOutputs) -> None:
+    choices = wanted.value if wanted.kind == "choice" else []
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequest(f"structured_outputs.choice has {len(choices)} choices, at most {MAX_CHOICES} are taken")
+    size = sum(map(len, choices)) if choices else len(str(wanted.value))
+    if size > MAX_BYTES:
+        raise InvalidRequest(f"structured_outputs.{wanted.kind} is {size} long, at most {MAX_BYTES} are taken")
+
+
 def _grammar(wanted: StructuredOutputs) -> str:
     from llguidance import LLMatcher
 
@@ -84,5 +99,6 @@ def _grammar(wanted: StructuredOutputs) -> str:
     if wanted.kind == "regex":
         return str(LLMatcher.grammar_from_regex(wanted.value))
     if wanted.kind == "choice":
-        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in wanted.value)))
+        # As a grammar's alternatives, thousands of choices would be as many rows of a parser's table.
+        return str(LLMatcher.grammar_from_regex("|".join(f"(?:{re.escape(choice)})" for choice in wanted.value)))
     return str(LLMatcher.grammar_from_lark(wanted.value))

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ DATA = "model.onnx.data"
 FORMAT = 1
 # How many packed models are kept; the one unused for longest goes first.
 KEEP = 8
+LEFTOVER_S = 3600.0
 
 
 def prepacked_model(version: VersionDirectory, pack: Callable[[Path, Path], None], runtime: str) -> Path:
@@ -61,7 +63,7 @@ def _make(version: VersionDirectory, pack: Callable[[Path, Path], None], entry: 
             # Whose power is lost now must not find weights of the right size and another content.
             with (beside / name).open("rb") as file:
                 os.fsync(file.fileno())
-        stamp = {"key": key, "sizes": _sizes(beside), "graph_sha256": sha256_of(beside / MODEL)}
+        stamp = {"key": key, "files": _marks(beside), "graph_sha256": sha256_of(beside / MODEL)}
         (beside / STAMP).write_text(json.dumps(stamp), "utf-8")
         if entry.exists() and not _is_whole(entry, key):
             shutil.rmtree(entry)
@@ -78,20 +80,22 @@ def _make(version: VersionDirectory, pack: Callable[[Path, Path], None], entry: 
 
 
 def _is_whole(entry: Path, key: str) -> bool:
-    """Whether `entry` was made for `key` and none of its files is missing or cut short."""
+    """Whether `entry` was made for `key`, and its files are as they were left: none missing, cut short, written to."""
     try:
         stamp = json.loads((entry / STAMP).read_text("utf-8"))
         return bool(
             stamp["key"] == key
-            and stamp["sizes"] == _sizes(entry)
+            and stamp["files"] == _marks(entry)
             and stamp["graph_sha256"] == sha256_of(entry / MODEL)
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _sizes(entry: Path) -> dict[str, int]:
-    return {name: (entry / name).stat().st_size for name in (MODEL, DATA)}
+def _marks(entry: Path) -> dict[str, list[int]]:
+    """Of each file its bytes and when it was written to: to hash gigabytes would take longer than to pack them."""
+    found = {name: (entry / name).stat() for name in (MODEL, DATA)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def _key(version: VersionDirectory, runtime: str) -> str:
@@ -117,6 +121,9 @@ def _prune(root: Path) -> None:
     for entry in entries[KEEP:]:
         # A process that has it mapped keeps its pages.
         shutil.rmtree(entry, ignore_errors=True)
+    for leftover in root.glob(".*-*"):  # of a process that was killed while it packed
+        if leftover.stat().st_mtime < time.time() - LEFTOVER_S:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _root() -> Path:
