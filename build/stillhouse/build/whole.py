@@ -73,7 +73,7 @@ def _own_weight(base: Path, name: str) -> Any:
     """The base's weight `name` in FP32; of a tied head the embedding."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
