@@ -109,6 +109,8 @@ def test_the_defaults_are_the_practices(recipe: Any) -> None:
     ("line", "words"),
     [
         ("{", "line 2 is not JSON"),
+        pytest.param('{"a": ' + "1" * 5000 + "}", "line 2 is not JSON", id="digits"),
+        pytest.param("[" * 100_000, "line 2 is not JSON", id="depth"),
         ("[]", "record 2 is no JSON object"),
         ('{"instruction": "?", "output": ""}', "record 2 has no answer"),
         ('{"instruction": "", "output": "x"}', "nothing is asked"),

@@ -124,7 +124,11 @@ def test_encoding_length_and_language_are_filtered_each_with_its_reason(
     ("text", "masked"),
     [
         ("write to Ann.Lee+shop@mail.example.co.uk, please", "write to [EMAIL], please"),
+        ("ölaf@x.de, Ünal.k@firma.com, _x@x.de, joe@müller.de", "[EMAIL], [EMAIL], [EMAIL], [EMAIL]"),
+        ("o'brien@example.com or 'ann@example.com', -joe@x.de", "[EMAIL] or '[EMAIL]', -[EMAIL]"),
         ("call +44 20 7946 0958 or (030) 901820", "call [PHONE] or [PHONE]"),
+        ("06 12 34 56 78, 0043 1 5131234 and 1-800-555-1234", "[PHONE], [PHONE] and [PHONE]"),
+        ("01 02 03 04 05 06 07 and 2 00 10 20 30", "01 02 03 04 05 06 07 and 2 00 10 20 30"),
         ("call 555-867-5309 today", "call [PHONE] today"),
         ("card 4111 1111 1111 1111 it is", "card [CARD] it is"),
         ("card 4111-1111-1111-1111.", "card [CARD]."),
@@ -158,6 +162,23 @@ def test_masks_are_only_put_on_where_they_are_asked_for(tmp_path: Path, run: Any
     done = run('[[sources]]\npath = "data.jsonl"\n[personal_data]\nmask = ["email"]\n')
     assert tools.records(done)[0]["output"] == "Ask [EMAIL], or dial +1 212 555 0199."
     assert done.card["masked"] == {"email": 1}
+
+
+def test_masks_are_put_on_labels_and_kept_columns_and_groups_are_hashes(
+    tmp_path: Path, run: Any, made: Any, tools: Any
+) -> None:
+    who = [{"mail": f"ann{at % 2}@example.org", "seen": {"by": ["bob@example.org"]}} for at in range(12)]
+    rows = [row | who for row, who in zip(made(12), who, strict=True)]
+    tools.write(tmp_path / "data.jsonl", [*rows, rows[0]])
+    done = run(
+        '[[sources]]\npath = "data.jsonl"\ncolumns = { label = "mail", group = "mail" }\nkeep = ["mail", "seen"]\n'
+        '[personal_data]\nmask = ["email"]\n'
+    )
+    assert done.card["groups"] == 2
+    for file in done.path.glob("*.json*"):
+        assert "example.org" not in file.read_text("utf-8"), file
+    record = tools.records(done)[0]
+    assert (record["label"], record["mail"], record["seen"]) == ("[EMAIL]", "[EMAIL]", {"by": ["[EMAIL]"]})
 
 
 def test_where_nothing_is_left_the_run_says_which_step_took_it(tmp_path: Path, run: Any, made: Any, tools: Any) -> None:

@@ -2,13 +2,16 @@
 
 `stillhouse data prepare`, in the order of its files:
 data_recipe.py data_inputs.py            what is asked for, read and refused by name; its hashes
-readers.py hub_datasets.py records.py    raw records out of files; mapped, checked, read back
+source_files.py raw.py                   which files are read, and what a reader gives out
+readers.py json_files.py csv_files.py hub_datasets.py    raw records out of files
+records.py kept.py                       mapped, checked, read back
 intake.py personal.py store.py           into the store, masked; bad ones by file and line
-filters.py signatures.py duplicates.py   what is dropped: broken, foreign, there before
-contamination.py perplexity.py           leaked, too easy or too odd
+filters.py duplicates.py                 what is dropped: broken, foreign, there before
+own_texts.py sketches.py signatures.py   by what records are compared
+measured.py contamination.py perplexity.py    leaked, too easy or too odd
 synthetic.py endpoint.py                 made up by a model behind an OpenAI-compatible API
 screening.py steps.py                    the order of it, with counts
-splitting.py balance.py coverage.py      groups into splits, classes, what is thin
+grouping.py splitting.py balance.py coverage.py    groups, into splits, classes, what is thin
 writing.py dataset_files.py dataset_card.py data_pictures.py    the dataset's folder
 prepare.py data_commands.py              one whole, immutable version or none; the command line
 

@@ -1,110 +1,90 @@
 """Contamination: what the model will be measured on must not be in what it learns from.
 
-A record is dropped where its prompt is alike an evaluation's prompt (Jaccard similarity of shingles), or where an
-evaluation's prompt stands in the record's text (its runs of 8 words; Brown et al., 2020, appendix C, do it by 13).
+A record is dropped where its prompt is the same as an evaluation's, or alike (Jaccard similarity of shingles); and
+where an evaluation's prompt stands in it: a short one as a whole, one of 8 words or more by most of its runs of 8 words
+(Brown et al., 2020, appendix C, do it by 13).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.tune.data_recipe import DataRecipe, Source
-from stillhouse.tune.duplicates import text_of
-from stillhouse.tune.readers import Bad, read_file
-from stillhouse.tune.records import prompt_of
+from stillhouse.tune.data_recipe import DataRecipe
+from stillhouse.tune.measured import LONG_WORDS, WORDS, Prompt
+from stillhouse.tune.own_texts import SHARED_BY, Own
+from stillhouse.tune.records import Record, prompt_of, text_of
 from stillhouse.tune.signatures import alike_across, jaccard, plain, shingles, write_signatures
 from stillhouse.tune.store import Store
 
 STAGE = "contamination"
-# A shorter prompt is only found as a whole: a few words stand in many texts.
-WORDS = 8
 _CONTAINED = 0.8
-_PROMPTS = ("instruction", "prompt", "question", "query", "text")
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A prompt of an evaluation file and where it stands."""
-
-    prompt: str
-    place: dict[str, Any]
-
-
-def read_measured(recipe: DataRecipe) -> list[Measured]:
-    """The prompts of every evaluation file. Raises StillhouseError where one has none."""
-    found: list[Measured] = []
-    for file in map(Path, recipe.contamination.against):
-        if not file.is_file():
-            raise UsageError(
-                f"contamination.against: no such file: {file}", hint="paths in a recipe are relative to the recipe"
-            )
-        before = len(found)
-        for place, raw in read_file(file, Source(path=str(file))):
-            prompt = None if isinstance(raw, Bad) else _prompt(raw)
-            if prompt:
-                found.append(Measured(prompt, {"file": file.name, place.unit: place.line}))
-        if len(found) == before:
-            raise StillhouseError(
-                f"contamination.against: {file} has no prompt", hint=f"a record has one of {', '.join(_PROMPTS)}"
-            )
-    return found
-
-
-def drop_contaminated(store: Store, measured: list[Measured], recipe: DataRecipe, folder: Path) -> None:
+def drop_contaminated(store: Store, prompts: list[Prompt], own: Own, recipe: DataRecipe, folder: Path) -> None:
     """Drops every record that gives an evaluation's prompt away."""
-    runs = _runs_of(measured)
-    for number, found in _contained(store, measured, runs):
-        store.drop(number, STAGE, "holds a prompt that the model is measured on", same_as=found.place)
+    anywhere = [prompt for prompt in prompts if prompt.anywhere]
+    runs = _Runs(anywhere)
+    whole = {plain(prompt.text): prompt for prompt in prompts}
+    for number, record in store.living():
+        same = whole.get(plain(prompt_of(record))) or whole.get(plain(own.question(record)))
+        if found := same or runs.first_in(record):
+            reason = "asks what the model is measured on" if same else "holds a prompt that the model is measured on"
+            store.drop(number, STAGE, reason, same_as=found.place)
+    for number, found, similarity in list(_alike(store, anywhere, own, recipe, folder)):
+        if store.alive(number):
+            reason = f"{similarity:.3f} like a prompt that the model is measured on"
+            store.drop(number, STAGE, reason, similarity=round(similarity, 4), same_as=found.place)
+
+
+class _Runs:
+    """Runs of words by which prompts are found in longer texts."""
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self._prompts = prompts
+        self._holders: dict[int, list[int]] = {}
+        self._lengths: set[int] = set()
+        for index, prompt in enumerate(prompts):
+            words = plain(prompt.text).split()
+            if len(words) >= WORDS:
+                self._lengths.add(length := min(len(words), LONG_WORDS))
+                for run in _runs(words, length):
+                    self._holders.setdefault(run, []).append(index)
+        # A run that many prompts share is a form of words, and gives none of them away.
+        self._holders = {run: holders for run, holders in self._holders.items() if len(holders) < SHARED_BY}
+        counts = Counter(index for holders in self._holders.values() for index in holders)
+        self._needed = {index: max(1, round(_CONTAINED * count)) for index, count in counts.items()}
+
+    def first_in(self, record: Record) -> Prompt | None:
+        """The first prompt that stands in the record: a long one anywhere, a short one in its prompt."""
+        asked, text = plain(prompt_of(record)).split(), plain(text_of(record)).split()
+        runs = {
+            run
+            for length in self._lengths
+            for run in _runs(text if length == LONG_WORDS else asked, length)
+            if run in self._holders
+        }
+        hits = Counter(index for run in runs for index in self._holders[run])
+        return next((self._prompts[index] for index in sorted(hits) if hits[index] >= self._needed[index]), None)
+
+
+def _runs(words: list[str], length: int) -> set[int]:
+    return {hash(tuple(words[at : at + length])) for at in range(len(words) - length + 1)}
+
+
+def _alike(
+    store: Store, prompts: list[Prompt], own: Own, recipe: DataRecipe, folder: Path
+) -> Iterator[tuple[int, Prompt, float]]:
+    """Records whose question is at least `threshold` like a prompt, with that prompt and the exact similarity."""
     length, permutations = recipe.duplicates.shingle, recipe.duplicates.permutations
     numbers = [number for number, _ in store.living()]
-    ours = write_signatures(
-        (shingles(prompt_of(record), length) for _, record in store.living()), folder / "ours.u4", permutations
-    )
-    theirs = write_signatures((shingles(one.prompt, length) for one in measured), folder / "theirs.u4", permutations)
-    for row, other in alike_across(ours, theirs, recipe.contamination.threshold):
-        number = numbers[row]
-        if not store.alive(number):
-            continue
-        similarity = jaccard(shingles(prompt_of(store[number]), length), shingles(measured[other].prompt, length))
+    questions = (shingles(own.question(record), length) for _, record in store.living())
+    ours = write_signatures(questions, folder / "ours.signatures", permutations)
+    asked = (shingles(prompt.text, length) for prompt in prompts)
+    theirs = write_signatures(asked, folder / "theirs.signatures", permutations)
+    for row, other in alike_across(ours, theirs, recipe.contamination.threshold).tolist():
+        question = shingles(own.question(store[numbers[row]]), length)
+        similarity = jaccard(question, shingles(prompts[other].text, length))
         if similarity >= recipe.contamination.threshold:
-            reason = f"{similarity:.3f} like a prompt that the model is measured on"
-            store.drop(number, STAGE, reason, similarity=round(similarity, 4), same_as=measured[other].place)
-
-
-def _contained(store: Store, measured: list[Measured], runs: dict[int, list[int]]) -> Iterator[tuple[int, Measured]]:
-    needed = [max(1, round(_CONTAINED * len(set(_word_runs(one.prompt))))) for one in measured]
-    for number, record in store.living():
-        hits = Counter(index for run in set(_word_runs(text_of(record))) for index in runs.get(run, ()))
-        whole = next((index for index, count in sorted(hits.items()) if count >= needed[index]), None)
-        if whole is not None:
-            yield number, measured[whole]
-
-
-def _runs_of(measured: list[Measured]) -> dict[int, list[int]]:
-    """Which prompts have a run of words."""
-    runs: dict[int, list[int]] = {}
-    for index, one in enumerate(measured):
-        for run in set(_word_runs(one.prompt)):
-            runs.setdefault(run, []).append(index)
-    return runs
-
-
-def _word_runs(text: str) -> list[int]:
-    words = plain(text).split()
-    return [hash(tuple(words[at : at + WORDS])) for at in range(len(words) - WORDS + 1)]
-
-
-def _prompt(raw: dict[str, Any]) -> str | None:
-    """What is asked in a record of whatever form: messages but the last answer, or one of the usual columns."""
-    messages = raw.get("messages")
-    if isinstance(messages, list):
-        turns = [message for message in messages if isinstance(message, dict)]
-        asked = [str(message.get("content", "")) for message in turns if message.get("role") == "user"]
-        return "\n\n".join(asked) or None
-    first = next((str(raw[name]) for name in _PROMPTS if raw.get(name)), "")
-    return f"{first}\n\n{raw['input']}" if first and raw.get("input") else first or None
+            yield numbers[row], prompts[other], similarity

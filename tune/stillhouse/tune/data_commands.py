@@ -66,6 +66,6 @@ def _show(done: Prepared) -> None:
     else:
         print(f"the same inputs are version {card['version']}; nothing new (--force makes one)")
     sizes = ", ".join(f"{split['records']} {name}" for name, split in card["splits"].items())
-    rejected = sum(source["rejected"] for source in card["sources"])
+    rejected = sum(source["rejected"] for source in (*card["sources"], *card.get("measured_on", [])))
     print(f"{sizes}; {rejected} bad records: {done.path / 'rejects.jsonl'}" if rejected else sizes)
     print(f"dataset: {done.path}")

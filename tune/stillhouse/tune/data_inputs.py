@@ -7,8 +7,8 @@ from typing import Any
 
 from stillhouse.build.cache import key_of
 from stillhouse.engine.directory import sha256_of
-from stillhouse.tune.data_recipe import DataRecipe
-from stillhouse.tune.readers import files_of, form_of, label_of
+from stillhouse.tune.data_recipe import DataRecipe, Source
+from stillhouse.tune.source_files import files_of, form_of, label_of
 
 
 def inputs_of(recipe: DataRecipe, sources: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -21,36 +21,37 @@ def inputs_of(recipe: DataRecipe, sources: list[dict[str, Any]] | None = None) -
 
 def sources_of(recipe: DataRecipe) -> list[dict[str, Any]]:
     """Every file that is read, named as seen from the recipe, its size and hash; a dataset on the hub by its id."""
-    found: list[dict[str, Any]] = []
-    for source in recipe.sources:
-        files = files_of(source)
-        if form_of(source) == "dataset":
-            digest = key_of({str(file.relative_to(source.path)): sha256_of(file) for file in files}) if files else None
-            size = sum(file.stat().st_size for file in files) if files else None
-            found.append({"path": label_of(source.path, recipe.folder), "bytes": size, "sha256": digest})
-            continue
-        for file in files:
-            label = label_of(str(file), recipe.folder)
-            found.append({"path": label, "bytes": file.stat().st_size, "sha256": sha256_of(file)})
-    return found
+    return [file for source in recipe.sources for file in _files(source, recipe.folder, "sources")]
+
+
+def _files(source: Source, folder: str, key: str) -> list[dict[str, Any]]:
+    files = files_of(source, key)
+    if form_of(source) == "dataset":
+        digest = key_of({str(file.relative_to(source.path)): sha256_of(file) for file in files}) if files else None
+        size = sum(file.stat().st_size for file in files) if files else None
+        return [{"path": label_of(source.path, folder), "bytes": size, "sha256": digest}]
+    return [
+        {"path": label_of(str(file), folder), "bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+    ]
 
 
 def portable(recipe: DataRecipe) -> dict[str, Any]:
     """The recipe with paths as seen from its folder: the same wherever it lies."""
     plain = recipe.model_dump(mode="json")
-    for source in plain["sources"]:
+    for source in (*plain["sources"], *plain["contamination"]["against"]):
         source["path"] = label_of(source["path"], recipe.folder)
-    against = plain["contamination"]["against"]
-    plain["contamination"]["against"] = [label_of(file, recipe.folder) for file in against]
     for table, key in ((plain, "base"), (plain["perplexity"] or {}, "model")):
         if table.get(key):
             table[key] = label_of(table[key], recipe.folder)
     return plain
 
 
-def _other_inputs(recipe: DataRecipe) -> list[str]:
+def _other_inputs(recipe: DataRecipe) -> list[Any]:
     """Hashes of what is read beside the sources: evaluation files, and the scoring model's weights."""
-    files = [Path(file) for file in recipe.contamination.against]
-    if recipe.scoring_model:
-        files += sorted(Path(recipe.scoring_model).glob("*.safetensors"))
-    return [sha256_of(file) for file in files if file.is_file()]
+    against = [
+        file["sha256"]
+        for source in recipe.contamination.against
+        for file in _files(source, recipe.folder, "contamination.against")
+    ]
+    model = sorted(Path(recipe.scoring_model).glob("*.safetensors")) if recipe.scoring_model else []
+    return against + [sha256_of(file) for file in model if file.is_file()]

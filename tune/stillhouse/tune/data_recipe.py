@@ -15,6 +15,7 @@ Share = float
 FORMATS = ("jsonl", "json", "csv", "parquet", "dataset")
 FIELDS = ("instruction", "input", "output", "messages", "label", "group")
 _SHARED = ("name", "base", "revision")
+MEASURED_ON = ("records", "tasks", "general", "general_tasks")  # keys of [evaluate] whose files have prompts
 PERSONAL = ("email", "phone", "card", "id")
 
 
@@ -79,10 +80,20 @@ class Duplicates(_Table):
 
 
 class Contamination(_Table):
-    """[contamination]: evaluation files whose prompts must not be in the data; alike by `threshold`, or contained."""
+    """[contamination]: evaluation files whose prompts must not be in the data; alike by `threshold`, or contained.
 
-    against: list[str] = []
+    A file is a path, or a table like one of [[sources]]. Those of the recipe's [evaluate] are always among them.
+    """
+
+    against: list[Source] = []
     threshold: Share = Field(default=0.8, gt=0, le=1)
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _plain_strings(cls, against: Any) -> Any:
+        if not isinstance(against, list):
+            return against
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in against]
 
 
 class Perplexity(_Table):
@@ -213,7 +224,8 @@ def load_data_recipe(path: Path) -> DataRecipe:
     A recipe.toml of the other rooms holds it as a table [data], whose name and base are those above it, or names its
     file: data = "data.toml".
     """
-    tables = read_tables(path)
+    tables, outer = read_tables(path), path.resolve().parent
+    evaluate = tables.get("evaluate", {})
     within: tuple[str, ...] = ()
     if isinstance(named := tables.get("data"), str):
         path = path.resolve().parent / Path(named).expanduser()
@@ -226,12 +238,8 @@ def load_data_recipe(path: Path) -> DataRecipe:
     recipe = validated(path, DataRecipe, tables, within=within)
     folder = path.resolve().parent
     update: dict[str, Any] = {
-        "sources": [source.model_copy(update={"path": _resolved(source, folder)}) for source in recipe.sources],
-        "contamination": recipe.contamination.model_copy(
-            update={
-                "against": [str((folder / Path(file).expanduser()).resolve()) for file in recipe.contamination.against]
-            }
-        ),
+        "sources": [_resolved(source, folder) for source in recipe.sources],
+        "contamination": recipe.contamination.model_copy(update={"against": _against(recipe, folder, evaluate, outer)}),
     }
     if recipe.base:
         update["base"] = resolve_source(recipe.base, folder)
@@ -248,8 +256,17 @@ def load_data_recipe(path: Path) -> DataRecipe:
     return resolved
 
 
-def _resolved(source: Source, folder: Path) -> str:
-    """The source's path made absolute; a hub id stays one where no such folder is there."""
+def _resolved(source: Source, folder: Path) -> Source:
+    """The source with its path made absolute; a hub id stays one where no such folder is there."""
     local = (folder / Path(source.path).expanduser()).resolve()
     is_hub = source.format in (None, "dataset") and HUB_ID.fullmatch(source.path) and not Path(source.path).suffix
-    return source.path if is_hub and not local.exists() else str(local)
+    return source.model_copy(update={"path": source.path if is_hub and not local.exists() else str(local)})
+
+
+def _against(recipe: DataRecipe, folder: Path, evaluate: Any, outer: Path) -> list[Source]:
+    """The evaluation files that [contamination] names, and those of [evaluate] in the recipe of all rooms."""
+    named = [_resolved(source, folder) for source in recipe.contamination.against]
+    files = [evaluate[key] for key in MEASURED_ON if isinstance(evaluate, dict) and isinstance(evaluate.get(key), str)]
+    own = [_resolved(Source(path=file), outer) for file in files]
+    known = {source.path for source in named}
+    return named + [source for source in own if source.path not in known]

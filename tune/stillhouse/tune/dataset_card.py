@@ -47,7 +47,11 @@ def _splits(card: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def _extras(card: dict[str, Any]) -> list[str]:
-    found = []
+    found = [
+        f"Held against {one['path']}: {one['records'] - one['rejected']} prompts"
+        + (f", and {one['rejected']} records that ask nothing or could not be read." if one["rejected"] else ".")
+        for one in card["measured_on"]
+    ]
     if card["masked"]:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in card["masked"].items())
         found.append(f"Personal data masked: {kinds}.")

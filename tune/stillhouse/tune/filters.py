@@ -9,8 +9,7 @@ from typing import Any
 
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune.data_recipe import Filters
-from stillhouse.tune.duplicates import text_of
-from stillhouse.tune.records import Record, answer_of, prompt_of
+from stillhouse.tune.records import Record, answer_of, prompt_of, text_of
 from stillhouse.tune.store import Store
 
 # All control characters but tab, line feed and carriage return; U+FFFD stands where a byte could not be decoded.

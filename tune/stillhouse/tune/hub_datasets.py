@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune.data_recipe import Source
-from stillhouse.tune.readers import Place, Raw
+from stillhouse.tune.raw import Place, Raw
 
 
 def read_dataset(source: Source) -> Iterator[Raw]:

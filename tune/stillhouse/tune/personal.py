@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b")
+_EMAIL = re.compile(r"(?<!\w)\w[\w.+'-]{0,63}@(?:[\w-]{1,63}\.)+(?:xn--[\w-]{2,59}|[^\W\d_]{2,24})\b")
 _DIGITS = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w-])")
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?!\w)")
@@ -20,10 +20,16 @@ _NAMED_ID = re.compile(
     r"(?:\s+(?:number|no\.?|nr\.?)|\s*[:#])(?:\s*:|\s+is)?\s*)((?=(?:[A-Z-]*\d){4})[A-Z0-9-]{6,20})\b",
     re.IGNORECASE,
 )
-# Starts with + or (, or is set in groups: a bare run of digits may be anything, an order's number too.
+# Starts with +, 00 or (, or is set in groups: a bare run of digits may be anything, an order's number too.
 _PHONE = re.compile(
-    r"(?<!\d )(?<![\w.,/-])(?:\+\d{1,3}(?:[ .()/-]{0,3}\d){6,13}|\(\d{2,5}\)(?:[ .-]?\d){5,9}|\d{3}[ .-]\d{3}[ .-]\d{4}"
-    r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5})(?![\w-])"
+    r"(?<!\d )(?<![\w.,/-])(?:"
+    r"\+\d{1,3}(?:[ .()/-]{0,3}\d){6,13}"
+    r"|00[1-9]\d{0,2}[ ./-](?:[ .()/-]{0,3}\d){6,13}"
+    r"|\(\d{2,5}\)(?:[ .-]?\d){5,9}"
+    r"|(?:1[ .-])?\d{3}[ .-]\d{3}[ .-]\d{4}"
+    r"|0[1-9](?:[ .-]\d\d){4}(?![ .-]\d)"
+    r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5}"
+    r")(?![\w-])"
 )
 
 
@@ -32,6 +38,7 @@ class Masker:
 
     def __init__(self, kinds: Sequence[str]) -> None:
         # Cards and identity numbers first: a phone's form would take parts of them.
+        self.kinds = tuple(kinds)
         self._masks = [mask for kind, mask in _MASKS.items() if kind in kinds]
         self.found: Counter[str] = Counter()
 

@@ -8,12 +8,15 @@ says where it came from.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stillhouse.engine.errors import UsageError, shown
 from stillhouse.tune.data_recipe import Source
+from stillhouse.tune.kept import changed, kept_value, whole_text
 
 Record = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -26,6 +29,7 @@ _USUAL = {
     "label": ("label",),
     "group": ("group",),
 }
+_MASKED_APART = ("instruction", "input", "output", "messages", "group")
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -42,20 +46,39 @@ class Mapping:
 
     def record(self, raw: dict[str, Any]) -> Record:
         """The record in our fields, checked. Raises BadRecord."""
-        fields = {field: column for field in _USUAL if (column := self._column(field, raw))}
-        missing = [f"column {column!r}" for column in self._named.values() if column not in raw]
-        if missing:
-            raise BadRecord(f"has no {missing[0]}")
+        fields = self._fields(raw)
+        record: Record
         if "messages" in fields and ("messages" in self._named or "output" not in fields):
-            record: Record = {"messages": _messages(raw[fields["messages"]])}
+            record = {"messages": _messages(raw[fields["messages"]])}
+            _check_answered(record["messages"])
         else:
-            record = _instruction(raw, fields)
+            record = _instruction(raw, fields) | {"output": _output(raw, fields)}
         for field in ("label", "group"):
-            if field in fields and (value := raw[fields[field]]) not in (None, ""):
-                if isinstance(value, (dict, list, float)):
-                    raise BadRecord(f"has a {field} that is {_kind(value)}, not a text")
-                record[field] = str(value)
-        return record | {column: raw[column] for column in self._keep if column in raw}
+            if field in fields and (value := _name(field, raw[fields[field]])):
+                record[field] = value
+        for column in self._keep:
+            if column in raw and column not in record:
+                try:
+                    record[column] = kept_value(raw[column])
+                except ValueError as error:
+                    raise BadRecord(f"has a column {column!r} that {error}") from None
+        return record
+
+    def asked(self, raw: dict[str, Any]) -> Record:
+        """A record of which only what is asked matters: its answer may be of any kind, or none. Raises BadRecord."""
+        fields = self._fields(raw)
+        if "messages" in fields and ("messages" in self._named or "instruction" not in fields):
+            messages = _messages(raw[fields["messages"]])
+            answer = [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": ""}]
+            return {"messages": messages + answer}
+        if "instruction" not in fields and "text" in raw:
+            fields["instruction"] = "text"
+        return _instruction(raw, fields) | {"output": ""}
+
+    def is_record(self, raw: dict[str, Any]) -> bool:
+        """Whether an object has the columns of a record, and not records in it."""
+        found = {field for field in _USUAL if self._column(field, raw)}
+        return "messages" in found or {"instruction", "output"} <= found
 
     def check_columns(self, where: str, columns: Sequence[str]) -> None:
         """Raises UsageError where a table with these columns cannot give records."""
@@ -66,6 +89,14 @@ class Mapping:
         if "messages" not in found and not {"instruction", "output"} <= found:
             missing = "instruction" if "instruction" not in found else "output"
             raise _no_column(where, f"for {missing}", columns)
+
+    def _fields(self, raw: dict[str, Any]) -> dict[str, str]:
+        """The column of every field that the record has."""
+        for column in self._named.values():
+            if column not in raw:
+                raise BadRecord(f"has no column {column!r}")
+        found = {field: self._column(field, raw) for field in _USUAL}
+        return {field: column for field, column in found.items() if column is not None}
 
     def _column(self, field: str, raw: dict[str, Any]) -> str | None:
         if field in self._named:
@@ -86,6 +117,11 @@ def answer_of(record: Record) -> str:
     return str(record["messages"][-1]["content"] if "messages" in record else record["output"])
 
 
+def text_of(record: Record) -> str:
+    """Prompt and answer."""
+    return f"{prompt_of(record)}\n{answer_of(record)}"
+
+
 def conversation_of(record: Record) -> list[dict[str, str]]:
     """The record as messages whose last one is the answer."""
     if "messages" in record:
@@ -93,7 +129,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt_of(record)}, {"role": "assistant", "content": answer_of(record)}]
 
 
-def with_texts(record: Record, change: Any) -> Record:
+def with_texts(record: Record, change: Callable[[str], str]) -> Record:
     """The record with `change(text)` in place of each of its texts."""
     if "messages" in record:
         messages = [message | {"content": change(message["content"])} for message in record["messages"]]
@@ -101,18 +137,52 @@ def with_texts(record: Record, change: Any) -> Record:
     return record | {field: change(record[field]) for field in ("instruction", "input", "output")}
 
 
+def masked(record: Record, mask: Callable[[str], str]) -> Record:
+    """The record with `mask(text)` in place of each text in it, its label's and columns' too; its group is a hash."""
+    other = {name: changed(value, mask) for name, value in record.items() if name not in _MASKED_APART}
+    group = {"group": hashlib.sha256(record["group"].encode()).hexdigest()[:16]} if "group" in record else {}
+    return with_texts(record, mask) | other | group
+
+
 def _instruction(raw: dict[str, Any], fields: dict[str, str]) -> Record:
-    record: Record = {}
-    for field in ("instruction", "input", "output"):
-        value = raw[fields[field]] if field in fields else None
-        if value is None and field != "input":
-            raise BadRecord(f"has no {field}" + (f" ({fields[field]} is null)" if field in fields else ""))
-        record[field] = _text(field, "" if value is None else value)
+    """Instruction and input."""
+    record: Record = {"instruction": _required("instruction", raw, fields), "input": ""}
+    if "input" in fields and not _is_missing(raw[fields["input"]]):
+        record["input"] = _text("input", raw[fields["input"]])
     if not record["instruction"].strip() and not record["input"].strip():
         raise BadRecord("has an empty instruction")
-    if not record["output"].strip():
-        raise BadRecord("has an empty output")
     return record
+
+
+def _output(raw: dict[str, Any], fields: dict[str, str]) -> str:
+    output = _required("output", raw, fields)
+    if not output.strip():
+        raise BadRecord("has an empty output")
+    return output
+
+
+def _required(field: str, raw: dict[str, Any], fields: dict[str, str]) -> str:
+    value = raw[fields[field]] if field in fields else None
+    if _is_missing(value):
+        raise BadRecord(f"has no {field}" + (f" ({fields[field]} is null)" if field in fields else ""))
+    return _text(field, value)
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, or what stands for it where a table has it among numbers: NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _name(field: str, value: Any) -> str:
+    """A class or a group as text; "" for none. A whole number is one without ".0": where some are missing, pandas
+    writes all of them as floats."""
+    if _is_missing(value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (dict, list, float, bytes)):
+        raise BadRecord(f"has a {field} that is {_kind(value)}, not a text")
+    return _text(field, str(value))
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -122,13 +192,16 @@ def _messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise BadRecord(f"has messages that are {_kind(value)}, not a list of messages")
     messages = [_message(number, message) for number, message in enumerate(value)]
+    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
+        raise BadRecord("has messages in which no user asks anything")
+    return messages
+
+
+def _check_answered(messages: list[dict[str, str]]) -> None:
     if messages[-1]["role"] != "assistant":
         raise BadRecord(f"ends with the turn of the {messages[-1]['role']}: there is no answer")
     if not messages[-1]["content"].strip():
         raise BadRecord("has an empty answer")
-    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
-        raise BadRecord("has messages in which no user asks anything")
-    return messages
 
 
 def _message(number: int, message: Any) -> dict[str, str]:
@@ -146,10 +219,9 @@ def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"has {field} that is {_kind(value)}, not a text")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRecord(f"has half a character (a lone surrogate) in {field}") from None
-    return value
+        return whole_text(value)
+    except ValueError as error:
+        raise BadRecord(f"{error} in {field}") from None
 
 
 def _kind(value: Any) -> str:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stillhouse.engine.errors import StillhouseError
-from stillhouse.tune.contamination import drop_contaminated, read_measured
+from stillhouse.tune.contamination import drop_contaminated
 from stillhouse.tune.data_recipe import DataRecipe
-from stillhouse.tune.duplicates import drop_exact, drop_near, groups_of, same_prompts
+from stillhouse.tune.duplicates import drop_exact, drop_near
 from stillhouse.tune.filters import FILTERS, drop_filtered
+from stillhouse.tune.grouping import groups_of
 from stillhouse.tune.intake import Read, take_in
+from stillhouse.tune.measured import prompts_of, read_measured
+from stillhouse.tune.own_texts import Own, own_of
 from stillhouse.tune.personal import Masker
-from stillhouse.tune.readers import label_of
+from stillhouse.tune.sketches import Sketches
+from stillhouse.tune.source_files import label_of
 from stillhouse.tune.steps import Steps
 from stillhouse.tune.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,6 +35,7 @@ class Screened:
 
     store: Store
     read: Read
+    measured: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     groups: list[int] = field(default_factory=list)
     masked: dict[str, int] = field(default_factory=dict)
@@ -40,13 +49,14 @@ def screen(recipe: DataRecipe, folder: Path, work: Path, journals: Path, steps: 
 
     What an endpoint answered is kept in `journals`, beside the versions. Raises StillhouseError where nothing is left.
     """
-    measured = read_measured(recipe)
+    rejects = folder / "rejects.jsonl"
+    measured = read_measured(recipe, rejects)
     with Store(work, folder / "removed.jsonl") as store:
         masker = Masker(recipe.personal_data.mask)
         with steps.step("read"):
-            read = take_in(recipe, store, folder / "rejects.jsonl", masker)
+            read = take_in(recipe, store, rejects, masker)
         stages = [{"stage": "read", "before": _total(read, "records"), "after": len(store)}]
-        screened = Screened(store, read, stages)
+        screened = Screened(store, read, measured.files, stages)
 
         def stage(name: str, run: Callable[[], Any]) -> Any:
             before = store.count()
@@ -54,26 +64,29 @@ def screen(recipe: DataRecipe, folder: Path, work: Path, journals: Path, steps: 
                 result = run()
             again = ", again" if any(one["stage"] == name for one in stages) else ""
             stages.append({"stage": name + again, "before": before, "after": store.count()})
+            _warn_of_half(name, before, store.count())
             if not store.count():
                 raise StillhouseError(f"no record is left after the step {name!r}", hint=_why(stages))
             return result
 
-        def sift(start: int = 0) -> list[tuple[int, int]]:
+        def sift(start: int = 0) -> tuple[Own, Sketches]:
             _filter(store, recipe, start, stages, steps)
+            own = own_of(chain((record for _, record in store.living()), (one.record for one in measured.asked)))
             if recipe.duplicates.exact:
                 stage("exact duplicates", lambda: drop_exact(store))
-            pairs: list[tuple[int, int]] = stage("near-duplicates", lambda: drop_near(store, recipe.duplicates, work))
-            if measured:
-                stage("contamination", lambda: drop_contaminated(store, measured, recipe, work))
-            return pairs
+            texts: Sketches = stage("near-duplicates", lambda: drop_near(store, own, recipe.duplicates, work))
+            if measured.asked:
+                prompts = prompts_of(measured.asked, own)
+                stage("contamination", lambda: drop_contaminated(store, prompts, own, recipe, work))
+            return own, texts
 
-        pairs = sift()
+        own, texts = sift()
         if recipe.synthetic:
             from stillhouse.tune.synthetic import add_synthetic
 
             start = len(store)
             made = stage("synthetic", lambda: add_synthetic(recipe, store, masker, journals))
-            pairs = sift(start)
+            own, texts = sift(start)
             kept = sum(1 for _ in store.living(start))
             screened.synthetic = made | {"kept": kept}
         if recipe.perplexity and recipe.scoring_model:
@@ -85,8 +98,8 @@ def screen(recipe: DataRecipe, folder: Path, work: Path, journals: Path, steps: 
             )
             screened.perplexity = {"model": label_of(model, recipe.folder), **scored}
         with steps.step("groups"):
-            alike = [*pairs, *same_prompts(store, recipe.duplicates, work), *_asked_for(store)]
-            screened.groups = groups_of(len(store), alike)
+            screened.groups = groups_of(store, texts, own, recipe.duplicates, work)
+            _warn_of_one_group(store, screened.groups)
         screened.masked = dict(sorted(masker.found.items()))
         store.flush()
         yield screened
@@ -100,17 +113,28 @@ def _filter(store: Store, recipe: DataRecipe, start: int, stages: list[dict[str,
     for name in FILTERS:
         after = before - (store.dropped[name] - dropped[name])
         stages.append({"stage": name + (", again" if start else ""), "before": before, "after": after})
+        _warn_of_half(name, before, after)
         before = after
     if not store.count():
         raise StillhouseError("no record passes the filters", hint=_why(stages))
 
 
-def _asked_for(store: Store) -> Iterator[tuple[int, int]]:
-    """Pairs of records with the same value in the column that the recipe calls their group."""
-    first: dict[str, int] = {}
-    for number, record in store.living():
-        if "group" in record:
-            yield first.setdefault(record["group"], number), number
+def _warn_of_half(name: str, before: int, after: int) -> None:
+    if after < before / 2:
+        log.warning(
+            "warning: the step %r drops %d of %d records; is that meant? removed.jsonl has each with its reason",
+            name, before - after, before,
+        )  # fmt: skip
+
+
+def _warn_of_one_group(store: Store, groups: list[int]) -> None:
+    largest = Counter(groups[number] for number in range(len(store)) if store.alive(number)).most_common(1)[0][1]
+    if 2 < store.count() < 2 * largest:
+        log.warning(
+            "warning: %d of %d records are alike, or called a group, and go into one split; "
+            "a larger duplicates.group tells more of them apart",
+            largest, store.count(),
+        )  # fmt: skip
 
 
 def _total(read: Read, kind: str) -> int:

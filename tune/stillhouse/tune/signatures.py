@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 _NO_WORD = re.compile(r"[\W_]+")
 _FACTOR = np.uint32(0x01000193)
-# Neighbours in a bucket that a text is compared with; the first one always is. Bounds what a huge bucket costs.
+# Neighbours in a bucket that a text is compared with; the lowest one always is. Bounds what a huge bucket costs.
 _WINDOW = 12
+_ORDERED_BY = 3  # bands: the bucket's own, and those by which the rows in it are ordered
 _CHUNK = 20_000
-_FOUND = 0.97
+# The probability that a pair at the threshold is looked at. What is joined into groups has many a pair.
+_FOUND, _SURELY = 0.97, 0.9999
 # A signature's estimate strays by about sqrt(s (1 - s) / permutations), 0.035 at 0.8 and 128. What it puts this far
 # below a threshold is not looked at.
 _MARGIN = 0.12
@@ -67,29 +69,49 @@ def write_signatures(sets: Iterable[NDArray[np.uint32]], file: Path, permutation
 
 def alike(signatures: NDArray[np.uint32], threshold: float) -> Pairs:
     """Pairs (P, 2) of rows i < j whose signatures are likely at least `threshold` alike, sorted by j, then i."""
-    bands, rows = _bands(threshold, signatures.shape[1])
-    found = [_near(signatures, _neighbours(_keys(signatures, band, rows)), threshold) for band in range(bands)]
-    return _sorted(found)
+    rows = np.arange(len(signatures))
+    return _sorted([likely(signatures, pairs, threshold) for pairs in by_band(signatures, threshold, rows, _SURELY)])
+
+
+def by_band(
+    signatures: NDArray[np.uint32], threshold: float, rows: NDArray[np.int64], found: float = _FOUND
+) -> Iterator[Pairs]:
+    """Pairs (P, 2) of rows i < j among `rows` that share a band's values, a band at a time; most are not alike."""
+    bands, width = _bands(threshold, signatures.shape[1], found)
+    for band in range(bands):
+        keys = [_keys(signatures, (band + further) % bands, width)[rows] for further in range(_ORDERED_BY)]
+        yield rows[_neighbours(keys)]
+
+
+def likely(signatures: NDArray[np.uint32], pairs: Pairs, threshold: float, other: Any = None) -> Pairs:
+    """Those of `pairs`, each once, whose whole signatures agree well enough; the second row is one of `other`."""
+    other = signatures if other is None else other
+    kept = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = np.unique(pairs[start : start + _CHUNK], axis=0)
+        agreement = (signatures[chunk[:, 0]] == other[chunk[:, 1]]).mean(axis=1)
+        kept.append(chunk[agreement >= threshold - _MARGIN])
+    return np.concatenate(kept)
 
 
 def alike_across(one: NDArray[np.uint32], other: NDArray[np.uint32], threshold: float) -> Pairs:
     """Pairs (P, 2) of a row of `one` and a row of `other` that are likely at least `threshold` alike."""
-    bands, rows = _bands(threshold, one.shape[1])
-    both = [_matches(_keys(one, band, rows), _keys(other, band, rows)) for band in range(bands)]
-    return _sorted([_near(one, pairs, threshold, other) for pairs in both])
+    bands, width = _bands(threshold, one.shape[1], _SURELY)
+    both = [_matches(_keys(one, band, width), _keys(other, band, width)) for band in range(bands)]
+    return _sorted([likely(one, pairs, threshold, other) for pairs in both])
 
 
 def _itself(value: int) -> int:
     return value
 
 
-def _bands(threshold: float, permutations: int) -> tuple[int, int]:
-    """Bands and rows a band: as many rows as find a pair at the threshold with a probability of 0.97 or more.
+def _bands(threshold: float, permutations: int, found: float) -> tuple[int, int]:
+    """Bands and rows a band: as many rows as find a pair at the threshold with at least the probability `found`.
 
     A pair of similarity s shares a band of r rows with the probability s^r, and one of b bands with 1 - (1 - s^r)^b.
     """
     rows = 1
-    while 1 - (1 - threshold ** (rows + 1)) ** (permutations // (rows + 1)) >= _FOUND and rows < permutations:
+    while 1 - (1 - threshold ** (rows + 1)) ** (permutations // (rows + 1)) >= found and rows < permutations:
         rows += 1
     return permutations // rows, rows
 
@@ -103,19 +125,26 @@ def _keys(signatures: NDArray[np.uint32], band: int, rows: int) -> NDArray[np.ui
     return keys
 
 
-def _neighbours(keys: NDArray[np.uint64]) -> Pairs:
-    """Pairs of rows with one key: each with the bucket's first, and with those close before it."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    new = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(keys) else np.empty(0, dtype=bool)
-    first = np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0)) if len(keys) else order
-    pairs = [np.stack([order[first[~new]], order[~new]], axis=1)]
-    for distance in range(1, min(_WINDOW, len(keys) - 1) + 1):
+def _neighbours(keys: list[NDArray[np.uint64]]) -> Pairs:
+    """Pairs i < j of rows with one `keys[0]`: each with its bucket's lowest, and with those that stand next to it.
+
+    Within a bucket rows stand by the keys that follow: in a large one, those that are most alike are neighbours.
+    """
+    order = np.lexsort(keys[::-1])
+    ordered = keys[0][order]
+    pairs = [np.empty((0, 2), dtype=np.int64)]
+    if len(order):
+        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        sizes = np.diff(np.append(starts, len(order)))
+        lowest = np.repeat(np.minimum.reduceat(order, starts), sizes)
+        others = lowest != order
+        pairs.append(np.stack([lowest[others], order[others]], axis=1))
+    for distance in range(1, min(_WINDOW, len(order) - 1) + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(same):
             break
         pairs.append(np.stack([order[same], order[same + distance]], axis=1))
-    found: Pairs = np.concatenate(pairs).astype(np.int64, copy=False)
+    found: Pairs = np.sort(np.concatenate(pairs), axis=1)
     return found
 
 
@@ -132,17 +161,6 @@ def _matches(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> Pairs:
         pairs.append(np.stack([rows, order[left[rows] + distance]], axis=1))
     found: Pairs = np.concatenate(pairs).astype(np.int64, copy=False)
     return found
-
-
-def _near(signatures: NDArray[np.uint32], pairs: Pairs, threshold: float, other: Any = None) -> Pairs:
-    """Those of `pairs` whose whole signatures agree well enough."""
-    other = signatures if other is None else other
-    kept = [np.empty((0, 2), dtype=np.int64)]
-    for start in range(0, len(pairs), _CHUNK):
-        chunk = np.unique(pairs[start : start + _CHUNK], axis=0)
-        agreement = (signatures[chunk[:, 0]] == other[chunk[:, 1]]).mean(axis=1)
-        kept.append(chunk[agreement >= threshold - _MARGIN])
-    return np.concatenate(kept)
 
 
 def _sorted(found: list[Pairs]) -> Pairs:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError
+from stillhouse.tune.raw import why_not_json
 
 SUFFIXES = (".jsonl", ".parquet")
 _HINT = 'a line: {"instruction": "…", "input": "", "output": "…"} or {"messages": […]}'
@@ -72,8 +73,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StillhouseError(f"{path}: line {number} is not JSON: {error}", hint=_HINT) from None
+        except (ValueError, RecursionError) as error:
+            raise StillhouseError(f"{path}: line {number} is not JSON: {why_not_json(error)}", hint=_HINT) from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

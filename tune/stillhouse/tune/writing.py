@@ -57,6 +57,7 @@ def write_dataset(
     with steps.step("coverage"):
         coverage = cover(store, splits, recipe.coverage, recipe.seed)
     card = {
+        "measured_on": screened.measured,
         "stages": screened.stages,
         "splits": written,
         "groups": len({screened.groups[number] for number in splits}),
