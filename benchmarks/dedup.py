@@ -5,8 +5,9 @@
 
 Records are made up, with what is known of each (made_records.py): bad ones, exact and near copies, leaks of a prompt
 that a model would be measured on. How alike a pair is, is computed exactly (the Jaccard similarity of the shingles), so
-precision and recall are of the definition: pairs at or above the threshold. Three quarters of a templated record are the
-same in all of them; none is a duplicate for that. Each count runs in a process of its own, whose peak memory is its own.
+precision and recall are of the definition: pairs at or above the threshold. Three quarters of a templated record are
+the same in all of them; none is a duplicate for that. Each count runs in a process of its own, with a peak memory of
+its own.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run_one(file: Path, folder: Path) -> dict[str, Any]:
         asked = read_measured(recipe, rejects).asked
         take_in(recipe, store, rejects, Masker([]))
         drop_filtered(store, recipe.filters)
-        own = own_of(record for _, record in store.living())
+        own = own_of((record for _, record in store.living()), recipe.duplicates, folder)
         at.append(time.monotonic())
         drop_exact(store)
         at.append(time.monotonic())
@@ -76,7 +77,7 @@ def run_one(file: Path, folder: Path) -> dict[str, Any]:
         at.append(time.monotonic())
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         store.flush()
-        gone = {entry["record"]["number"]: entry["stage"] for entry in map(json.loads, removed.open())}
+        gone = {entry["record"]["number"]: entry for entry in map(json.loads, removed.open())}
         lines = file.read_bytes().count(b"\n")
         bad = set(json.loads(file.with_name("bad.json").read_text("utf-8")))
         rejected = {entry["line"] - 1 for entry in map(json.loads, rejects.open())}
@@ -104,11 +105,12 @@ def _differences(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _duplicates(store: Store, gone: dict[int, str], recipe: DataRecipe) -> dict[str, Any]:
+def _duplicates(store: Store, gone: dict[int, dict[str, Any]], recipe: DataRecipe) -> dict[str, Any]:
     """Copies at or above the threshold that were dropped; by similarity, how many there are, and how many went."""
     numbers = {store[number]["number"]: number for number in range(len(store))}
-    found = {number for number, stage in gone.items() if stage in _DUPLICATE}
+    found = {number for number, entry in gone.items() if entry["stage"] in _DUPLICATE}
     expected: set[int] = set()
+    right = {number for number in found if _is_right(gone[number], store, numbers, recipe)}
     by_similarity: dict[str, list[int]] = {}
     for number in range(len(store)):
         record = store[number]
@@ -120,16 +122,23 @@ def _duplicates(store: Store, gone: dict[int, str], recipe: DataRecipe) -> dict[
         band[1] += record["number"] in found
         if similarity >= recipe.duplicates.near:
             expected.add(record["number"])
-    return _share(found, expected, expected) | {"by_similarity": dict(sorted(by_similarity.items()))}
+    return _share(found, expected, right) | {"by_similarity": dict(sorted(by_similarity.items()))}
 
 
-def _leaks(store: Store, gone: dict[int, str], recipe: DataRecipe, prompts: list[str]) -> dict[str, Any]:
+def _is_right(entry: dict[str, Any], store: Store, numbers: dict[int, int], recipe: DataRecipe) -> bool:
+    """Whether a record that was dropped is a copy, and as much alike the one that it is said to be like."""
+    other = store[numbers[entry["same_as"]["line"] - 1]]
+    alike = _similarity(text_of(entry["record"]), text_of(other), recipe) >= recipe.duplicates.near
+    return alike and "copy_of" in entry["record"]
+
+
+def _leaks(store: Store, gone: dict[int, dict[str, Any]], recipe: DataRecipe, prompts: list[str]) -> dict[str, Any]:
     """Leaks that were dropped; where a word was replaced, those at or above the threshold are expected to be."""
-    found = {number for number, stage in gone.items() if stage == "contamination"}
+    found = {number for number, entry in gone.items() if entry["stage"] == "contamination"}
     planted, expected = set(), set()
     for number in range(len(store)):
         record = store[number]
-        if "leak_of" not in record or gone.get(record["number"]) in _DUPLICATE:
+        if "leak_of" not in record or gone.get(record["number"], {}).get("stage") in _DUPLICATE:
             continue
         planted.add(record["number"])
         prompt = prompts[record["leak_of"]]

@@ -37,7 +37,8 @@ def _leaks(folder: Path, data: list[dict[str, Any]], exam: list[dict[str, Any]])
     with Store(folder, folder / "removed.jsonl") as store:
         for record in data:
             store.add(record if "messages" in record else {"input": "", **record})
-        own = own_of([*(record for _, record in store.living()), *(one.record for one in asked)])
+        both = [*(record for _, record in store.living()), *(one.record for one in asked)]
+        own = own_of(both, recipe.duplicates, folder)
         drop_contaminated(store, prompts_of(asked, own), own, recipe, folder)
         return [number for number in range(len(store)) if not store.alive(number)]
 

@@ -38,8 +38,8 @@ def _behind(instruction: str, row: dict[str, Any], output: str) -> dict[str, Any
 
 
 def _left_and_groups(store: Store, folder: Path) -> tuple[list[int], int]:
-    own = own_of(record for _, record in store.living())
     options = Duplicates()
+    own = own_of((record for _, record in store.living()), options, folder)
     groups = groups_of(store, drop_near(store, own, options, folder), own, options, folder)
     left = [number for number, _ in store.living()]
     return left, len({groups[number] for number in left})
@@ -70,13 +70,25 @@ def test_one_input_behind_two_instructions_stays_twice_in_one_group(store: Store
     assert _left_and_groups(store, tmp_path) == (list(range(20)), 10)
 
 
-def test_a_text_is_shared_where_five_records_go_on_differently(made: Any) -> None:
+def test_a_copy_with_another_word_in_the_shared_text_is_one_still(store: Store, tmp_path: Path, made: Any) -> None:
+    for row in made(10):
+        store.add(_behind(SYSTEM, row, "positive"))
+    for at, row in enumerate(made(10)):
+        store.add(_chat(row, system=f"{SYSTEM} It is the {at}th of May."))
+    store.add(_behind(SYSTEM.replace("friendly", "frendly"), made(4)[3], "positive"))
+    assert _left_and_groups(store, tmp_path) == (list(range(20)), 20)
+
+
+def test_a_text_is_shared_where_five_records_go_on_differently(tmp_path: Path, made: Any) -> None:
+    def own(records: list[dict[str, Any]]) -> Own:
+        return own_of(records, Duplicates(), tmp_path)
+
     rows = made(5)
     four, five = ([_behind("Sum it up.", row, "x") for row in rows[:count]] for count in (4, 5))
     same = [_behind("Sum it up.", rows[0], str(at)) for at in range(9)]
-    assert own_of(four).prompt(four[0]) == own_of(same).prompt(four[0]) == Own().prompt(four[0])
-    assert own_of(five).prompt(five[0]) == five[0]["input"]
-    assert own_of(five).prompt({"instruction": "Sum it up.", "input": ""}) == "Sum it up."
+    assert own(four).prompt(four[0]) == own(same).prompt(four[0]) == Own().prompt(four[0])
+    assert own(five).prompt(five[0]) == five[0]["input"]
+    assert own(five).prompt({"instruction": "Sum it up.", "input": ""}) == "Sum it up."
 
 
 def test_a_step_that_drops_more_than_half_is_said(

@@ -9,10 +9,9 @@ from unittest.mock import patch
 import numpy as np
 
 from stillhouse.tune.data_recipe import Duplicates
-from stillhouse.tune.grouping import Groups, join_alike
+from stillhouse.tune.joining import Groups, join_alike
 from stillhouse.tune.signatures import jaccard, shingles
 from stillhouse.tune.sketches import Sketches
-from stillhouse.tune.store import Store
 
 
 def _words(count: int, dice: random.Random) -> str:
@@ -48,15 +47,12 @@ def test_copies_are_found_among_many_that_are_half_alike(tmp_path: Path) -> None
 
 def test_what_is_joined_is_not_compared_again(tmp_path: Path) -> None:
     texts = _templated(400)
-    with Store(tmp_path, tmp_path / "removed.jsonl") as store:
-        for text in texts:
-            store.add({"output": text})
-        sketches = Sketches(enumerate(texts), Duplicates(), tmp_path / "t")
-        groups = Groups(len(store))
-        with patch.object(Sketches, "similarity", autospec=True, side_effect=Sketches.similarity) as compared:
-            join_alike(groups, store, sketches, 0.5)
-        assert set(groups.roots()) == {0}
-        assert compared.call_count < 3 * len(texts)
+    sketches = Sketches(enumerate(texts), Duplicates(), tmp_path / "t")
+    groups = Groups(len(texts))
+    with patch.object(Sketches, "similarity", autospec=True, side_effect=Sketches.similarity) as compared:
+        join_alike(groups, sketches, 0.5, lambda number: number != 7)
+    assert set(groups.roots()) == {0, 7}
+    assert compared.call_count < 3 * len(texts)
 
 
 def test_groups_are_called_by_their_lowest_number() -> None:

@@ -7,7 +7,7 @@ readers.py json_files.py csv_files.py hub_datasets.py    raw records out of file
 records.py kept.py                       mapped, checked, read back
 intake.py personal.py store.py           into the store, masked; bad ones by file and line
 filters.py duplicates.py                 what is dropped: broken, foreign, there before
-own_texts.py sketches.py signatures.py   by what records are compared
+own_texts.py sketches.py signatures.py joining.py    by what records are compared, and what is alike joined
 measured.py contamination.py perplexity.py    leaked, too easy or too odd
 synthetic.py endpoint.py                 made up by a model behind an OpenAI-compatible API
 screening.py steps.py                    the order of it, with counts

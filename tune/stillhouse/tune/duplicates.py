@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from stillhouse.tune.data_recipe import Duplicates
 from stillhouse.tune.own_texts import Own
 from stillhouse.tune.records import Record, text_of
@@ -29,21 +31,21 @@ def drop_near(store: Store, own: Own, options: Duplicates, folder: Path) -> Sket
     The similarity is the exact Jaccard similarity of the shingles; the signatures only say which pairs to look at.
     """
     texts = Sketches(((number, own.text(record)) for number, record in store.living()), options, folder / "texts")
+    pairs = texts.alike(options.near) if options.near < 1 else np.empty((0, 2), dtype=np.int64)
+    rows, starts = np.unique(pairs[:, 1], return_index=True)
     keeper: dict[int, int] = {}
-    for one, row in texts.alike(options.near).tolist() if options.near < 1 else ():
+    for row, earlier in zip(rows.tolist(), np.split(pairs[:, 0], starts[1:]), strict=False):
         number = texts.numbers[row]
-        if not store.alive(number):
-            continue
-        kept = keeper.get(one, one)
-        similarity = texts.similarity(kept, row)
-        if similarity < options.near:
-            continue
-        first = store[texts.numbers[kept]]
-        similarity = min(similarity, _whole_similarity(first, store[number], own, options.shingle))
-        if similarity >= options.near:
-            keeper[row] = kept
-            reason = f"{similarity:.3f} like another record (near-duplicates: {options.near:g} or more)"
-            store.drop(number, "near-duplicates", reason, similarity=round(similarity, 4), same_as=first["source"])
+        kept = dict.fromkeys(keeper.get(one, one) for one in earlier.tolist())
+        for other, similarity in texts.alike_to(row, kept, options.near):
+            first = store[texts.numbers[other]]
+            similarity = min(similarity, _whole_similarity(first, store[number], own, options.shingle))
+            if similarity >= options.near:
+                keeper[row] = other
+                reason = f"{similarity:.3f} like another record (near-duplicates: {options.near:g} or more)"
+                details = {"similarity": round(similarity, 4), "same_as": first["source"]}
+                store.drop(number, "near-duplicates", reason, **details)
+                break
     return texts
 
 

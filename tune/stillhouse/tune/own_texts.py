@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from stillhouse.tune.data_recipe import Duplicates
+from stillhouse.tune.joining import Groups, join_alike
 from stillhouse.tune.records import Record, answer_of, prompt_of
 from stillhouse.tune.signatures import plain
+from stillhouse.tune.sketches import Sketches
 
-# So many records that go on differently make a text a shared one.
+# So many records that go on differently make a text a shared one; texts so much alike are one.
 SHARED_BY = 5
+ALIKE = 0.8
 _SYSTEM = ("system", "developer")
 
 
@@ -55,18 +61,32 @@ class Own:
         return "\n\n".join(turn["content"] for turn in record["messages"][:-1] if turn["role"] not in _SYSTEM)
 
 
-def own_of(records: Iterable[Record]) -> Own:
+def own_of(records: Iterable[Record], options: Duplicates, folder: Path) -> Own:
     """Finds the texts that at least SHARED_BY of `records` share, each with another input or other turns of the user.
 
-    Memory is two hashes a record.
+    Texts at least ALIKE alike are one: a name or a date in it makes a system's text no other. Memory is a few numbers a
+    record.
     """
+    rows: dict[int, int] = {}  # of a text's hash
     seen = array("Q")
-    for record in records:
-        for head in _heads(record):
-            seen.extend((hash_of(head), hash_of(_rest(record))))
-    pairs = np.unique(np.frombuffer(seen, dtype=np.uint64).reshape(-1, 2), axis=0)
-    heads, counts = np.unique(pairs[:, 0], return_counts=True)
-    return Own(frozenset(heads[counts >= SHARED_BY].tolist()))
+
+    def heads() -> Iterator[tuple[int, str]]:
+        for record in records:
+            for head in _heads(record):
+                key = hash_of(head)
+                if key not in rows:
+                    rows[key] = len(rows)
+                    yield rows[key], head
+                seen.extend((rows[key], hash_of(_rest(record))))
+
+    texts = Sketches(heads(), options, folder / "heads")
+    groups = Groups(len(rows))
+    join_alike(groups, texts, ALIKE)
+    roots = np.array(groups.roots(), dtype=np.uint64)
+    pairs = np.frombuffer(seen, dtype=np.uint64).reshape(-1, 2)
+    distinct = np.unique(np.stack([roots[pairs[:, 0]], pairs[:, 1]], axis=1), axis=0)
+    shared = {root for root, count in Counter(distinct[:, 0].tolist()).items() if count >= SHARED_BY}
+    return Own(frozenset(key for key, row in rows.items() if int(roots[row]) in shared))
 
 
 @lru_cache(maxsize=256)  # a shared text comes again and again

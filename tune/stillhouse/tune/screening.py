@@ -71,7 +71,8 @@ def screen(recipe: DataRecipe, folder: Path, work: Path, journals: Path, steps: 
 
         def sift(start: int = 0) -> tuple[Own, Sketches]:
             _filter(store, recipe, start, stages, steps)
-            own = own_of(chain((record for _, record in store.living()), (one.record for one in measured.asked)))
+            both = chain((record for _, record in store.living()), (one.record for one in measured.asked))
+            own = own_of(both, recipe.duplicates, work)
             if recipe.duplicates.exact:
                 stage("exact duplicates", lambda: drop_exact(store))
             texts: Sketches = stage("near-duplicates", lambda: drop_near(store, own, recipe.duplicates, work))

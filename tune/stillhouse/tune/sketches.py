@@ -16,12 +16,15 @@ from stillhouse.tune import signatures
 from stillhouse.tune.data_recipe import Duplicates
 from stillhouse.tune.signatures import Pairs, jaccard, shingles, write_signatures
 
+_MARKED = np.uint32(2**20 - 1)  # of a shingle's hash, the bits by which it is marked
+
 
 class Sketches:
     """Texts by row, in the order of their rising `numbers`, compared exactly or by their signatures."""
 
     def __init__(self, texts: Iterable[tuple[int, str]], options: Duplicates, file: Path) -> None:
         self.numbers = array("Q")
+        self._marks = np.zeros(_MARKED + 1, dtype=bool)
         self._ends = array("Q", [0])
         shingled = file.with_suffix(".shingles")
         cut = self._written(texts, options.shingle, shingled)
@@ -32,6 +35,22 @@ class Sketches:
     def similarity(self, one: int, other: int) -> float:
         """The exact Jaccard similarity of two rows' shingles."""
         return jaccard(self._row(one), self._row(other))
+
+    def alike_to(self, row: int, others: Iterable[int], threshold: float) -> Iterator[tuple[int, float]]:
+        """Those of `others` that are at least `threshold` like `row`, each with its exact similarity."""
+        own = self._row(row)
+        self._marks[own & _MARKED] = True
+        try:
+            for other in others:
+                theirs = self._row(other)
+                # Few shingles share a mark: no more are in common than are marked, and hardly fewer.
+                most = np.count_nonzero(self._marks[theirs & _MARKED])
+                if most < threshold * (len(own) + len(theirs) - most):
+                    continue
+                if (similarity := jaccard(own, theirs)) >= threshold:
+                    yield other, similarity
+        finally:
+            self._marks[own & _MARKED] = False
 
     def alike(self, threshold: float) -> Pairs:
         """Pairs (P, 2) of rows i < j that are likely at least `threshold` alike, sorted by j, then i."""
