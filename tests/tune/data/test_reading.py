@@ -48,6 +48,7 @@ WRITERS = {
     "marked.csv": lambda file: _csv(file, "utf-8-sig"),
     "wide.csv": lambda file: _csv(file, "utf-16"),
     "wide.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, BOTH)), "utf-16"),
+    "wider.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, BOTH)), "utf-32"),
     "data.parquet": _parquet,
     "saved": _saved,
 }
