@@ -12,23 +12,31 @@ from pathlib import Path
 
 import pytest
 from packaging import tags
-from packaging.utils import parse_wheel_filename
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from stillhouse.cli.main import run
-from stillhouse.edge import bundling
-from stillhouse.edge.wheels import Target, missing, own_wheel
+from stillhouse.edge import bundling, wheels
+from stillhouse.edge.wheels import Target, fetch_wheels, missing, own_wheel, pins_for
+from stillhouse.engine.errors import UsageError
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def wheel(folder: Path, name: str, *requires: str) -> Path:
-    file = folder / f"{name}-1.0-py3-none-any.whl"
+def wheel(folder: Path, name: str, *requires: str, version: str = "1.0") -> Path:
+    file = folder / f"{name}-{version}-py3-none-any.whl"
     lines = "".join(f"Requires-Dist: {each}\n" for each in requires)
+    about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(
-            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}"
-        )
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{lines}")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
     return file
+
+
+def pinned(target: Target) -> dict[str, str]:
+    """The tested versions by name."""
+    return {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, pins_for(target))}
 
 
 def test_what_only_an_older_python_needs_is_missed_on_that_python_alone(tmp_path: Path) -> None:
@@ -46,12 +54,55 @@ def test_pip_is_told_of_every_glibc_that_the_device_has() -> None:
     assert "manylinux_2_39_aarch64" in Target("3.12", "aarch64").pip_options()
 
 
+def test_a_bundle_takes_the_versions_that_the_project_is_tested_with(repo_root: Path) -> None:
+    """constraints.txt is of the Python that runs the tests; others need others of some, and some more."""
+    lines = (repo_root / "constraints.txt").read_text("utf-8").splitlines()
+    tested = {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, lines)}
+    here = pinned(Target("3.11", "aarch64"))
+    assert {name: version for name, version in here.items() if name != "pip"} == {
+        name: tested[name] for name in here if name != "pip"
+    }
+    assert pinned(Target("3.10", "aarch64"))["onnxruntime"] == "==1.23.2"  # the last one for it
+    assert pinned(Target("3.12", "aarch64"))["onnxruntime"] == here["onnxruntime"]
+    assert "exceptiongroup" in pinned(Target("3.10", "aarch64"))
+
+
+def test_pip_takes_the_pinned_version_for_the_boards_python_and_the_newest_of_what_is_not_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, pins = tmp_path / "index", tmp_path / "pins.txt"
+    index.mkdir()
+    for name in ("edge_server", "pip"):
+        for version in ("1.0", "2.0", "3.0"):
+            wheel(index, name, version=version)
+    needs = "edge_server ; extra == 'edge'"
+    monkeypatch.setattr(wheels, "own_wheel", lambda folder: wheel(folder, "stillhouse", needs))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    older, newer = "edge-server==1.0 ; python_version < '3.11'", "edge-server==2.0 ; python_version >= '3.11'"
+    pins.write_text(f"# of one day\n{older}\n{newer}\n", "utf-8")
+    for python, version in (("3.10", "1.0"), ("3.12", "2.0")):
+        assert fetch_wheels(tmp_path / python, ["edge"], Target(python, "aarch64"), pins) == "1.0"
+        taken = sorted(file.name.removesuffix("-py3-none-any.whl") for file in (tmp_path / python).glob("*.whl"))
+        assert taken == [f"edge_server-{version}", "pip-3.0", "stillhouse-1.0"]
+
+
+def test_what_is_no_constraints_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "pins.txt"
+    file.write_text("numpy==1.26.4\nthe newest\n", "utf-8")
+    with pytest.raises(UsageError, match=r"pins\.txt: .*the newest"):
+        pins_for(Target("3.10", "aarch64"), file)
+    file.write_text("", "utf-8")
+    assert pins_for(Target("3.10", "aarch64"), file) == []
+
+
 @pytest.mark.slow  # pip fetches the build's own requirements
 def test_the_projects_own_wheel_holds_the_install_script(tmp_path: Path) -> None:
     with zipfile.ZipFile(own_wheel(tmp_path)) as archive:
         names = archive.namelist()
     assert any(name.endswith(".dist-info/METADATA") for name in names)
-    assert {"stillhouse/edge/bundle/install.sh", "stillhouse/edge/bundle/stillhouse.service"} <= set(names)
+    beside = ("install.sh", "stillhouse.service", "constraints.txt")
+    assert {f"stillhouse/edge/bundle/{name}" for name in beside} <= set(names)
     assert any(name.startswith("stillhouse/engine/") for name in names)
 
 
@@ -59,8 +110,8 @@ def test_the_projects_own_wheel_holds_the_install_script(tmp_path: Path) -> None
 def bundled(tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle for this machine and Python, its wheels none but empty ones of ours; unpacked."""
 
-    def no_network(folder: Path, extras: list[str], target: Target) -> str:
-        assert extras == ["edge", "cpu"] and target.machine == platform.machine()
+    def no_network(folder: Path, extras: list[str], target: Target, constraints: Path | None) -> str:
+        assert extras == ["edge", "cpu"] and target.machine == platform.machine() and constraints is None
         folder.mkdir()
         wheel(folder, "stillhouse")
         return "1.0"
@@ -120,6 +171,7 @@ def test_a_bundle_is_not_written_over_another(tiny_repository: Path, tmp_path: P
     version = str(tiny_repository / "tiny-fp16" / "1")
     assert run(["edge", "bundle", version, "-o", str(tmp_path / "there.tar")]) == 2
     assert run(["edge", "bundle", version, "-o", str(tmp_path / "x.tar"), "--python", "3.8"]) == 2
+    assert run(["edge", "bundle", version, "-o", str(tmp_path / "x.tar"), "--constraints", "nowhere.txt"]) == 2
     assert (tmp_path / "there.tar").read_text() == "mine"
 
 
@@ -160,27 +212,29 @@ def test_systemd_reads_the_unit_without_a_word(bundled: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("python", ["3.10", "3.12"])
-def test_every_wheel_of_a_bundle_fits_the_boards_python_and_pip_resolves_them_offline(
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_every_wheel_of_a_bundle_is_pinned_fits_the_boards_python_and_pip_resolves_them_offline(
     python: str, tiny_repository: Path, tmp_path: Path
 ) -> None:
-    """JetPack 6's Python and JetPack 7's; none of them is emulated."""
+    """JetPack 6's Python and JetPack 7's, which are not emulated, and the one between."""
     version, tar = tiny_repository / "tiny-fp16" / "1", tmp_path / "tiny.tar"
     assert run(["edge", "bundle", str(version), "-o", str(tar), "--python", python]) == 0
     with tarfile.open(tar) as archive:
         archive.extractall(tmp_path, filter="data")
-    wheels = tmp_path / "tiny-fp16-1" / "wheels"
+    folder = tmp_path / "tiny-fp16-1" / "wheels"
     target, numbers = Target(python, "aarch64"), tuple(map(int, python.split(".")))
     platforms = [target.pip_options()[at + 1] for at, word in enumerate(target.pip_options()) if word == "--platform"]
     fitting = {
         *tags.cpython_tags(numbers, platforms=platforms),
         *tags.compatible_tags(numbers, f"cp{numbers[0]}{numbers[1]}", platforms),
     }
-    names = [file.name for file in wheels.glob("*.whl")]
+    names = [file.name for file in folder.glob("*.whl")]
+    found = {name: f"=={version}" for name, version, *_ in map(parse_wheel_filename, names) if name != "stillhouse"}
+    assert found.items() <= pinned(target).items()
     assert not [name for name in names if not fitting & parse_wheel_filename(name)[3]]
     assert any(name.startswith("onnxruntime-") and "aarch64" in name for name in names)
     # Not `install`, which holds a wheel's Requires-Python against the Python that pip runs on.
-    offline = ["--no-index", "--find-links", str(wheels), "--dest", str(tmp_path / "resolved")]
+    offline = ["--no-index", "--find-links", str(folder), "--dest", str(tmp_path / "resolved")]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *offline, *target.pip_options(), "stillhouse[edge,cpu]"],
         capture_output=True, text=True, check=False,

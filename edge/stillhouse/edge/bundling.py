@@ -43,10 +43,12 @@ def bundle(
     *,
     runtime: bool,
     further_wheels: Sequence[Path],
+    constraints: Path | None = None,
     tell: Callable[[str], None],
 ) -> int:
     """Writes the bundle of the version at `directory` to `output`, which must not exist; returns its bytes.
 
+    The wheels have the versions that were tested, or those of the file `constraints`.
     With `runtime` ONNX Runtime's wheel for the CPU comes along, else the device's own is used. Raises StillhouseError.
     """
     if output.exists():
@@ -55,12 +57,14 @@ def bundle(
         raise NotThereError(f"{output.parent} is no folder", hint="make it, or name another with --output")
     if absent := [wheel for wheel in further_wheels if not wheel.is_file() or wheel.suffix != ".whl"]:
         raise UsageError(f"{absent[0]} is no wheel", hint="--wheel names a file that ends in .whl")
+    if constraints is not None and not constraints.is_file():
+        raise NotThereError(f"{constraints} is no file", hint="--constraints names one: name==version, a line each")
     version = open_version(directory)
     extras = ["edge", "cpu"] if runtime else ["edge"]
     with tempfile.TemporaryDirectory(prefix=".bundle-", dir=output.parent) as scratch:
         wheels = Path(scratch) / "wheels"
         tell(f"fetching wheels for Python {target.python} on {target.machine}")
-        own_version = fetch_wheels(wheels, extras, target)
+        own_version = fetch_wheels(wheels, extras, target, constraints)
         for wheel in further_wheels:
             shutil.copy(wheel, wheels)
         entries = _entries(version, wheels, _conf(version, own_version, extras, target, further_wheels))

@@ -126,6 +126,13 @@ def bundle(
         bool, typer.Option("--runtime/--no-runtime", help="Bring ONNX Runtime for the CPU, or use the device's own.")
     ] = True,
     wheel: Annotated[list[Path] | None, typer.Option(help="One more wheel to install; may be repeated.")] = None,
+    constraints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Versions for pip in place of those that were tested, name==version a line; empty: the newest.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Put a version, all wheels and an install script into one tar, for a device without a network.
 
@@ -137,7 +144,9 @@ def bundle(
     from stillhouse.edge.wheels import Target
 
     target = Target(python, machine)
-    size = run(directory, output, target, runtime=runtime, further_wheels=wheel or (), tell=_tell)
+    size = run(
+        directory, output, target, runtime=runtime, further_wheels=wheel or (), constraints=constraints, tell=_tell
+    )
     typer.echo(f"{output}: {size / 1e6:.0f} MB; on the device: tar xf {output.name} && sudo ./*/install.sh")
 
 

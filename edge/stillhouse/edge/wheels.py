@@ -1,5 +1,6 @@
 """The wheels that a device without a network needs: this project's own, and all that it requires there.
 
+Their versions are those that it was tested with (bundle/constraints.txt), so that a bundle of another day has the same.
 pip chooses wheels for another machine and Python, but reads "only on Python < 3.11" and the like for the Python that
 it runs on. So what it has brought is read once more with the device's answers, and what lacks is fetched too.
 """
@@ -15,6 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from email.parser import BytesParser
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,21 +70,42 @@ class Target:
         }
 
 
-def fetch_wheels(folder: Path, extras: Sequence[str], target: Target) -> str:
+def fetch_wheels(folder: Path, extras: Sequence[str], target: Target, constraints: Path | None = None) -> str:
     """Fills `folder` with the project's wheel, pip's, and all that both need there; returns the project's version.
 
-    Raises StillhouseError where something has no wheel for the target.
+    `constraints` is a file of versions in place of those that were tested; an empty one leaves the choice to pip.
+    Raises StillhouseError where something has no wheel for the target, UsageError for what is no constraints file.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    pins = folder / "constraints.txt"
+    pins.write_text("".join(f"{pin}\n" for pin in pins_for(target, constraints)), "utf-8")
     own = own_wheel(folder)
     wanted = [f"{own}[{','.join(extras)}]", "pip"]
     for _ in range(_ROUNDS):
-        _pip("download", "--dest", str(folder), *target.pip_options(), *wanted)
+        _pip("download", "--dest", str(folder), "--constraint", str(pins), *target.pip_options(), *wanted)
         lacking = missing(folder, "stillhouse", extras, target)
         if not lacking:
             return _metadata(own)[1]
         wanted += lacking
     raise StillhouseError(f"no end of what is needed: {', '.join(lacking)} still lack", hint="name them with --wheel")
+
+
+def pins_for(target: Target, constraints: Path | None = None) -> list[str]:
+    """The versions in a constraints file that hold on the target, without the markers that say so.
+
+    Raises UsageError where it is no such file.
+    """
+    from packaging.requirements import InvalidRequirement
+
+    source = constraints or files("stillhouse.edge") / "bundle" / "constraints.txt"
+    lines = [line.partition("#")[0].strip() for line in source.read_text("utf-8").splitlines()]
+    try:
+        pins = _applying([line for line in lines if line], target.environment() | {"extra": ""})
+    except InvalidRequirement as error:
+        raise UsageError(f"{source}: {' '.join(str(error).split())}", hint="name==version, a line each") from None
+    for pin in pins:
+        pin.marker = None  # pip would ask it of the Python that it runs on
+    return list(map(str, pins))
 
 
 def missing(folder: Path, name: str, extras: Sequence[str], target: Target) -> list[str]:
