@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from stillhouse.tune.evaluation_picture import PICTURE, draw_changes
 from stillhouse.tune.evaluation_recipe import failures, load_evaluation
 from stillhouse.tune.torch_runner import TorchRunner, load
 
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A stage cache that nothing lies in yet: what is measured here is measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_changed_pairs() -> None:
@@ -146,8 +155,7 @@ def asked(
 
 
 @pytest.fixture(scope="module")
-def evaluated(asked: Path, own_cache: Path) -> list[dict[str, Any]]:
-    assert own_cache
+def evaluated(asked: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LEAST_TOKENS", 1_000)
         return figures(evaluate(load_evaluation(asked), asked.parent / "repository"))

@@ -25,6 +25,13 @@ Evaluate = Callable[..., tuple[list[dict[str, Any]], list[str]]]
 SPAWN = {"OMP_NUM_THREADS": "1"}  # as `one_thread`, so that every figure is the same to the bit
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that nothing lies in yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "stillhouse"
+
+
 @pytest.fixture(scope="module")
 def recipe(
     tuned: tuple[Path, dict[str, Any]], tiny_base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
