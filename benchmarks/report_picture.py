@@ -21,7 +21,6 @@ from roster import ROOT
 from served import served
 
 from stillhouse.loadtest.load import Load
-from stillhouse.loadtest.page import samples_of, stage_steps
 from stillhouse.loadtest.run import run_locust
 from stillhouse.loadtest.save import save_run
 
@@ -42,8 +41,7 @@ def drive(model: Path, name: Path) -> Path:
         warm_up = Load(users=1, duration_s=3)
         run_locust(server.grpc_url, server.model, warm_up, metrics_url=server.metrics_url)
         result = run_locust(server.grpc_url, server.model, load, metrics_url=server.metrics_url)
-    shape = load.shape
-    save_run(name, result, stage_steps(samples_of(result), shape) if shape else [])
+    save_run(name, result)
     return name.with_name(f"{name.name}.html")
 
 

@@ -17,7 +17,7 @@ from stillhouse.loadtest.pieces import AnswerClock, Piece
 from stillhouse.loadtest.report import token_table
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.slo import is_good, parse_slo
-from stillhouse.loadtest.tally import Tally, summarize, tally_up
+from stillhouse.loadtest.tally import Summary, Tally, summarize, tally_up
 
 
 def sample(ttft_s: float | None, e2e_s: float, tokens: int = 11, outcome: str = "ok", **more: Any) -> Sample:
@@ -88,6 +88,26 @@ def test_requests_that_failed_count_as_infinitely_slow() -> None:
     assert (ttft.met, ttft.value) == (False, math.inf)
     assert errors.met and errors.value == pytest.approx(10)
     assert summary.ttft.p95_ms == pytest.approx(200, rel=0.001), "the table's percentiles are of what came"
+    (summary,) = summarize([*good, sample(0.1, 0.5, 3, "StreamBroken")], slo)
+    assert summary.verdicts[0].value == math.inf, "also of those whose first token had come"
+
+
+def test_answers_of_one_token_miss_no_limit_of_the_time_between_tokens() -> None:
+    slo = parse_slo("itl_p95<50ms, itl_mean<50ms")
+    (summary,) = summarize([sample(0.2, 0.2, 1)] * 5, slo)
+    again = Summary.from_json(json.loads(json.dumps(summary.to_json(), allow_nan=False)))
+    for one in (summary, again):
+        assert one.slo_met and all(math.isnan(verdict.value) for verdict in one.verdicts)
+        assert "itl_p95<50ms met (not measured)" in token_table([one])
+    (summary,) = summarize([sample(0.2, 0.2, 1), sample(None, 1.0, 0, "TimedOut")], slo)
+    assert not summary.slo_met, "what failed has no gap because it failed"
+
+
+@pytest.mark.parametrize("limit", ["ttft_p95<1s", "answer_max<1s", "itl_mean<1s"])
+def test_an_objective_of_a_streams_tokens_needs_a_stream(limit: str) -> None:
+    with pytest.raises(BadInput, match="--no-stream asks for none"):
+        parse_slo(f"e2e_p95<2s, {limit}", streamed=False)
+    assert parse_slo("e2e_p95<2s, errors<1%", streamed=False)
 
 
 def test_a_request_is_good_by_its_own_latencies() -> None:

@@ -54,7 +54,9 @@ def test_the_figures_are_the_servers_known_delays(server: Any, locust: Locust, t
     users = 8
     # Answers take 0.4 s and begin together: 3 s end in the middle of one, not between two.
     arguments = ("--host", host, "--users", str(users), "--spawn-rate", "8", "--run-time", "3s")
-    done = locust(*HEADLESS, *arguments, "--csv", "out", "--json-file", "stats", "--result", "result.json")
+    done = locust(
+        *HEADLESS, *arguments, "--csv", "out", "--json-file", "stats", "--result", "result.json", "--html", "out.html"
+    )
     assert done.returncode == 0, done.stderr
 
     (summary,) = json.loads((tmp_path / "result.json").read_text())["summaries"]
@@ -85,6 +87,9 @@ def test_the_figures_are_the_servers_known_delays(server: Any, locust: Locust, t
         assert mean_ms == near(summary[kind.lower()]["mean_ms"], rel=0.1)
     table = {(row["Type"], row["Name"]) for row in read_csv(tmp_path / "out_stats.csv")}
     assert table == {*stats, ("", "Aggregated")}
+
+    page = (tmp_path / "out.html").read_text("utf-8")
+    assert all(f'"method": "{kind}"' in page for kind, _ in stats)
 
     (tokens,) = read_csv(tmp_path / "out_tokens.csv")
     assert float(tokens["tokens_per_s"]) == pytest.approx(summary["tokens_per_s"], abs=0.01)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from stillhouse.loadtest.load import Load
+from stillhouse.loadtest.page import stage_steps
 from stillhouse.loadtest.run import LoadResult, run_locust
 
 Locust = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -113,11 +114,14 @@ def test_a_plan_begins_when_all_dispatchers_are_there(server: Any, locust: Locus
 @pytest.mark.slow
 def test_stages_are_whole_with_two_processes_and_end_the_test_by_themselves(server: Any, tmp_path: Path) -> None:
     shape = tmp_path / "shape.toml"
-    shape.write_text("[[stage]]\nduration_s = 1\nlevel = 10\n[[stage]]\nduration_s = 2\nlevel = 20\n")
-    load = Load(stages=str(shape), duration_s=3, arrivals="constant", processes=2, max_tokens=2)
+    levels = {1: 0, 1.5: 10, 2: 20}
+    shape.write_text("".join(f"[[stage]]\nduration_s = {s}\nlevel = {level}\n" for s, level in levels.items()))
+    load = Load(stages=str(shape), duration_s=4.5, arrivals="constant", processes=2, max_tokens=2)
     result = run_locust(server.openai_host, "support-int4", load)
-    assert result.summary.requests == len(server.log()) == 50, "10 and 2 × 20; the first is due at 0 s"
+    assert result.summary.requests == len(server.log()) == 55, "15 and 2 × 20; the first is due at 1 s"
     assert result.summary.cut == 0
+    steps = [(step.label, step.summary.requests) for step in stage_steps(result)]
+    assert steps == [("10 /s", 15), ("20 /s", 40)], "counted from the plan's begin, not from the first request"
 
 
 @pytest.mark.slow

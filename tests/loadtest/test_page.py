@@ -11,23 +11,30 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stillhouse.loadtest.diff import read_samples
+from stillhouse.loadtest.compare import Compared
+from stillhouse.loadtest.diff import read_run
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.page import page
 from stillhouse.loadtest.run import LoadResult
 from stillhouse.loadtest.samples import Sample
-from stillhouse.loadtest.save import save_run
+from stillhouse.loadtest.save import save_comparison, save_run
 from stillhouse.loadtest.slo import parse_slo
-from stillhouse.loadtest.tally import tally_up
+from stillhouse.loadtest.tally import summarize, tally_up
 from stillhouse.loadtest.timeline import Step, by_stage, in_flight, tokens_by_second
 
-STEPS = [Step("1/s", 10.0, 120.0, 20.0), Step("2/s", 19.0, 150.0, 22.0), Step("4/s", 30.0, 700.0, 41.0)]
+
+def a_step(rate: float, ttft_s: float) -> Step:
+    samples = [Sample("m", n / rate, n / rate + ttft_s + 0.2, ttft_s, ttft_s + 0.2, 11, True, "ok") for n in range(9)]
+    return Step(f"{rate:g}/s", summarize(samples)[0])
+
+
+STEPS = [a_step(1, 0.12), a_step(2, 0.15), a_step(4, 0.7)]
 
 
 def a_run(problems: tuple[str, ...] = (), ended_early: str = "") -> LoadResult:
@@ -57,7 +64,7 @@ def test_a_run_is_saved_as_json_csv_and_html(tmp_path: Path) -> None:
     assert files == {"v1.2.json", "v1.2.csv", "v1.2.html"}
     value = json.loads((tmp_path / "new" / "v1.2.json").read_text())
     assert value["settings"]["rate"] == 10 and value["environment"]["packages"]["locust"]
-    assert value["summary"]["good"] == 0 and len(read_samples(tmp_path / "new" / "v1.2.json")) == 200
+    assert value["summary"]["good"] == 0 and len(read_run(tmp_path / "new" / "v1.2.json").samples) == 200
     with (tmp_path / "new" / "v1.2.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["slo_met"] == "False" and row["failures"] == "4"
@@ -80,6 +87,51 @@ def test_a_run_without_samples_still_has_a_page() -> None:
     assert "<svg" not in page(run)
 
 
+def test_a_run_of_which_every_request_failed_still_has_a_page() -> None:
+    samples = [Sample("m", float(n), n + 1.0, None, None, 0, False, "TimedOut") for n in range(5)]
+    (tally,) = tally_up(samples).values()
+    details = {"sample_fields": list(Sample.__dataclass_fields__), "samples": [list(astuple(one)) for one in samples]}
+    details |= {"curves": {"m": tally.curves()}}
+    text = page(LoadResult("m", 1, tally.summary(), None, details=details))
+    assert text.count("<svg") == 2 and "TimedOut 5" in text
+
+
+def test_the_stages_of_a_shape_are_saved_too(tmp_path: Path) -> None:
+    toml = tmp_path / "shape.toml"
+    toml.write_text(
+        "".join(f"[[stage]]\nduration_s = {s}\nlevel = {level}\n" for s, level in ((5, 0), (5, 9), (99, 11)))
+    )
+    run = a_run()
+    run.details["zero_s"] = -5.0  # the first stage asked nothing
+    save_run(tmp_path / "run", replace(run, load=Load(stages=str(toml))))
+    steps = json.loads((tmp_path / "run.json").read_text())["steps"]
+    assert [(step["load"], step["requests"] + step["failures"].get("StreamBroken", 0)) for step in steps] == [
+        ("9 /s", 50),
+        ("11 /s", 150),
+    ]
+    with (tmp_path / "run.csv").open(newline="") as file:
+        assert [(row["load"], row["requests"]) for row in csv.DictReader(file)] == [
+            ("all", "196"),
+            ("9 /s", "49"),
+            ("11 /s", "147"),
+        ]
+
+
+def test_a_comparison_is_saved_as_json_csv_and_html(tmp_path: Path) -> None:
+    compared = [
+        Compared(precision, a_run(problems), 10**9) for precision, problems in (("fp16", ()), ("int4", ("late",)))
+    ]
+    save_comparison(tmp_path / "c", compared)
+    assert [one["precision"] for one in json.loads((tmp_path / "c.json").read_text())] == ["fp16", "int4"]
+    with (tmp_path / "c.csv").open(newline="") as file:
+        assert [(row["precision"], row["size_bytes"]) for row in csv.DictReader(file)] == [
+            ("fp16", "1000000000"),
+            ("int4", "1000000000"),
+        ]
+    text = (tmp_path / "c.html").read_text("utf-8")
+    assert "INVALID" in text and "× fp16" in text and text.count("<svg") == 1
+
+
 def test_the_timeline_counts_every_token_once() -> None:
     samples = [
         Sample("m", 10.0, 14.0, 0.5, 4.0, 8, True, "ok"),
@@ -91,7 +143,7 @@ def test_the_timeline_counts_every_token_once() -> None:
     assert flight[0.5][1] == pytest.approx(8)
     from stillhouse.loadtest.arrivals import Stage
 
-    assert [len(part) for part in by_stage(samples, [Stage(0.5, 1, 1), Stage(0.2, 1, 1)])] == [1, 1]
+    assert [len(part) for part in by_stage(samples, [Stage(0.5, 1, 1), Stage(0.2, 1, 1)], 10.0)] == [1, 1]
 
 
 _spec = importlib.util.spec_from_file_location(

@@ -88,6 +88,7 @@ def test_a_shape_is_a_table_of_stages(tmp_path: Path) -> None:
         ("[[stage]]\nduration_s = 0\nlevel = 1", "stage 1: duration_s is above 0"),
         ('[[stage]]\nduration_s = 1\nlevel = "x"', "stage 1: level is a number"),
         ("[[stage]]\nduration_s = 1\nlevel = 1\nlevle = 2", "stage 1: unknown levle"),
+        ("[[stage]]\nduration_s = 1\nlevel = inf", "stage 1: level is a number"),
         ("[[stage]]\nduration_s = 1\nlevel = 0", "every level is 0"),
         ('unit = "cows"\n[[stage]]\nduration_s = 1\nlevel = 1', "known unit"),
         ("[[stage", "is not TOML"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from stillhouse.loadtest.capacity import QUICK, THOROUGH, Effort, capacity_table, find_capacity, search
-from stillhouse.loadtest.diff import changes, diff_table, read_samples, worse
+from stillhouse.client import ConnectionFailed
+from stillhouse.loadtest.capacity import QUICK, THOROUGH, Capacity, Effort, capacity_table, find_capacity, search
+from stillhouse.loadtest.commands import app
+from stillhouse.loadtest.diff import ERRORS, changes, diff_table, read_run, worse
 from stillhouse.loadtest.errors import BadInput, Missed, RunFailed
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.run import LoadResult
@@ -19,11 +24,14 @@ from stillhouse.loadtest.slo import parse_slo
 from stillhouse.loadtest.tally import summarize
 
 
-def measured(rate: float, *, meets: bool, problems: tuple[str, ...] = ()) -> LoadResult:
+def measured(
+    rate: float, *, meets: bool, problems: tuple[str, ...] = (), outcome: str = "ok", **details: Any
+) -> LoadResult:
     ttft_s = 0.1 if meets else 0.5
-    samples = [Sample("m", n / rate, n / rate + 1, ttft_s, 1.0, 5, True, "ok") for n in range(20)]
+    samples = [Sample("m", n / rate, n / rate + 1, ttft_s, 1.0, 5, True, outcome) for n in range(20)]
     (summary,) = summarize(samples, parse_slo("ttft_p95<200ms"))
-    return LoadResult("m", 1, summary, None, load=Load(rate=rate), details={"client": {"problems": list(problems)}})
+    details = {"client": {"problems": list(problems)}, **details}
+    return LoadResult("m", 1, summary, None, load=Load(rate=rate), details=details)
 
 
 @pytest.mark.parametrize("effort", [THOROUGH, QUICK])
@@ -56,6 +64,67 @@ def test_a_server_that_never_meets_it_is_told() -> None:
 def test_a_busy_load_generator_is_not_taken_for_a_slow_server() -> None:
     with pytest.raises(RunFailed, match="the load generator cannot keep up at 8"):
         search(lambda rate: measured(rate, meets=rate < 8, problems=("busy",) if rate >= 8 else ()), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("cut", "error"), [({"ended_early": "it died"}, RunFailed), ({"interrupted": True}, KeyboardInterrupt)]
+)
+def test_a_search_that_is_cut_short_ends_and_leaves_its_probes(cut: dict[str, Any], error: type[Exception]) -> None:
+    probes: list[LoadResult] = []
+    with pytest.raises(error):
+        search(lambda rate: measured(rate, meets=True, **(cut if rate == 4 else {})), 1.0, probes=probes)
+    assert [probe.load.rate for probe in probes] == [1, 2, 4]
+    left = Capacity.without_end(probes)
+    rows = [line.split("|")[1].strip() for line in capacity_table(left).splitlines()[2:]]
+    assert rows == ["met", "met", "cut short"]
+    value = json.loads(json.dumps(left.to_json(), allow_nan=False))
+    assert value["rate"] is None and len(value["probes"]) == 3
+
+
+def test_a_server_that_answers_nothing_is_not_searched_for_a_slower_rate() -> None:
+    seen: list[float] = []
+
+    def refused(rate: float) -> LoadResult:
+        seen.append(rate)
+        return measured(rate, meets=True, outcome="Overloaded")
+
+    with pytest.raises(RunFailed, match=r"no request succeeded at 1 requests/s \(Overloaded 20\)"):
+        search(refused, 1.0)
+    assert seen == [1]
+    found = search(lambda rate: measured(rate, meets=True, outcome="ok" if rate <= 4 else "TimedOut"), 1.0)
+    assert found.rate <= 4, "beyond what it can take, none may be answered in time"
+
+
+def test_an_end_point_is_repeated_with_other_arrivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Load] = []
+
+    def run(url: str, model: str, load: Load, **_: Any) -> LoadResult:  # noqa: ARG001
+        loads.append(load)
+        return measured(load.rate, meets=load.rate <= 3)
+
+    monkeypatch.setattr("stillhouse.loadtest.capacity.run_locust", run)
+    found = find_capacity("h:1", "m", Load(slo="ttft_p95<200ms", seed=7))
+    assert [load.seed for load in loads if load.rate == found.rate] == [7, 8, 9]
+    assert {load.seed for load in loads if load.rate != found.rate} == {7}, "or the rates would not compare"
+
+
+def test_the_command_shows_and_saves_what_was_tried_before_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(url: str, model: str, load: Load, **_: Any) -> LoadResult:  # noqa: ARG001
+        if load.rate > 2:
+            raise ConnectionFailed("cannot reach h:1")
+        return measured(load.rate, meets=True)
+
+    monkeypatch.setattr("stillhouse.loadtest.capacity.run_locust", run)
+    words = ["capacity", "h:1", "--slo", "ttft_p95<200ms", "--save", str(tmp_path / "c")]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConnectionFailed)
+    assert [line.split("|")[0].strip() for line in done.stdout.splitlines()[2:]] == ["1.00", "2.00"]
+    value = json.loads((tmp_path / "c.json").read_text())
+    assert [probe["settings"]["rate"] for probe in value["capacity"]["probes"]] == [1, 2]
+    with (tmp_path / "c.csv").open(newline="") as file:
+        assert [row["load"] for row in csv.DictReader(file)] == ["1.00/s", "2.00/s"], "a row a probe"
 
 
 @pytest.mark.slow
@@ -114,8 +183,58 @@ def test_chance_alone_is_not_worse() -> None:
     assert not ttft.worse_beyond(0.1)
 
 
-def test_new_errors_are_worse() -> None:
-    assert "errors" in {one.metric for one in worse(changes(run_of(1), run_of(2, failing=0.3)), 0.1)}
+def test_new_errors_are_worse_by_their_points_unless_it_is_chance() -> None:
+    assert ERRORS in {one.metric for one in worse(changes(run_of(1), run_of(2, failing=0.3)), 0.1)}
+    broken_at_the_end = [
+        replace(one, outcome="StreamBroken") if n >= 280 else one for n, one in enumerate(run_of(2, count=300))
+    ]
+    errors = changes(run_of(1), broken_at_the_end)[-1]
+    assert (errors.a, errors.b) == (0, pytest.approx(100 * 20 / 300))
+    assert 3 < errors.low < errors.b < errors.high < 11
+    assert worse([errors], 0.1) == [errors], "though they are fewer than 10 %"
+    one_of_many = [replace(one, outcome="StreamBroken") if n == 9 else one for n, one in enumerate(run_of(2))]
+    assert worse(changes(run_of(1), one_of_many), 0.1) == []
+    assert worse(changes(broken_at_the_end, run_of(1)), 0.1) == []
+
+
+def test_a_latency_that_is_gone_is_worse() -> None:
+    gone = [replace(one, tokens=1) for one in run_of(1)]
+    assert "itl p95 ms gone" in map(str, worse(changes(run_of(1), gone), 0.1))
+    assert worse(changes(gone, gone), 0.1) == []
+
+
+def saved(path: Path, **more: Any) -> str:
+    fields = list(Sample.__dataclass_fields__)
+    value = {"sample_fields": fields, "samples": [astuple(one) for one in run_of(1)], **more}
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "doubt"),
+    [
+        ({"client": {"problems": ["it was late"]}}, "it was late"),
+        ({"ended_early": "the server is gone"}, "the server is gone"),
+        ({"interrupted": True}, "it was interrupted"),
+    ],
+)
+def test_runs_that_are_not_whole_or_not_valid_are_doubted_and_pass_no_gate(
+    tmp_path: Path, more: dict[str, Any], doubt: str
+) -> None:
+    words = ["diff", saved(tmp_path / "a.json"), saved(tmp_path / "b.json", **more)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "b.json: " in done.stderr and doubt in done.stderr
+    done = CliRunner().invoke(app, [*words, "--fail-over", "10%"])
+    assert isinstance(done.exception, Missed) and doubt in str(done.exception)
+
+
+def test_settings_that_differ_are_told(tmp_path: Path) -> None:
+    a, b = (
+        saved(tmp_path / f"{rate}.json", settings={"rate": rate, "host": f"h:{rate}", "users": 4}) for rate in (2, 3)
+    )
+    done = CliRunner().invoke(app, ["diff", a, b, "--fail-over", "10%"])
+    assert done.exit_code == 0
+    assert done.stderr.splitlines() == ["warning: the settings differ: rate 2 -> 3"]
 
 
 def test_files_without_samples_are_refused(tmp_path: Path) -> None:
@@ -127,6 +246,6 @@ def test_files_without_samples_are_refused(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(BadInput, match=error):
-            read_samples(path)
+            read_run(path)
     with pytest.raises(BadInput, match="cannot read"):
-        read_samples(tmp_path / "nowhere.json")
+        read_run(tmp_path / "nowhere.json")

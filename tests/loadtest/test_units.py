@@ -17,7 +17,7 @@ from stillhouse.loadtest.report import token_table, write_csv
 from stillhouse.loadtest.samples import Sample
 from stillhouse.loadtest.server_metrics import gauge_of, queue_of, read_page, version_size_bytes
 from stillhouse.loadtest.tally import summarize
-from stillhouse.loadtest.words import parse_duration_s, parse_share
+from stillhouse.loadtest.words import parse_duration_s, parse_rate, parse_share
 
 
 def sample(start_s: float, ttft_s: float | None, e2e_s: float, tokens: int, outcome: str = "ok") -> Sample:
@@ -156,7 +156,18 @@ def test_shares(text: str, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("text", ["", "ten", "-3%", "%"])
+@pytest.mark.parametrize(("text", "rate"), [("2", 2), ("2.5/s", 2.5), (0.0, 0)])
+def test_rates(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "inf", "nan/s", "2/min"])
+def test_bad_rates(text: str) -> None:
+    with pytest.raises(BadInput, match="a rate is"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-3%", "%", "nan%", "inf"])
 def test_bad_shares(text: str) -> None:
     with pytest.raises(BadInput, match="a share is"):
         parse_share(text)

@@ -21,7 +21,21 @@ _KEY = Annotated[str, typer.Option(help="Key of an OpenAI API.", envvar="OPENAI_
 _METRICS = Annotated[
     str | None, typer.Option(help="The server's metrics page.", show_default="Triton: port 8002; OpenAI API: /metrics")
 ]
-_SAVE = Annotated[Path | None, typer.Option(help="Write NAME.json, NAME.csv and NAME.html.", metavar="NAME")]
+
+
+def _check_name(name: Path | None) -> Path | None:
+    """At once: a run's figures are not to be lost for want of a folder."""
+    if name is not None:
+        from stillhouse.loadtest.save import check_name
+
+        check_name(name)
+    return name
+
+
+_SAVE = Annotated[
+    Path | None,
+    typer.Option(help="Write NAME.json, NAME.csv and NAME.html.", metavar="NAME", callback=_check_name),
+]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -77,7 +91,7 @@ def shape(
 
     Example: stillhouse loadtest shape steps localhost:8001 --rate 4 --save steps
     """
-    from stillhouse.loadtest.page import samples_of, stage_steps
+    from stillhouse.loadtest.page import stage_steps
     from stillhouse.loadtest.report import step_table
     from stillhouse.loadtest.run import run_locust
     from stillhouse.loadtest.shapes import load_shape
@@ -86,8 +100,7 @@ def shape(
     found = load_shape(stages, load.rate or None)
     load = replace(load, stages=stages, duration_s=found.duration_s)
     result = run_locust(url, model, load, metrics_url=metrics_url, api_key=api_key, progress=progress)
-    steps = stage_steps(samples_of(result), found)
-    show(result, save, json_output, steps, also="" if json_output else step_table(steps))
+    show(result, save, json_output, also="" if json_output else step_table(stage_steps(result)))
 
 
 @app.command()
@@ -109,29 +122,29 @@ def capacity(
 
     Example: stillhouse loadtest capacity localhost:8001 --slo "ttft_p95<200ms, itl_p95<50ms"
     """
-    import json
-
-    from stillhouse.loadtest.capacity import QUICK, THOROUGH, capacity_table, find_capacity
-    from stillhouse.loadtest.page import step_of
-    from stillhouse.loadtest.save import save_run
-    from stillhouse.loadtest.show import tell
+    from stillhouse.loadtest.capacity import QUICK, THOROUGH, Capacity, find_capacity
+    from stillhouse.loadtest.run import LoadResult
+    from stillhouse.loadtest.show import show_capacity, tell
     from stillhouse.loadtest.words import parse_duration_s
 
     load = replace(load, duration_s=parse_duration_s(duration))
-    found = find_capacity(
-        url,
-        model,
-        load,
-        start=start,
-        effort=QUICK if quick else THOROUGH,
-        metrics_url=metrics_url,
-        api_key=api_key,
-        progress=tell,
-    )
-    if save is not None:
-        probes = sorted(found.probes, key=lambda probe: probe.load.rate)
-        save_run(save, found.repeats[-1], [step_of(f"{p.load.rate:.2f}/s", p.summary) for p in probes], found.to_json())
-    print(json.dumps(found.to_json(), indent=2) if json_output else capacity_table(found))
+    probes: list[LoadResult] = []
+    found: Capacity | None = None
+    try:
+        found = find_capacity(
+            url,
+            model,
+            load,
+            start=start,
+            effort=QUICK if quick else THOROUGH,
+            metrics_url=metrics_url,
+            api_key=api_key,
+            progress=tell,
+            probes=probes,
+        )
+    finally:
+        # Also what was tried before an error or an interrupt.
+        show_capacity(found or Capacity.without_end(probes), save, json_output)
 
 
 @app.command()
@@ -149,32 +162,34 @@ def compare(
     repository: Annotated[Path, typer.Option(help="The server's repository, for the sizes.")] = Path(
         "model_repository"
     ),
+    save: _SAVE = None,
     json_output: _JSON = False,
 ) -> None:
     """Drive models in turns and print precision, throughput, ratio to FP16, latencies, memory and size.
 
     Example: stillhouse loadtest compare localhost:8001 --models support-fp16,support-int8,support-int4 --rounds 3
     """
-    import json
-
-    from stillhouse.loadtest.compare import compare_models, comparison_table
-    from stillhouse.loadtest.show import tell
+    from stillhouse.loadtest.compare import Compared, compare_models
+    from stillhouse.loadtest.show import show_comparison, tell
     from stillhouse.loadtest.words import parse_duration_s
 
-    compared = compare_models(
-        url,
-        [name.strip() for name in models.split(",") if name.strip()],
-        replace(load, duration_s=parse_duration_s(duration)),
-        rounds=rounds,
-        ignore_eos=ignore_eos,
-        api_key=api_key,
-        metrics_url=metrics_url,
-        repository=repository,
-        progress=tell,
-    )
-    print(json.dumps([c.to_json() for c in compared], indent=2) if json_output else comparison_table(compared))
-    if hint := compared[0].load.hint:
-        tell(f"hint: {hint}")
+    compared: list[Compared] = []
+    try:
+        compare_models(
+            url,
+            [name.strip() for name in models.split(",") if name.strip()],
+            replace(load, duration_s=parse_duration_s(duration)),
+            rounds=rounds,
+            ignore_eos=ignore_eos,
+            api_key=api_key,
+            metrics_url=metrics_url,
+            repository=repository,
+            progress=tell,
+            compared=compared,
+        )
+    finally:
+        # Also what came before an error or an interrupt.
+        show_comparison(compared, save, json_output)
 
 
 @app.command()
@@ -190,13 +205,20 @@ def diff(
     """
     import json
 
-    from stillhouse.loadtest.diff import changes, diff_table, read_samples, worse
+    from stillhouse.loadtest.diff import changes, diff_table, different_settings, read_run, worse
     from stillhouse.loadtest.errors import Missed
+    from stillhouse.loadtest.show import tell
     from stillhouse.loadtest.words import parse_share
 
     share = parse_share(fail_over) if fail_over else None
-    found = changes(read_samples(a), read_samples(b))
+    before, after = read_run(a), read_run(b)
+    found = changes(before.samples, after.samples)
     print(json.dumps([one.to_json() for one in found], indent=2) if json_output else diff_table(found))
+    doubts = [f"{path}: {doubt}" for path, saved in ((a, before), (b, after)) for doubt in saved.doubts]
+    doubts_and_more = [*doubts, *(f"the settings differ: {one}" for one in different_settings(before, after))]
+    for doubt in doubts_and_more:
+        tell(f"warning: {doubt}")
     if share is not None and (beyond := worse(found, share)):
-        named = ", ".join(f"{one.metric} {one.ratio:.2f}" for one in beyond)
-        raise Missed(f"worse by more than {fail_over}: {named} (B / A)")
+        raise Missed(f"worse by more than {fail_over}: {', '.join(map(str, beyond))}")
+    if share is not None and doubts:
+        raise Missed(f"these runs say nothing of {fail_over}: {doubts[0]}", hint="compare whole and valid runs")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.client import Client, ClientError, ModelEntry
-from stillhouse.loadtest.errors import BadInput, RunFailed
+from stillhouse.loadtest.errors import BadInput
 from stillhouse.loadtest.load import Load
 from stillhouse.loadtest.report import align, number
 from stillhouse.loadtest.run import LoadResult, merged, run_locust
@@ -58,13 +58,16 @@ def compare_models(
     metrics_url: str | None = None,
     repository: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    compared: list[Compared] | None = None,
 ) -> list[Compared]:
     """Drives the models (all that are ready, where none is named) in turns, with `load`, `rounds` times each.
 
     Taking turns lets what the machine does meanwhile fall on all of them alike. Every answer has the load's
     `max_tokens` tokens (`ignore_eos`), from the same prompts in the same order. `repository` is the server's, where it
-    is on this machine, for the sizes. Raises ClientError or LoadtestError.
+    is on this machine, for the sizes. `compared` is filled while it goes on: it is what an error leaves. Raises
+    ClientError, LoadtestError or KeyboardInterrupt.
     """
+    compared = [] if compared is None else compared
     load = replace(load or Load(), ignore_eos=ignore_eos)
     protocol, base_url = resolve(url, load.protocol)
     load = replace(load, protocol=protocol)
@@ -85,21 +88,29 @@ def compare_models(
                 progress(f"{model}: {load.said}, {load.duration_s:g} s{which}")
             this_load = replace(load, seed=load.seed + turn)
             result = run_locust(base_url, model, this_load, metrics_url=metrics_url, api_key=api_key)
-            if result.ended_early:
-                raise RunFailed(result.ended_early)
-            results[model].append(result)
-    return [
-        Compared(
-            precision_of(model),
-            merged(results[model]),
-            version_size_bytes(repository, model, versions.get(model, "")) if repository else None,
-            tuple(results[model]),
-        )
-        for model in chosen
-    ]
+            if result.failure is None or not results[model]:  # a round that was cut short is better than none
+                results[model].append(result)
+            compared[:] = [
+                Compared(
+                    precision_of(model),
+                    merged(rounds),
+                    version_size_bytes(repository, model, versions.get(model, "")) if repository else None,
+                    tuple(rounds),
+                )
+                for model, rounds in results.items()
+                if rounds
+            ]
+            if result.failure is not None:
+                raise result.failure
+    return compared
 
 
 def comparison_table(compared: Sequence[Compared]) -> str:
+    """The cells as text, and below them what to know of them."""
+    return "\n".join([align(*comparison_cells(compared)), *remarks(compared)])
+
+
+def comparison_cells(compared: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     """precision | throughput | ratio to FP16 | latencies p50/p95 | memory | size; a GB is 10^9 bytes.
 
     After several rounds, the throughput's is the median round's, and beside it half the distance between the lowest
@@ -122,18 +133,26 @@ def comparison_table(compared: Sequence[Compared]) -> str:
             for spread, digits in ((s.ttft, 0), (s.itl, 1), (s.e2e, 0))
         ]
         rows.append([*row, _gigabytes(one.load.memory_bytes), _gigabytes(one.size_bytes)])
-    lines = [align(header, rows)]
+    return header, rows
+
+
+def remarks(compared: Sequence[Compared]) -> list[str]:
+    """Why the figures are less than they look."""
+    lines = []
     for one in compared:
         failed = sum(one.load.summary.failures.values())
         lines += [f"{one.precision}: {failed} requests failed"] if failed else []
-        problems = dict.fromkeys(problem for run in one.rounds for problem in run.problems)
-        lines += [f"{one.precision}: INVALID, the load generator could not keep up: {problem}" for problem in problems]
-    return "\n".join(lines)
+        lines += [
+            f"{one.precision}: INVALID, the load generator could not keep up: {problem}"
+            for problem in one.load.problems
+        ]
+        lines += [f"{one.precision}: cut short" for run in one.rounds if run.failure is not None]
+    return lines
 
 
 def _ratio(one: Compared, reference: Compared) -> str:
     """The median over rounds of the throughput's ratio to the reference's in the same round."""
-    pairs = zip(one.tokens_per_s, reference.tokens_per_s, strict=True)
+    pairs = zip(one.tokens_per_s, reference.tokens_per_s, strict=False)  # the last round may be without it
     return number(statistics.median(own / its if its else float("nan") for own, its in pairs), 2)
 
 

@@ -54,6 +54,11 @@ class Gathering:
         elif self._patience is None:
             self._patience = gevent.spawn_later(GATHER_S, self._begin)
 
+    @property
+    def zero_s(self) -> float | None:
+        """When the plan's time is 0, of time.time; None before it is known."""
+        return None if self._begun is None else self._begun[1]
+
     def come_to_end(self) -> None:
         """One dispatcher has sent all of its share, and has its answers."""
         self._at_end += 1

@@ -6,6 +6,7 @@ Imported once a process, by the users; `run` is the test of this process.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ def begin_process(environment: Environment, **_: Any) -> None:
         runner.register_message(_REPORT, _take_last_report)
         runner.register_message(_GONE, lambda environment, msg: _end_early(environment, msg.data["why"]))
     elif isinstance(runner, WorkerRunner):
+        _leave_the_first_interrupt_to_the_master(environment)
         runner.register_message(_STOP, lambda environment, msg: environment.runner.stop(), concurrent=True)  # noqa: ARG005
         runner.register_message(_NUMBER, lambda environment, msg: _answers.put(msg.data["number"]))  # noqa: ARG005
     gevent.spawn(run.loop.run)
@@ -92,6 +94,13 @@ def begin_process(environment: Environment, **_: Any) -> None:
     if run.shape is not None and run.shape.in_users:
         environment.shape_class = UserStages(run.shape.stages)
         environment.shape_class.runner = runner
+
+
+def _leave_the_first_interrupt_to_the_master(environment: Environment) -> None:
+    """A terminal tells all of --processes at once, and of a worker that ends by itself no last report is taken."""
+    options = environment.parsed_options
+    if options is not None and options.processes and "--worker" not in sys.argv:
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def begin_test(environment: Environment, **_: Any) -> None:
@@ -237,6 +246,8 @@ def _end(environment: Environment) -> None:
 def _report(environment: Environment) -> None:
     options = environment.parsed_options
     result = run.result()
+    # What the stages count from. Users that change in number are counted from the test's begin by Locust.
+    result["zero_s"] = _gathering.zero_s if run.is_open else run.begun_s
     summaries = [Summary.from_json(value) for value in result["summaries"]]
     if not summaries:
         logger.warning("no request was made: no figures")

@@ -23,7 +23,6 @@ from stillhouse.loadtest.synthetic import parse_synthetic
 _HERE = Path(__file__).parent
 _PACKAGES = ("stillhouse", "locust", "gevent", "grpcio", "tritonclient", "urllib3", "hdrhistogram")
 _GATHER_S = 15  # what dispatchers may need until all of them are there
-_DRAIN_S = 30  # what an open loop's last requests may take after the last arrival
 USER_CLASSES: Mapping[str, str] = {"": "LlmUser", "triton": "TritonUser", "openai": "OpenAiUser"}
 
 
@@ -48,6 +47,7 @@ class Load:
     tokenizer: Path | None = None  # checks the server's counts
     timeout_s: float = 300.0  # of a whole answer
     token_timeout_s: float = 30.0
+    stop_timeout_s: int = 30
     protocol: str = ""  # "triton", "openai", or "" to find out
     model_version: str = ""
     processes: int = 1
@@ -75,15 +75,17 @@ class Load:
     @property
     def drain_s(self) -> int:
         """How long requests that are under way at the end are waited for; a closed loop's are cut off."""
-        return _DRAIN_S if self.open_loop else 0
+        return self.stop_timeout_s if self.open_loop else 0
 
     def checked(self) -> Load:
         """The same, once everything that needs no server is known to make sense. Raises BadInput."""
-        parse_slo(self.slo)
+        parse_slo(self.slo, streamed=self.stream)
         parse_synthetic(self.synthetic)
         if self.users < 1 or self.duration_s < 1 or self.processes < 1:
             given = f"{self.users} users, {self.duration_s:g} s and {self.processes} processes"
             raise BadInput(f"a run has 1 user, 1 second and 1 process at least, got {given}")
+        if not 0 <= self.rate < math.inf:
+            raise BadInput(f"a rate is a number of requests a second from 0, got {self.rate:g}")
         if self.arrivals not in KINDS:
             raise BadInput(f"arrivals are {' or '.join(KINDS)}, got {self.arrivals!r}")
         if self.protocol not in USER_CLASSES:

@@ -10,12 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
+from stillhouse.loadtest.errors import BadInput
 from stillhouse.loadtest.load import Load
+from stillhouse.loadtest.words import parse_rate
 
 # Of a field of Load: its type and option.
 _OPTIONS: Mapping[str, Any] = {
-    "users": Annotated[int, typer.Option(min=1, help="Closed loop: users that ask at the same time.")],
-    "rate": Annotated[float, typer.Option(min=0, help="Open loop: requests a second, whatever the server does.")],
+    "users": Annotated[
+        int | None,
+        typer.Option(min=1, help="Closed loop: users that ask at the same time.", show_default=str(Load.users)),
+    ],
+    "rate": Annotated[
+        float, typer.Option(parser=parse_rate, metavar="RATE", help="Open loop: requests/s, whatever the server does.")
+    ],
     "arrivals": Annotated[str, typer.Option(help="Of an open loop: poisson or constant.")],
     "max_tokens": Annotated[int, typer.Option(min=1, help="Tokens of an answer.")],
     "ignore_eos": Annotated[bool, typer.Option(help="Let every answer have exactly --max-tokens tokens.")],
@@ -37,6 +44,12 @@ _OPTIONS: Mapping[str, Any] = {
     "token_timeout_s": Annotated[
         float, typer.Option("--token-timeout", help="Seconds without a next token that fail a request.")
     ],
+    "stop_timeout_s": Annotated[
+        int,
+        typer.Option(
+            "--stop-timeout", min=0, help="Open loop: seconds that the last answers may take after the last arrival."
+        ),
+    ],
     "protocol": Annotated[str, typer.Option(help="triton or openai.", show_default="found out from the URL")],
     "model_version": Annotated[str, typer.Option(help="Of the model; Triton only.", show_default="the live one")],
     "processes": Annotated[int, typer.Option(min=1, help="Processes that make the load.")],
@@ -50,8 +63,9 @@ def takes_load(*without: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            load = Load(**{name: given.pop(name) for name in names})
-            command(load=load, **given)
+            _refuse_two_loops(given)
+            fields = {name: given.pop(name) for name in names}
+            command(load=Load(**{name: value for name, value in fields.items() if value is not None}), **given)
 
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
@@ -64,6 +78,13 @@ def takes_load(*without: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
+def _refuse_two_loops(given: Mapping[str, Any]) -> None:
+    if given.get("rate") and given.get("users"):
+        hint = "leave out --users or --rate"
+        raise BadInput("users are a closed loop and a rate is an open one: a run is one of them", hint=hint)
+
+
 def _parameter(name: str) -> inspect.Parameter:
-    kind, default = inspect.Parameter.KEYWORD_ONLY, Load.__dataclass_fields__[name].default
-    return inspect.Parameter(name, kind, default=default, annotation=_OPTIONS[name])
+    # Whether a number of users was said is to be known: beside a rate it makes no sense.
+    default = None if name == "users" else Load.__dataclass_fields__[name].default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_OPTIONS[name])

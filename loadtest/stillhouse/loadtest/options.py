@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -67,7 +68,7 @@ def sampling_of(options: Namespace) -> dict[str, Any]:
 
 
 def slo_of(options: Namespace) -> Slo | None:
-    return parse_slo(options.slo)
+    return parse_slo(options.slo, streamed=not options.no_stream)
 
 
 def counter_of(options: Namespace) -> CountTokens | None:
@@ -81,7 +82,7 @@ def workload_of(options: Namespace) -> Workload:
 
 def shape_of(options: Namespace) -> Shape | None:
     """The load over time; None for a closed loop of a fixed number of users. Raises BadInput."""
-    if options.rate < 0:
+    if not 0 <= options.rate < math.inf:
         raise BadInput(f"a rate is requests a second from 0 (closed loop), got {options.rate:g}")
     if options.stages:
         return load_shape(options.stages, options.rate or None)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.loadtest import plots
-from stillhouse.loadtest.report import number
+from stillhouse.loadtest.compare import Compared, comparison_cells, remarks
+from stillhouse.loadtest.report import STEP_HEADER, number, step_cells
 from stillhouse.loadtest.run import LoadResult
 from stillhouse.loadtest.samples import Sample
-from stillhouse.loadtest.shapes import Shape
+from stillhouse.loadtest.slo import parse_slo
 from stillhouse.loadtest.tally import Summary, summarize
 from stillhouse.loadtest.timeline import Step, by_stage
 
@@ -34,8 +35,7 @@ body { background: #111827; color: #e5e7eb } figure { background: #f9fafb }
 def page(result: LoadResult, steps: Sequence[Step] = ()) -> str:
     """The report of one run; `steps` are other levels of load, as of a capacity search, where there are some."""
     samples = samples_of(result)
-    shape = result.load.shape
-    steps = list(steps) or (stage_steps(samples, shape) if shape is not None else [])
+    steps = list(steps) or stage_steps(result)
     title = f"{result.model}: {number(result.summary.tokens_per_s, 1)} tokens/s"
     parts = [
         f"<h1>Load test of {html.escape(title)}</h1>",
@@ -47,14 +47,33 @@ def page(result: LoadResult, steps: Sequence[Step] = ()) -> str:
     pictures = []
     if samples:
         pictures.append(_picture("Latency over time", plots.latency_over_time(samples)))
-        pictures.append(_picture("Latency by percentile", plots.percentile_curves(_curves(result))))
+        if curves := _curves(result):
+            pictures.append(_picture("Latency by percentile", plots.percentile_curves(curves)))
         pictures.append(_picture("Throughput, and what was under way", plots.throughput_over_time(samples)))
     if len(steps) > 1:
         pictures.append(_picture("Throughput against latency, by load", plots.throughput_against_latency(steps)))
     parts.append(f'<div class="plots">{"".join(pictures)}</div>')
     if len(steps) > 1:
-        parts.append(_step_table(steps))
+        parts.append(_table("steps", STEP_HEADER, [step_cells(step) for step in steps]))
     parts.append(_settings(result))
+    return _document(title, parts)
+
+
+def comparison_page(compared: Sequence[Compared]) -> str:
+    """The report of a comparison: its table, and how long whole answers took."""
+    title = f"{', '.join(one.load.model for one in compared)}: side by side"
+    curves = {one.precision: _curves(one.load).get("e2e", []) for one in compared}
+    parts = [
+        f"<h1>Load test of {html.escape(title)}</h1>",
+        *(f'<p class="bad">{html.escape(line)}</p>' for line in remarks(compared)),
+        _table("comparison", *comparison_cells(compared)),
+        _picture("End to end by percentile", plots.percentile_curves(curves)),
+        _settings(compared[0].load),
+    ]
+    return _document(title, parts)
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
     body = "\n".join(part for part in parts if part)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
@@ -69,17 +88,17 @@ def samples_of(result: LoadResult) -> list[Sample]:
     return [Sample(**dict(zip(fields, row, strict=True))) for row in result.details.get("samples", [])]
 
 
-def step_of(label: str, summary: Summary) -> Step:
-    return Step(label, summary.tokens_per_s, summary.ttft.p95_ms, summary.itl.p95_ms)
-
-
-def stage_steps(samples: Sequence[Sample], shape: Shape) -> list[Step]:
-    """A step for each stage of a shape, of the requests that started in it."""
+def stage_steps(result: LoadResult) -> list[Step]:
+    """A step for each stage of the load's shape in which requests started; none where it has no shape."""
+    samples, shape = samples_of(result), result.load.shape
+    if shape is None or not samples:
+        return []
     unit = "users" if shape.in_users else "/s"
+    zero_s = result.details.get("zero_s") or min(sample.start_s for sample in samples)
     return [
-        step_of(f"{(stage.begin + stage.end) / 2:g} {unit}", summary)
-        for stage, part in zip(shape.stages, by_stage(samples, shape.stages), strict=True)
-        for summary in summarize(part)
+        Step(f"{(stage.begin + stage.end) / 2:g} {unit}", summary)
+        for stage, part in zip(shape.stages, by_stage(samples, shape.stages, zero_s), strict=True)
+        for summary in summarize(part, parse_slo(result.load.slo))
     ]
 
 
@@ -106,12 +125,11 @@ def _figures(s: Summary) -> str:
     for name, spread in spreads.items():
         values = (spread.mean_ms, spread.p50_ms, spread.p90_ms, spread.p95_ms, spread.p99_ms, spread.max_ms)
         rows.append(f"<tr><td>{name}</td>" + "".join(f"<td>{number(value, 1)}</td>" for value in values) + "</tr>")
-    failures = ", ".join(f"{kind} {count}" for kind, count in sorted(s.failures.items())) or "none"
     facts = (
         f"{s.requests} answers in {s.duration_s:.1f} s ({s.requests_per_s:.2f}/s), "
         f"{number(s.tokens_per_answer, 1)} tokens each; "
-        f"{s.tokens_per_s:.1f} tokens/s in all, {number(s.tokens_per_s_per_user, 1)} a user; failed: {failures}; "
-        f"cut off by the end: {s.cut}."
+        f"{s.tokens_per_s:.1f} tokens/s in all, {number(s.tokens_per_s_per_user, 1)} a user; "
+        f"failed: {s.failures_said or 'none'}; cut off by the end: {s.cut}."
     )
     if s.count_check is not None:
         facts += f" {s.count_check}."
@@ -141,14 +159,10 @@ def _server(result: LoadResult) -> str:
     return f"<p>The server's own metrics: {', '.join(facts)}.</p>" if facts else ""
 
 
-def _step_table(steps: Sequence[Step]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(s.label)}</td><td>{number(s.tokens_per_s, 1)}</td><td>{number(s.ttft_p95_ms, 1)}</td>"
-        f"<td>{number(s.itl_p95_ms, 1)}</td></tr>"
-        for s in steps
-    )
-    head = "<tr><th>load</th><th>tokens/s</th><th>TTFT p95 ms</th><th>ITL p95 ms</th></tr>"
-    return f"<table id='steps'>{head}{rows}</table>"
+def _table(name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [("th", header), *(("td", row) for row in rows)]
+    cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in lines)
+    return f"<table id='{name}'>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _settings(result: LoadResult) -> str:

@@ -38,7 +38,7 @@ def latency_over_time(samples: Sequence[Sample]) -> str:
 
 
 def percentile_curves(curves: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
-    """Latency by percentile, the high ones drawn apart as 1 / (1 - p)."""
+    """Latency by percentile, the high ones drawn apart as 1 / (1 - p). One curve by its latency's or model's name."""
     ticks = (0, 50, 90, 99, 99.9)
 
     def place(percent: float) -> float:
@@ -47,7 +47,7 @@ def percentile_curves(curves: Mapping[str, Sequence[Sequence[float | None]]]) ->
     def draw(axes: Any) -> None:
         for name, curve in curves.items():
             points = [(place(p), ms) for p, ms in curve if p is not None and ms is not None and p < 100]
-            axes.plot(*zip(*points, strict=True), color=_COLOURS[name], label=_NAMES[name])
+            axes.plot(*zip(*points, strict=True), color=_COLOURS.get(name), label=_NAMES.get(name, name))
         axes.set(xlabel="percentile")
         _in_ms(axes)
         axes.set_xticks([place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
@@ -78,15 +78,13 @@ def throughput_against_latency(steps: Sequence[Step]) -> str:
     """Where more load brings no more tokens, only waiting."""
 
     def draw(axes: Any) -> None:
-        known = [step for step in steps if math.isfinite(step.ttft_p95_ms)]
-        axes.plot(
-            [s.tokens_per_s for s in known], [s.ttft_p95_ms for s in known], "o-", color="#2563eb", label="TTFT p95"
-        )
-        axes.plot(
-            [s.tokens_per_s for s in known], [s.itl_p95_ms for s in known], "s-", color="#059669", label="ITL p95"
-        )
-        for step in known:
-            axes.annotate(step.label, (step.tokens_per_s, step.ttft_p95_ms), xytext=(4, 4), textcoords="offset points")
+        known = [step for step in steps if math.isfinite(step.summary.ttft.p95_ms)]
+        tokens_per_s = [step.summary.tokens_per_s for step in known]
+        ttft_ms, itl_ms = ([getattr(step.summary, name).p95_ms for step in known] for name in ("ttft", "itl"))
+        axes.plot(tokens_per_s, ttft_ms, "o-", color=_COLOURS["ttft"], label="TTFT p95")
+        axes.plot(tokens_per_s, itl_ms, "s-", color=_COLOURS["itl"], label="ITL p95")
+        for step, *place in zip(known, tokens_per_s, ttft_ms, strict=True):
+            axes.annotate(step.label, place, xytext=(4, 4), textcoords="offset points")
         axes.set(xlabel="tokens/s")
         _in_ms(axes)
         axes.legend(frameon=False)
@@ -95,10 +93,13 @@ def throughput_against_latency(steps: Sequence[Step]) -> str:
 
 
 def _in_ms(axes: Any) -> None:
-    """A logarithmic axis of milliseconds with plain numbers at 1, 2 and 5."""
+    """An axis of milliseconds; where there are some, it is logarithmic with plain numbers at 1, 2 and 5."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set(ylabel="ms", yscale="log")
+    axes.set(ylabel="ms")
+    if not math.isfinite(axes.dataLim.minposy):
+        return  # nothing is above 0: nothing came
+    axes.set(yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -13,6 +13,8 @@ from typing import Any
 from stillhouse.loadtest.tally import Summary, Verdict
 from stillhouse.loadtest.timeline import Step
 
+STEP_HEADER = ("load", "tokens/s", "TTFT p95 ms", "ITL p95 ms")
+
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text: the first column to the left, the others to the right."""
@@ -45,11 +47,7 @@ def token_table(summaries: Sequence[Summary]) -> str:
             row += [number(spread.p50_ms, 1), number(spread.p95_ms, 1)]
         rows.append(row)
     lines = [align(header, rows)]
-    lines += [
-        f"{s.model}: failed: " + ", ".join(f"{kind} {n}" for kind, n in sorted(s.failures.items()))
-        for s in summaries
-        if s.failures
-    ]
+    lines += [f"{s.model}: failed: {s.failures_said}" for s in summaries if s.failures]
     lines += [line for s in summaries for line in _more(s)]
     if any(not s.counted_by_server for s in summaries):
         lines.append("this server does not count tokens: every response is counted as one, or --tokenizer counts")
@@ -58,8 +56,12 @@ def token_table(summaries: Sequence[Summary]) -> str:
 
 def step_table(steps: Sequence[Step]) -> str:
     """load | throughput | latencies, a row a stage."""
-    rows = [[s.label, number(s.tokens_per_s, 1), number(s.ttft_p95_ms, 1), number(s.itl_p95_ms, 1)] for s in steps]
-    return align(["load", "tokens/s", "TTFT p95 ms", "ITL p95 ms"], rows)
+    return align(STEP_HEADER, [step_cells(step) for step in steps])
+
+
+def step_cells(step: Step) -> list[str]:
+    s = step.summary
+    return [step.label, number(s.tokens_per_s, 1), number(s.ttft.p95_ms, 1), number(s.itl.p95_ms, 1)]
 
 
 def _more(summary: Summary) -> list[str]:
@@ -78,24 +80,29 @@ def _more(summary: Summary) -> list[str]:
 
 def _valued(verdict: Verdict) -> str:
     unit = "%" if verdict.limit.startswith("errors") else " ms"
+    if math.isnan(verdict.value):
+        return "not measured"
     return f"{verdict.value:.1f}{unit}" if math.isfinite(verdict.value) else "some never came"
 
 
 def write_csv(path: Path, summaries: Sequence[Summary]) -> None:
-    """One row a model; times in milliseconds where a column says so."""
+    """One row a model."""
+    write_rows(path, [csv_row(summary) for summary in summaries])
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of the same columns."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        for i, row in enumerate(_flat(s) for s in summaries):
-            if i == 0:
-                writer.writerow(row)
-            writer.writerow(row.values())
+        writer.writerows([*(list(row) for row in rows[:1]), *(row.values() for row in rows)])
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _flat(summary: Summary) -> dict[str, Any]:
+def csv_row(summary: Summary) -> dict[str, Any]:
+    """The figures by their column; times in milliseconds where it says so."""
     row: dict[str, Any] = {}
     for name, value in asdict(summary).items():
         if name == "failures":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from stillhouse.loadtest.tally import Summary, Tally, without_nan
 from stillhouse.loadtest.target import choose_model, open_target, resolve
 
 _START_AND_END_S = 60.0  # what Locust may need beyond the run itself
+_HEARD_S = 8.0  # what it may need to end, once it was told to
 _ASK_S = 1.0  # how often the server's metrics and Locust's progress are read
 
 _BULK = ("samples", "sample_fields", "tally", "curves")
@@ -51,6 +53,17 @@ class LoadResult:
     @property
     def ended_early(self) -> str:
         return str(self.details.get("ended_early", ""))
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.details.get("interrupted"))
+
+    @property
+    def failure(self) -> KeyboardInterrupt | RunFailed | None:
+        """Why it did not last as long as it was to; None where it did. Its figures are of what came before."""
+        if self.interrupted:
+            return KeyboardInterrupt()
+        return RunFailed(self.ended_early, hint="the figures are of what came before") if self.ended_early else None
 
     def to_json(self, *, whole: bool = True) -> dict[str, Any]:
         """Everything; not `whole`: without the requests and the distributions."""
@@ -98,8 +111,8 @@ def run_locust(
 ) -> LoadResult:
     """Drives `model` (the server's int4 where it is empty) at `host` as `load` says.
 
-    A server that goes away ends the run; what came before is in the result, and why in its `ended_early`. Raises
-    BadInput or ClientError where it cannot be tested at all, RunFailed where Locust gave no result.
+    A server that goes away and an interrupt end the run; what came before is in the result, and why in its `failure`.
+    Raises BadInput or ClientError where it cannot be tested at all, RunFailed where Locust gave no result.
     """
     load = (load or Load()).checked()
     api_key = api_key or os.environ.get("OPENAI_API_KEY", "")
@@ -111,13 +124,15 @@ def run_locust(
         # The key is for who is asked, not for whoever else has the metrics.
         metrics_key = api_key if parse_url(metrics_url).authority == parse_url(host).authority else ""
         watch = _Watch(metrics_url, metrics_key, model, folder, load, progress)
-        _run(command, folder, load, api_key, watch)
+        interrupted = _run(command, folder, load, api_key, watch)
+        if interrupted and not (folder / "result.json").exists():
+            raise KeyboardInterrupt  # before the first request
         result = _read_result(folder)
     tallies = [Tally.from_json(value) for value in result.pop("tallies")]
     if len(tallies) != 1:
         raise RunFailed(f"a run measures one model, got {len(tallies)}", hint=result.get("ended_early") or None)
     summary = Summary.from_json(result["summaries"][0])
-    result["tally"] = tallies[0].to_json()
+    result |= {"tally": tallies[0].to_json(), "interrupted": interrupted}
     hint = watch.hint(host)
     return LoadResult(summary.model, load.users, summary, watch.memory_bytes, watch.queue, load, host, result, hint)
 
@@ -134,7 +149,10 @@ def _ask_first(host: str, model: str, load: Load, api_key: str) -> tuple[Load, s
 
 
 def merged(results: Sequence[LoadResult]) -> LoadResult:
-    """Several runs of the same load as one: latencies over all requests, rates over the time of the runs alone."""
+    """Several runs of the same load as one: latencies over all requests, rates over the time of the runs alone.
+
+    It is as valid as the least valid of them.
+    """
     first = results[0]
     if len(results) == 1:
         return first
@@ -149,7 +167,17 @@ def merged(results: Sequence[LoadResult]) -> LoadResult:
         requests_per_s=tally.requests / duration_s if duration_s else 0.0,
     )
     memory_bytes = max((result.memory_bytes for result in results if result.memory_bytes is not None), default=None)
-    return replace(first, summary=summary, memory_bytes=memory_bytes, details={"tally": tally.to_json()})
+    queues = [result.queue for result in results if result.queue is not None]
+    problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
+    details = {
+        "protocol": first.details.get("protocol"),
+        "client": {"valid": not problems, "problems": problems},
+        "left_out": first.details.get("left_out", 0),
+        "curves": {first.model: tally.curves()},
+        "tally": tally.to_json(),
+    }
+    queue = functools.reduce(QueueTime.plus, queues) if queues else None
+    return replace(first, summary=summary, memory_bytes=memory_bytes, queue=queue, details=details)
 
 
 class _Watch:
@@ -193,8 +221,8 @@ class _Watch:
         return f"memory and queue time are on Triton's own metrics page, not the gateway's: add --metrics-url {page}"
 
 
-def _run(command: list[str], folder: Path, load: Load, api_key: str, watch: _Watch) -> None:
-    """Runs Locust to its end; an interrupt ends the test, and its figures are kept."""
+def _run(command: list[str], folder: Path, load: Load, api_key: str, watch: _Watch) -> bool:
+    """Runs Locust to its end. True where an interrupt ended the test: its figures are kept."""
     # Neither a locust.conf of the current folder nor Locust's variables shall change the run.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST")}
     if api_key:
@@ -204,26 +232,34 @@ def _run(command: list[str], folder: Path, load: Load, api_key: str, watch: _Wat
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment
         )
     ends_s = time.monotonic() + load.duration_s + load.drain_s + _START_AND_END_S
+    interrupted = False
     try:
         try:
-            _wait(process, watch, ends_s)
+            ended = _has_ended(process, watch, ends_s)
         except KeyboardInterrupt:
-            # The terminal has told Locust too: it ends its test and writes what came.
-            _wait(process, watch, time.monotonic() + 15.0)
+            # A terminal has told Locust too: it ends its test and writes what came.
+            interrupted = True
+            ended = _has_ended(process, watch, time.monotonic() + load.drain_s + _HEARD_S)
+            if not ended:
+                process.terminate()  # nobody told it
+                ended = _has_ended(process, watch, time.monotonic() + load.drain_s + _HEARD_S)
+        if not ended:
+            raise RunFailed(f"Locust did not end within {_START_AND_END_S:g} s after its run time")
         watch.look()
+        return interrupted
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], watch: _Watch, ends_s: float) -> None:
-    while process.poll() is None:
+def _has_ended(process: subprocess.Popen[bytes], watch: _Watch, until_s: float) -> bool:
+    """Waits for it, until `until_s` of time.monotonic at most."""
+    while process.poll() is None and time.monotonic() < until_s:
         watch.look()
-        if time.monotonic() > ends_s:
-            raise RunFailed(f"Locust did not end within {_START_AND_END_S:g} s after its run time")
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_ASK_S)
+    return process.poll() is not None
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

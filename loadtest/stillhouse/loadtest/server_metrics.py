@@ -34,6 +34,12 @@ class QueueTime:
         below = {bound: count - earlier.below.get(bound, 0.0) for bound, count in self.below.items()}
         return QueueTime(self.total_s - earlier.total_s, self.count - earlier.count, below)
 
+    def plus(self, other: QueueTime) -> QueueTime:
+        """Both together: of another time, or of another server."""
+        bounds = self.below.keys() | other.below.keys()
+        below = {bound: self.below.get(bound, 0.0) + other.below.get(bound, 0.0) for bound in bounds}
+        return QueueTime(self.total_s + other.total_s, self.count + other.count, below)
+
     @property
     def mean_ms(self) -> float:
         return 1e3 * self.total_s / self.count if self.count > 0 else math.nan

@@ -9,6 +9,7 @@ level = 4                            # or: from = 1, to = 8
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _stage(table: Any, where: str) -> Stage:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise BadInput(f"{what} is a number from 0, got {value!r}", hint=_FORM)
     return float(value)
 

@@ -41,10 +41,18 @@ class Slo:
         return ", ".join(limit.text for limit in self.limits)
 
 
-def parse_slo(text: str) -> Slo | None:
-    """The objective in `text`; None where it is empty. Raises BadInput naming the part that cannot be read."""
+def parse_slo(text: str, *, streamed: bool = True) -> Slo | None:
+    """The objective in `text`; None where it is empty.
+
+    Raises BadInput naming the part that cannot be read, or that answers which are not `streamed` have no figure for.
+    """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return Slo(tuple(_parse(part) for part in parts)) if parts else None
+    limits = tuple(_parse(part) for part in parts)
+    for limit in limits:
+        if not streamed and limit.metric not in ("e2e", "errors"):
+            hint = "of whole answers, limit e2e or errors; or ask for streams"
+            raise BadInput(f"{limit.text} is of a stream's tokens, and --no-stream asks for none", hint=hint)
+    return Slo(limits) if limits else None
 
 
 def is_good(slo: Slo, sample: Sample) -> bool:

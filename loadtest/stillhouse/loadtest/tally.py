@@ -22,7 +22,7 @@ class Verdict:
     """One limit of the objective, and what was measured."""
 
     limit: str
-    value: float  # in the limit's unit: milliseconds, or per cent of errors
+    value: float  # in the limit's unit: milliseconds, or per cent of errors; NaN where there was nothing to measure
     met: bool
 
 
@@ -54,6 +54,11 @@ class Summary:
     count_check: CountCheck | None = None  # None without a tokenizer
 
     @property
+    def failures_said(self) -> str:
+        """The kinds of failures and how many there were of each."""
+        return ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
+
+    @property
     def slo_met(self) -> bool:
         return all(verdict.met for verdict in self.verdicts)
 
@@ -69,8 +74,9 @@ class Summary:
         for name in ("tokens_per_answer", "tokens_per_s_per_user"):
             value[name] = _number(value[name])
         verdicts = value.get("verdicts", [])
+        unknown = {True: math.nan, False: math.inf}  # what JSON does not know: nothing to measure, or never came
         value["verdicts"] = [
-            Verdict(v["limit"], math.inf if v["value"] is None else v["value"], v["met"]) for v in verdicts
+            Verdict(v["limit"], unknown[v["met"]] if v["value"] is None else v["value"], v["met"]) for v in verdicts
         ]
         if value.get("count_check") is not None:
             value["count_check"] = CountCheck(**value["count_check"])
@@ -109,8 +115,8 @@ class Tally:
         self.counted_by_server &= sample.counted_by_server or sample.outcome != OK
         well, failed = sample.outcome == OK, sample.outcome not in (OK, CUT)
         self._record("late", sample.late_s, missing=False)
-        self._record("ttft", sample.ttft_s, missing=failed)
-        self._record("answer", sample.answer_s, missing=well or failed)
+        self._record("ttft", None if failed else sample.ttft_s, missing=failed)
+        self._record("answer", None if failed else sample.answer_s, missing=well or failed)
         self._record("itl", None if failed else sample.itl_s, missing=failed)
         self._record("e2e", sample.e2e_s if well else None, missing=failed)
         if well:
@@ -197,7 +203,9 @@ class Tally:
         else:
             percent = 100.0 if limit.statistic == "max" else float(limit.statistic[1:])
             (value,) = self.latencies[limit.metric].percentiles_ms([percent], self.missing[limit.metric])
-        return Verdict(limit.text, value, value < limit.limit)
+        # Answers of one token have no gap that could be too long.
+        met = value < limit.limit or (limit.metric == "itl" and math.isnan(value))
+        return Verdict(limit.text, value, met)
 
     def curves(self) -> dict[str, list[list[float]]]:
         """[per cent, milliseconds] along each latency's distribution."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stillhouse.loadtest.arrivals import Stage
 from stillhouse.loadtest.samples import Sample
+from stillhouse.loadtest.tally import Summary
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,7 @@ class Step:
     """One level of load and what it came to; for throughput against latency."""
 
     label: str
-    tokens_per_s: float
-    ttft_p95_ms: float
-    itl_p95_ms: float
+    summary: Summary
 
 
 def tokens_by_second(samples: Sequence[Sample]) -> list[float]:
@@ -60,9 +59,8 @@ def in_flight(samples: Sequence[Sample], points: int = 200) -> list[tuple[float,
     return found
 
 
-def by_stage(samples: Sequence[Sample], stages: Sequence[Stage]) -> list[list[Sample]]:
-    """The samples by the stage in which they started."""
-    zero_s = min((sample.start_s for sample in samples), default=0.0)
+def by_stage(samples: Sequence[Sample], stages: Sequence[Stage], zero_s: float) -> list[list[Sample]]:
+    """The samples by the stage in which they started; the first stage begins at `zero_s`, of the samples' clock."""
     parts: list[list[Sample]] = [[] for _ in stages]
     for sample in samples:
         time_s = sample.start_s - zero_s

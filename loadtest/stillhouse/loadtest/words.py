@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from stillhouse.loadtest.errors import BadInput
@@ -25,12 +26,23 @@ def duration_of(duration: str | None, prompts: Path | None) -> float:
     return 15.0 if times_s is None else times_s[-1] + 1.0
 
 
+def parse_rate(text: str | float) -> float:
+    """Requests a second in "2.5" or "2.5/s". Raises BadInput."""
+    try:
+        rate = float(str(text).removesuffix("/s"))
+    except ValueError:
+        rate = math.nan
+    if not 0 <= rate < math.inf:
+        raise BadInput(f"a rate is a number of requests a second from 0, got {text!r}", hint="for example --rate 2.5")
+    return rate
+
+
 def parse_share(text: str) -> float:
     """The share in "10%" or "10": 0.1. Raises BadInput."""
     try:
         share = float(text.removesuffix("%")) / 100
     except ValueError:
         share = -1.0
-    if share < 0:
+    if not 0 <= share < math.inf:
         raise BadInput(f"a share is a number of per cent from 0, got {text!r}", hint="for example --fail-over 10%")
     return share
