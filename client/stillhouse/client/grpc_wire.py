@@ -59,12 +59,14 @@ def write_request(request: Request) -> Any:
     return message
 
 
-def read_response(message: Any, request: Request) -> list[Reply]:
+def read_response(message: Any, request: Request, received_s: float | None = None) -> list[Reply]:
     """The replies in one ModelStreamInferResponse: its outputs, and the end marker.
 
-    Raises ClientError where the response is an error that came as text.
+    `received_s` is when it came, of time.perf_counter; by default now. Raises ClientError where the response is an
+    error that came as text.
     """
-    received_s = time.perf_counter()
+    if received_s is None:
+        received_s = time.perf_counter()
     if message.error_message:
         raise from_server(message.error_message, request.model)
     response = message.infer_response
@@ -100,14 +102,23 @@ def read_error(error: Any, authority: str, model: str | None = None) -> ClientEr
     code, details = error.code(), error.details() or ""
     # "Error received from peer" stands in what the server itself answered; the rest is the library's own words.
     from_peer = "from peer" in (error.debug_error_string() or "")
+    if code is grpc.StatusCode.UNAVAILABLE and not from_peer:
+        return cannot_reach(authority, details.rsplit(": ", 1)[-1])  # the innermost reason
+    return error_of(code, details, authority, model)
+
+
+def error_of(code: Any, details: str, authority: str, model: str | None = None) -> ClientError:
+    """The client's error for a status that a server sent, a grpc.StatusCode with its text."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"{authority}: no answer in time", hint="raise timeout_s, or look at the server's log")
-    if code is grpc.StatusCode.UNAVAILABLE and not from_peer:
-        return ConnectionFailed(
-            f"cannot reach {authority}: {details.rsplit(': ', 1)[-1]}",  # the innermost reason
-            hint="is the server started, and is this its gRPC port (8001 by default)?",
-        )
     return from_server(details or code.name, model or authority, _KINDS.get(code, Unavailable))
+
+
+def cannot_reach(authority: str, reason: str) -> ConnectionFailed:
+    return ConnectionFailed(
+        f"cannot reach {authority}: {reason}",
+        hint="is the server started, and is this its gRPC port (8001 by default)?",
+    )
 
 
 _KINDS: dict[Any, type[ClientError]] = {

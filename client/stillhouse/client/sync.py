@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 from stillhouse.client.address import Address, parse_url
 from stillhouse.client.assembly import Assembly
 from stillhouse.client.errors import ClientError, ConnectionFailed, TimedOut
 from stillhouse.client.request import UNSET, Limits, Unset, build_request, choose_limits
-from stillhouse.client.types import Completion, Message, ModelEntry, Request, Token
+from stillhouse.client.types import Completion, Message, ModelEntry, Reply, Request, Token
 
-if TYPE_CHECKING:
-    from stillhouse.client.grpc_sync import GrpcTransport
-    from stillhouse.client.http_sync import HttpTransport
+
+class Stream(Protocol):
+    """The replies of one request."""
+
+    def next(self, wait_s: float | None) -> Reply | None:
+        """The next reply; None at the end. Raises TimeoutError after `wait_s`, ClientError where it broke."""
+
+    def close(self) -> None:
+        """Cancels what still runs."""
+
+
+class Transport(Protocol):
+    """How a client's questions reach a server. Everything raises ClientError."""
+
+    def open(self, request: Request) -> Stream: ...
+
+    def models(self) -> list[ModelEntry]: ...
+
+    def ready(self, model: str, version: str) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class Client:
@@ -24,7 +42,7 @@ class Client:
 
     `timeout_s` is for a whole answer, `token_timeout_s` for the wait between two tokens of a stream (when a model's
     process dies, its server sends neither error nor end); None is no limit. `connect_timeout_s` is for making
-    a connection and for the short questions (`models`, `ready`).
+    a connection and for the short questions (`models`, `ready`). `transport` takes the place of the URL's own.
     """
 
     def __init__(
@@ -34,10 +52,11 @@ class Client:
         timeout_s: float | None = 300.0,
         token_timeout_s: float | None = 30.0,
         connect_timeout_s: float = 10.0,
+        transport: Transport | None = None,
     ) -> None:
         self.address = parse_url(url)
         self._limits = Limits(timeout_s, token_timeout_s)
-        self._transport = _open_transport(self.address, connect_timeout_s)
+        self._transport = transport or _open_transport(self.address, connect_timeout_s)
 
     def generate(
         self,
@@ -154,7 +173,7 @@ class Client:
             source.close()
 
 
-def _open_transport(address: Address, connect_timeout_s: float) -> GrpcTransport | HttpTransport:
+def _open_transport(address: Address, connect_timeout_s: float) -> Transport:
     # Imported here, so that grpc is loaded by those alone who use it.
     if address.is_grpc:
         from stillhouse.client.grpc_sync import GrpcTransport

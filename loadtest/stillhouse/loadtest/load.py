@@ -21,7 +21,7 @@ from stillhouse.loadtest.slo import parse_slo
 from stillhouse.loadtest.synthetic import parse_synthetic
 
 _HERE = Path(__file__).parent
-_PACKAGES = ("stillhouse", "locust", "gevent", "grpcio", "tritonclient", "urllib3", "hdrhistogram")
+_PACKAGES = ("stillhouse", "locust", "gevent", "hyperframe", "hpack", "urllib3", "hdrhistogram")
 _GATHER_S = 15  # what dispatchers may need until all of them are there
 USER_CLASSES: Mapping[str, str] = {"": "LlmUser", "triton": "TritonUser", "openai": "OpenAiUser"}
 

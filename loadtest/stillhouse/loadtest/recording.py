@@ -20,8 +20,7 @@ from stillhouse.loadtest.tally import Tally, without_nan
 from stillhouse.loadtest.target import Target, open_target
 from stillhouse.loadtest.watch import ClientState, LoopWatch, ServerWatch, validity
 
-# Requests that share a target, and so an HTTP/2 connection over gRPC: a channel costs a thread, and some servers and
-# proxies let 128 streams at most into one connection.
+# Requests that share a target, and so an HTTP/2 connection over gRPC, whose server may have a core for each connection.
 REQUESTS_PER_TARGET = 100
 MOST_SAMPLES = 50_000
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import urllib3
@@ -21,6 +21,9 @@ from stillhouse.loadtest.errors import BadInput, KeyRefused
 from stillhouse.loadtest.openai_api import OpenAiClient
 from stillhouse.loadtest.pieces import Piece
 from stillhouse.loadtest.prompts import Prompt
+
+if TYPE_CHECKING:
+    from stillhouse.loadtest.grpc_gevent import GreenletTransport
 
 TRITON, OPENAI = "triton", "openai"
 _ASK_S = 10.0
@@ -55,7 +58,8 @@ class TritonTarget:
 
     def __init__(self, host: str, timeout_s: float, token_timeout_s: float) -> None:
         self._host = host
-        self.client = Client(host, timeout_s=timeout_s, token_timeout_s=token_timeout_s)
+        transport = _greenlet_transport(host) if parse_url(host).is_grpc else None
+        self.client = Client(host, timeout_s=timeout_s, token_timeout_s=token_timeout_s, transport=transport)
 
     def models(self) -> list[str]:
         return sorted({entry.name for entry in self.client.models() if entry.ready})
@@ -218,17 +222,20 @@ def _input_names(host: str, model: str, version: str) -> set[str]:
             return {str(entry["name"]) for entry in json.loads(response.data).get("inputs", [])}
         except (HTTPError, ValueError, AttributeError, KeyError):
             return set()
-    from tritonclient.grpc import InferenceServerClient
-    from tritonclient.utils import InferenceServerException
-
-    client = InferenceServerClient(address.authority, ssl=address.tls)
+    transport = _greenlet_transport(host)
     try:
-        metadata = client.get_model_metadata(model, version, client_timeout=_ASK_S)
-        return {str(entry.name) for entry in metadata.inputs}
-    except InferenceServerException:
+        return transport.input_names(model, version)
+    except ClientError:
         return set()
     finally:
-        client.close()
+        transport.close()
+
+
+def _greenlet_transport(host: str) -> GreenletTransport:
+    # Imported here, so that gevent and grpc are loaded by those alone who use them.
+    from stillhouse.loadtest.grpc_gevent import GreenletTransport
+
+    return GreenletTransport(parse_url(host), _ASK_S)
 
 
 def _says_v2(base_url: str) -> bool:

@@ -4,8 +4,7 @@
 request when its last answer has ended. In an open loop (`--rate`, a trace, stages of a rate) a user is a dispatcher: it
 sends what the plan says when the plan says it, each request in a greenlet of its own; latencies count from the plan.
 
-Imports locust (which patches the standard library for gevent when it is imported), and then lets grpc know of gevent:
-its waiting gives way to the other users.
+Imports locust, which patches the standard library for gevent when it is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gevent import Greenlet, GreenletExit, get_hub, sleep, spawn
+from gevent import Greenlet, GreenletExit, sleep, spawn
 from gevent.pool import Group
 from locust import User, task
 from locust.env import Environment
@@ -38,18 +37,6 @@ _NEVER_S = 1e7
 # answers come at once, and all but the first wait for the client.
 _STAGGER_S = 0.005
 _PAUSE_S = 0.5  # after a request that reached no server: it is not to be made a thousand times a second
-
-
-def _let_grpc_know_of_gevent() -> None:
-    import grpc.experimental.gevent
-
-    grpc.experimental.gevent.init_gevent()
-    # grpc waits in a thread of this pool for every channel that has a stream open. With the usual ten threads, users
-    # beyond ten channels wait for one another.
-    get_hub().threadpool.maxsize = 1000
-
-
-_let_grpc_know_of_gevent()
 
 
 class LlmUser(User):  # type: ignore[misc]
