@@ -40,6 +40,16 @@ def test_a_copy_carries_the_tokens() -> None:
     assert np.array_equal(cache._array[:, 1, :, :100], content)
 
 
+def test_a_shorter_sequence_that_moves_in_leaves_nothing_of_a_longer_one() -> None:
+    before = resident_bytes()
+    cache = make_cache()
+    cache._array[:, 1, :, :4000] = 1
+    cache._array[:, 5, :, :100] = 2
+    cache.copy(5, 1, 100)
+    assert resident_bytes() - before < 3 * 100 * cache.kv_bytes_per_token
+    assert (cache._array[:, 1, :, :100] == 2).all()
+
+
 def test_what_is_swapped_out_comes_back_to_the_bit_and_is_no_memory_meanwhile() -> None:
     cache = make_cache()
     content = np.random.default_rng(0).random((8, 2, 2000, 64), np.float32)

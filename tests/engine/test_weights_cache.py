@@ -12,7 +12,7 @@ import pytest
 from stillhouse.engine import weights_cache
 from stillhouse.engine.directory import VersionDirectory
 from stillhouse.engine.manifest import BaseRecord, FileRecord, Manifest, MemoryRecord, ModelRecord
-from stillhouse.engine.weights_cache import prepacked_model
+from stillhouse.engine.weights_cache import prepacked_model, remembered
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +150,22 @@ def test_the_oldest_go_when_there_are_many(tmp_path: Path, cache: Path, monkeypa
         newest = prepacked_model(version(tmp_path), Packer(), f"ort {number}")
     assert len(list(cache.iterdir())) == 2
     assert newest.is_file()
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_what_was_found_of_packed_weights_is_found_once(tmp_path: Path, verdict: bool) -> None:
+    asked: list[bool] = []
+
+    def find() -> bool:
+        asked.append(verdict)
+        return verdict
+
+    model = prepacked_model(version(tmp_path), Packer(), "ort 1")
+    assert [remembered(model, "verdict", find) for _ in range(2)] == [verdict] * 2
+    assert len(asked) == 1
+    model.with_name("verdict").write_bytes(b"")  # cut short
+    assert remembered(model, "verdict", find) is verdict
+    plain = tmp_path / "model.onnx"
+    assert [remembered(plain, "verdict", find) for _ in range(2)] == [verdict] * 2
+    assert len(asked) == 4
+    assert not (tmp_path / "verdict").exists()

@@ -39,14 +39,15 @@ class SlotCache:
         head_dim: int,
         dtype: np.dtype[Any],
     ) -> None:
-        row_bytes = head_dim * dtype.itemsize
+        self._row_bytes = row_bytes = head_dim * dtype.itemsize
         # Whole pages a head, so that a slot can be given back without touching its neighbours.
         step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes)
         self.device = "cpu"
         self.max_len = math.ceil(max_len / step) * step
         self.slots = slots
         self.kv_bytes_per_token = 2 * layers * kv_heads * row_bytes
-        self._slot_bytes = kv_heads * self.max_len * row_bytes
+        self._head_bytes = self.max_len * row_bytes
+        self._slot_bytes = kv_heads * self._head_bytes
         self._map = mmap.mmap(
             -1,
             2 * layers * slots * self._slot_bytes,
@@ -72,8 +73,15 @@ class SlotCache:
         return int(self._array[tensor, slot].ctypes.data)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copies the first `tokens` positions of slot `source` to slot `target`."""
+        """Copies the first `tokens` positions of slot `source` to slot `target`; what that held beyond goes back."""
         self._array[:, target, :, :tokens] = self._array[:, source, :, :tokens]
+        kept_bytes = math.ceil(tokens * self._row_bytes / mmap.PAGESIZE) * mmap.PAGESIZE
+        if kept_bytes == self._head_bytes:
+            return
+        for tensor in range(self._array.shape[0]):
+            start = (tensor * self.slots + target) * self._slot_bytes
+            for head in range(start, start + self._slot_bytes, self._head_bytes):
+                self._map.madvise(mmap.MADV_DONTNEED, head + kept_bytes, self._head_bytes - kept_bytes)
 
     def swap_out(self, slot: int, tokens: int) -> SwappedOut:
         """Writes the first `tokens` positions of `slot` to a file without a name: memory that can be reclaimed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ def released_after(file: Path) -> Iterator[None]:
     was there before, or was written to (it holds pages of its own), is left alone.
     """
     with _one_at_a_time:
-        before = {start for start, _ in _unwritten_mappings(file)}
+        before = {start for start, _ in _mappings(file)}
         yield
         _advise([each for each in _unwritten_mappings(file) if each[0] not in before], _MADV_DONTNEED)
 
@@ -70,18 +71,22 @@ def _advise(mappings: list[tuple[int, int]], advice: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
+def _mappings(file: Path) -> list[tuple[int, int]]:
+    """Start and length of each mapping of `file`; none where there is no /proc."""
+    return _found("/proc/self/maps", file, "$")
+
+
 def _unwritten_mappings(file: Path) -> list[tuple[int, int]]:
-    """Start and length of each mapping of `file` that holds the file's pages alone; none where there is no /proc."""
+    """Of these, the ones that hold the file's pages alone. The kernel counts the whole process's pages to tell."""
+    return _found("/proc/self/smaps", file, r"\n(?:[A-Z].*\n)*?Anonymous: +0 kB$")
+
+
+def _found(table: str, file: Path, rest: str) -> list[tuple[int, int]]:
+    """The mappings of `file` in `table` (START-END PERMISSIONS OFFSET DEVICE INODE PATH) whose entry ends in `rest`."""
     try:
-        lines = Path("/proc/self/smaps").read_text("utf-8", errors="surrogateescape").splitlines()
+        text = Path(table).read_text("utf-8", errors="surrogateescape")
     except OSError:
         return []
-    path, found, current = os.path.realpath(file), [], None
-    for line in lines:
-        columns = line.split(None, 5)
-        if not columns[0].endswith(":"):  # START-END PERMISSIONS OFFSET DEVICE INODE PATH, then lines of NAME: VALUE
-            start, end = (int(number, 16) for number in columns[0].split("-"))
-            current = (start, end - start) if columns[5:] == [path] else None
-        elif current is not None and columns[:2] == ["Anonymous:", "0"]:
-            found.append(current)
-    return found
+    entry = rf"^([0-9a-f]+)-([0-9a-f]+)(?: \S+){{4}} +{re.escape(os.path.realpath(file))}{rest}"
+    spans = ((int(start, 16), int(end, 16)) for start, end in re.findall(entry, text, re.MULTILINE))
+    return [(start, end - start) for start, end in spans]

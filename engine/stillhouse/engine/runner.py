@@ -16,6 +16,7 @@ from stillhouse.engine.errors import EngineError
 from stillhouse.engine.kv_cache import SlotCache
 from stillhouse.engine.manifest import LOGITS_FROM, ModelRecord
 from stillhouse.engine.session import open_session
+from stillhouse.engine.weights_cache import remembered
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class OrtRunner:
         # A binding is kept by its first slot and rows: rebinding 4 × layers tensors costs more than the rest of a step.
         self._decode_bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._decode_logits = np.empty((slots + self._first, self._vocab_size), self._logits_dtype)
-        self._lone_row_differs = provider == "cpu" and any(map(self._differs_alone, (1, self._vocab_size // 2)))
+        self._lone_row_differs = provider == "cpu" and remembered(model_path, "lone_row_differs", self._lone_row_tried)
         if self._lone_row_differs:
             log.info("%s: this CPU computes a lone row by another kernel: it gets company", model_path.name)
 
@@ -135,8 +136,11 @@ class OrtRunner:
         self._session.run_with_iobinding(binding)
         return self._decode_logits[:rows].astype(np.float32, copy=False)
 
-    def _differs_alone(self, token: int) -> bool:
+    def _lone_row_tried(self) -> bool:
         """Whether this CPU's kernels compute a lone row otherwise than one of two: tried, since no table knows."""
+        return any(map(self._differs_alone, (1, self._vocab_size // 2)))
+
+    def _differs_alone(self, token: int) -> bool:
         alone = self._decode(0, [token], [1]).copy()
         differs = not np.array_equal(alone, self._decode(0, [token, token], [1, 1])[:1])
         self.cache.release(0)

@@ -88,6 +88,8 @@ def choose_provider(wanted: str, target: str) -> str:
     One that is asked for is taken or, where it does not work, refused: EngineError.
     """
     provider = target if wanted == "auto" else wanted
+    if provider == "cpu":  # every build has it
+        return provider
     reasons = [why_not(PROVIDERS[each]) for each in (provider, *_BESIDE.get(provider, ()))]
     reason = next((each for each in reasons if each is not None), None)
     if reason is None:

@@ -7,6 +7,7 @@ it is a cache beside the version, never a part of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stillhouse.engine.directory import MODEL, VersionDirectory, sha256_of
+from stillhouse.engine.policy import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,20 @@ def prepacked_model(version: VersionDirectory, pack: Callable[[Path, Path], None
 def is_packed(model_path: Path) -> bool:
     """Whether `model_path` is one of this cache: a graph that is optimized already."""
     return (model_path.parent / STAMP).is_file()
+
+
+def remembered(model_path: Path, name: str, find: Callable[[], bool]) -> bool:
+    """What `find` says of a packed model, kept beside it: it too fits one machine's kernels. Others are asked anew."""
+    if not is_packed(model_path):
+        return find()
+    file = model_path.with_name(name)
+    answers = {b"yes": True, b"no": False}
+    with contextlib.suppress(OSError, KeyError):
+        return answers[file.read_bytes()]
+    found = find()
+    with contextlib.suppress(OSError):
+        write_atomically(file, "yes" if found else "no")
+    return found
 
 
 def _make(version: VersionDirectory, pack: Callable[[Path, Path], None], entry: Path, key: str) -> Path:
