@@ -72,6 +72,17 @@ def test_a_lone_row_with_and_without_company_is_swapped_and_moved_whole(director
     assert np.array_equal(alone, pair[0]) or (several_differ and not in_company)
 
 
+def test_rows_of_one_length_on_many_threads_are_computed_as_among_others(directory: Path) -> None:
+    version = open_version(directory, verify=False)
+    runner = OrtRunner(version.model_path, network=version.manifest.network, slots=3, max_len=640, threads=32)
+    runner.prefill(0, [5 + 7 * place % 4000 for place in range(600)], 0, last_only=True)
+    for slot, length in ((1, 600), (2, 599)):
+        runner.copy(0, slot, length)
+    among_others = runner.decode([10, 10, 10], [600, 600, 599])[0].copy()
+    for rows in (1, 2):
+        assert np.array_equal(runner.decode([10] * rows, [600] * rows)[0], among_others)
+
+
 def test_one_slot_is_enough_for_a_row_in_company(directory: Path) -> None:
     version = open_version(directory, verify=False)
     runner = OrtRunner(version.model_path, network=version.manifest.network, slots=1, max_len=64)

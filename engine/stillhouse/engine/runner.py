@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,8 @@ class OrtRunner:
     Not supported by GroupQueryAttention: several tokens a row, with a past, at batch > 1. So a prefill is one row
     (in chunks, if wanted), and a decode step is one token a row over the slots 0 … rows − 1.
 
-    On some CPUs a lone row is computed by another kernel than several (4-bit MatMulNBits with AVX2: up to 0.8 logit
-    apart). There a lone row decodes beside a second one that nobody reads, so that company changes no answer. In the
-    cache's memory that spare row's slot lies before slot 0.
+    Rows that ONNX Runtime would compute otherwise than among others (`_needs_company`) decode beside one more that
+    nobody reads, so that company changes no answer. In the cache's memory that spare row's slot lies before slot 0.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class OrtRunner:
         ]
         # A binding is kept by its first slot and rows: rebinding 4 × layers tensors costs more than the rest of a step.
         self._decode_bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._heads = network.heads
+        self._most_threads = (threads or os.cpu_count() or 1) if provider == "cpu" else 0
         self._decode_logits = np.empty((slots + self._first, self._vocab_size), self._logits_dtype)
         self._lone_row_differs = provider == "cpu" and remembered(model_path, "lone_row_differs", self._lone_row_tried)
         if self._lone_row_differs:
@@ -114,9 +116,19 @@ class OrtRunner:
 
         Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
         """
-        if len(tokens) == 1 and self._lone_row_differs:
+        if self._needs_company(lengths):
             return self._decode(0, [0, *tokens], [0, *lengths])[1:]
         return self._decode(self._first, tokens, lengths)
+
+    def _needs_company(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of these lengths would be computed otherwise than among others, up to 0.8 logit apart.
+
+        A lone row is, on some CPUs (4-bit MatMulNBits with AVX2). So are rows all of one length where heads are fewer
+        than threads: GroupQueryAttention then divides a row's keys among them, and adds up in another order.
+        """
+        if len(lengths) == 1 and self._lone_row_differs:
+            return True
+        return len(lengths) * self._heads < self._most_threads and min(lengths) == max(lengths)
 
     def _decode(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """`decode` over the cache's slots first … first + rows − 1."""
