@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,12 @@ def fitting_split(split: Split, encoder: Encoder, checkpoint: Checkpoint) -> Spl
     if not kept:
         raise StillhouseError(said, hint="shorten them")
     log.warning("warning: %s: they are left out", said)
-    columns = (split.conversations, split.weights, split.numbers)
-    conversations, weights, numbers = ([column[at] for at in kept] for column in columns)
-    return Split(split.name, split.path, split.sha256, conversations, weights, numbers)
+    return replace(
+        split,
+        conversations=[split.conversations[at] for at in kept],
+        weights=[split.weights[at] for at in kept],
+        numbers=[split.numbers[at] for at in kept],
+    )
 
 
 def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Model]:
