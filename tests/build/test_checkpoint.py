@@ -60,7 +60,7 @@ def test_a_quantization_that_is_null_is_none(base: Path, tmp_path: Path) -> None
     set_config(base, quantization_config=None)
     assert not open_checkpoint(str(base)).quantized
     merge(lambda _: None, base=str(base), adapters=[], probe_texts=["words"], destination=str(tmp_path / "merged"))
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def test_a_base_that_holds_an_adapter_too_is_refused(base: Path, tiny_adapter: Path) -> None:

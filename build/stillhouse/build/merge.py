@@ -101,6 +101,8 @@ def _load(base: Path, trust_remote_code: bool) -> Any:
         raise StillhouseError(
             f"base: {base} lacks {min(report['missing_keys'])}", hint="copy or download the checkpoint again"
         )
+    if hasattr(model.config, "quantization_config"):  # null, which the export does not take for none
+        del model.config.quantization_config
     return model.eval()
 
 
