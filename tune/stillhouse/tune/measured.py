@@ -15,7 +15,7 @@ from stillhouse.tune.raw import Bad
 from stillhouse.tune.readers import read_source
 from stillhouse.tune.records import BadRecord, Mapping, Record, prompt_of
 from stillhouse.tune.signatures import plain
-from stillhouse.tune.source_files import files_of, form_of, label_of
+from stillhouse.tune.source_files import label_of
 
 # Fewer words stand in many texts: such a prompt is only found as a whole one.
 WORDS = 3
@@ -59,8 +59,6 @@ def read_measured(recipe: DataRecipe, rejects: Path) -> Measured:
             rejected = Rejects(stream, recipe.folder)
             label, mapping = label_of(source.path, recipe.folder), Mapping(source)
             before, records = len(asked), 0
-            if form_of(source) != "dataset":
-                files_of(source, "contamination.against")
             for place, raw in read_source(source):
                 records += 1
                 try:
