@@ -19,7 +19,7 @@ KEPT = ["copy_of", "leak_of", "number"]
 BAD = ("torn", "no output", "a number", "empty", "undecodable", "no object")
 PROMPTS = 500
 # Of a templated record so many words are the same in all of them: any two are some 0.6 to 0.7 alike.
-TEMPLATE_WORDS = 70
+TEMPLATE_WORDS = 90
 
 
 class Maker:
@@ -31,7 +31,7 @@ class Maker:
         self.prompts = [self.text(self.dice.randint(4, 20)) for _ in range(PROMPTS)]
         self.template = f"{self.text(TEMPLATE_WORDS)} " if templated else ""
         self.bad: list[int] = []  # lines, from 0, that are no records
-        self.asked_words, self.answer_words = ((6, 12), (8, 16)) if templated else ((8, 20), (40, 90))
+        self.asked_words, self.answer_words = ((8, 12), (14, 18)) if templated else ((8, 20), (40, 90))
 
     def text(self, length: int) -> str:
         return " ".join(self.dice.choices(self.words, k=length)).capitalize() + "."
