@@ -220,7 +220,7 @@ def _input_names(host: str, model: str, version: str) -> set[str]:
         try:
             response = urllib3.request("GET", address.base_url + path, timeout=_ASK_S, retries=False)
             return {str(entry["name"]) for entry in json.loads(response.data).get("inputs", [])}
-        except (HTTPError, ValueError, AttributeError, KeyError):
+        except (HTTPError, ValueError, TypeError, AttributeError, KeyError):
             return set()
     transport = _greenlet_transport(host)
     try:
