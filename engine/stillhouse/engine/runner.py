@@ -116,15 +116,15 @@ class OrtRunner:
 
         Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
         """
-        if self._needs_company(lengths):
+        if len(lengths) == 1 and self._lone_row_differs:
             return self._decode(0, [0, *tokens], [0, *lengths])[1:]
         return self._decode(self._first, tokens, lengths)
 
     def _needs_company(self, lengths: Sequence[int]) -> bool:
         """Whether rows of these lengths would be computed otherwise than among others, up to 0.8 logit apart.
 
-        A lone row is, on some CPUs (4-bit MatMulNBits with AVX2). So are rows all of one length where heads are fewer
-        than threads: GroupQueryAttention then divides a row's keys among them, and adds up in another order.
+        A lone row is, on some CPUs (4-bit MatMulNBits with AVX2). So are rows all of one length that have fewer heads
+        together than there are threads: GroupQueryAttention divides their keys among these, and adds in another order.
         """
         if len(lengths) == 1 and self._lone_row_differs:
             return True
