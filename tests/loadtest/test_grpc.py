@@ -107,8 +107,6 @@ def test_a_killed_greenlet_cancels_its_request_on_the_server(client: Client, sha
     [
         ({"error_after": 0}, RequestRejected),
         ({"error_after": 2}, StreamBroken),
-        ({"break_after": 0}, Unavailable),
-        ({"break_after": 2}, StreamBroken),
         ({"end_after": 2}, StreamBroken),
         ({"stall_after": 1}, TimedOut),
     ],
@@ -121,6 +119,13 @@ def test_an_error_has_the_class_that_the_client_gives_it(
     with Client(shared_server.grpc_host, token_timeout_s=0.4) as plain, pytest.raises(error) as theirs:
         ask(plain, first_s=0.01, **plan)
     assert (type(ours.value), str(ours.value)) == (type(theirs.value), str(theirs.value))
+
+
+def test_a_status_that_the_server_itself_sent_is_not_taken_for_a_lost_connection(client: Client) -> None:
+    with pytest.raises(Unavailable, match=f"{MODEL}: Socket closed"):
+        ask(client, first_s=0.01, break_after=0)
+    with pytest.raises(StreamBroken, match="after 2 tokens: .*Socket closed"):
+        ask(client, first_s=0.01, break_after=2)
 
 
 def test_an_unknown_model_is_named(client: Client) -> None:

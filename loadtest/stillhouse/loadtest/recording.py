@@ -20,7 +20,7 @@ from stillhouse.loadtest.tally import Tally, without_nan
 from stillhouse.loadtest.target import Target, open_target
 from stillhouse.loadtest.watch import ClientState, LoopWatch, ServerWatch, validity
 
-# Requests that share a target, and so an HTTP/2 connection over gRPC, whose server may have a core for each connection.
+# Requests that share a target, and so an HTTP/2 connection over gRPC: many servers let 100 or 128 streams into one.
 REQUESTS_PER_TARGET = 100
 MOST_SAMPLES = 50_000
 
