@@ -124,7 +124,7 @@ def test_an_error_has_the_class_that_the_client_gives_it(
 def test_a_status_that_the_server_itself_sent_is_not_taken_for_a_lost_connection(client: Client) -> None:
     with pytest.raises(Unavailable, match=f"{MODEL}: Socket closed"):
         ask(client, first_s=0.01, break_after=0)
-    with pytest.raises(StreamBroken, match="after 2 tokens: .*Socket closed"):
+    with pytest.raises(StreamBroken, match=r"after 2 tokens: .* Socket closed"):
         ask(client, first_s=0.01, break_after=2)
 
 
