@@ -68,7 +68,7 @@ def answering(server: Server, open_stream: Any) -> str:
 def test_nothing_fails_while_versions_go_live_and_back_under_load(
     server: Server, model: Path, moves: ModuleType, wait_until: Callable[..., float]
 ) -> None:
-    figures = moves.run(server, model.parent, NAME, moves=20)
+    figures = moves.run(server, model.parent, NAME, moves=4)
     assert figures["failures"] == []
     assert min(figures["answered"][kind] for kind in ("short", "long", "whole")) > 0
     assert live_versions(model) == [1]
