@@ -110,7 +110,12 @@ def test_the_parameters_are_read_once_however_many_prompts_there_are(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = list[Any]()
-    monkeypatch.setattr(params, "parse_params", lambda *given: read.append(given) or parse_params(*given))
+
+    def noted(*given: Any) -> SamplingParams:
+        read.append(given)
+        return parse_params(*given)
+
+    monkeypatch.setattr(params, "parse_params", noted)
     body = {"model": "support-int4", "prompt": ["a", "b", "c"], "max_tokens": 1, "logit_bias": {"5": 1}, "n": 2}
     assert len(http.post("/v1/completions", json=body).json()["choices"]) == 6
     assert len(read) == 1
