@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.build import texts
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.tune import measure_cache
 from stillhouse.tune.evaluation import evaluate, figures
@@ -92,6 +93,7 @@ def test_killed_after_the_first_model_it_measures_the_rest_to_the_figures_of_an_
 def test_only_what_was_changed_is_measured_again(
     recipe: Path, evaluated: Evaluate, tuned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(texts, "LEAST_TOKENS", 1_000)
     whole, _ = evaluated()
     half, said = evaluated(f'adapters=[{{path="{tuned[0]}", weight=0.5}}]')
     assert said == ["measuring: tuned", "measured before: base"]
@@ -105,7 +107,7 @@ def test_only_what_was_changed_is_measured_again(
         fewer.write_text("".join(lines[1:]), "utf-8")
         assert evaluated(f'evaluate.{name}="{fewer}"')[1] == both
     prose = recipe.parent / "prose.txt"
-    prose.write_text("One sentence of another text, again and again. " * 1_500, "utf-8")
+    prose.write_text("One sentence of another text, again and again. " * 400, "utf-8")
     assert evaluated(f'evaluate.text="{prose}"')[1] == both
     monkeypatch.setattr(measure_cache, "FORMAT", measure_cache.FORMAT + 1)
     assert evaluated()[1] == both

@@ -58,9 +58,12 @@ def measured_once(root: Path, model: Model, asked: Questions, *, ignore: bool = 
 
 
 def _hashes(asked: Questions) -> dict[str, Any]:
-    files = {kind: getattr(asked, kind) for kind in ("records", "general", *_REPLIES)}
-    hashes = {kind: file.sha256 for kind, file in files.items() if file is not None}
-    return hashes | {"windows": key_of({"windows": asked.windows})}
+    splits = {"records": asked.records, "general": asked.general}
+    tasks = {"tasks": asked.tasks, "general_tasks": asked.general_tasks}
+    # A split's numbers, too: those that do not fit into the base's context were left out.
+    hashes: dict[str, Any] = {kind: [split.sha256, split.numbers] for kind, split in splits.items() if split}
+    hashes |= {kind: file.sha256 for kind, file in tasks.items() if file}
+    return hashes | {"windows": asked.windows}
 
 
 def _measured(name: str, found: dict[str, Any]) -> Measured:
