@@ -116,7 +116,7 @@ class OrtRunner:
 
         Returns logits (rows, vocab_size), float32: a view that the next step overwrites.
         """
-        if len(lengths) == 1 and self._lone_row_differs:
+        if self._needs_company(lengths):
             return self._decode(0, [0, *tokens], [0, *lengths])[1:]
         return self._decode(self._first, tokens, lengths)
 
