@@ -92,7 +92,7 @@ def read_jsonl(file: Path) -> Rows:
 
 def all_records(done: Prepared) -> Rows:
     """The records of all splits."""
-    return [record for name in ("train", "validation", "test") for record in read_jsonl(done.path / f"{name}.jsonl")]
+    return [record for name in done.card["splits"] for record in read_jsonl(done.path / f"{name}.jsonl")]
 
 
 @pytest.fixture
