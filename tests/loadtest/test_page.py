@@ -79,6 +79,9 @@ def test_what_makes_a_run_worthless_stands_at_the_top() -> None:
     assert "not valid: the load generator could not keep up; its event loop used 99 % of a core" in text
     assert "Ended before its time: the server at h stopped answering" in text
     assert "not valid" not in page(a_run())
+    run = a_run()
+    run.details["interrupted"] = True
+    assert "Interrupted: the figures are of what came before." in page(run)
 
 
 def test_a_run_without_samples_still_has_a_page() -> None:

@@ -111,6 +111,8 @@ def _curves(result: LoadResult) -> dict[str, Any]:
 
 def _warnings(result: LoadResult) -> str:
     lines = [f"This run is not valid: the load generator could not keep up; {problem}." for problem in result.problems]
+    if result.interrupted:
+        lines.append("Interrupted: the figures are of what came before.")
     if result.ended_early:
         lines.append(f"Ended before its time: {result.ended_early}. The figures are of what came before.")
     return "".join(f'<p class="bad">{html.escape(line)}</p>' for line in lines)
