@@ -154,6 +154,8 @@ def test_options_that_fit_neither_base_nor_texts_are_refused_before_a_weight_is_
 ) -> None:
     text = tmp_path / "prose.txt"
     text.write_text(evaluation_text(None).content, "utf-8")
+    longer = tmp_path / "longer.txt"
+    longer.write_text("A word before. " + text.read_text("utf-8"), "utf-8")
     short = tmp_path / "short.txt"
     short.write_text("a few words", "utf-8")
     for more, words in (
@@ -161,7 +163,8 @@ def test_options_that_fit_neither_base_nor_texts_are_refused_before_a_weight_is_
         ('keep_int8 = ["down_prj"]', "no weight is named 'down_prj'"),
         ('keep_int8 = ["layers.7.mlp.down_proj"]', "no weight is named 'layers.7.mlp.down_proj'"),
         (f'calibration = "{short}"', "8192 are needed"),
-        (f'calibration = "{text}"', "is the text that the gate is held on"),
+        (f'calibration = "{text}"', "has text that the gate is held on"),
+        (f'calibration = "{longer}"', "has text that the gate is held on"),
     ):
         recipe = load_recipe(write_recipe(precisions='"int4"', more=f"[quantize.int4]\n{more}\n"))
         with pytest.raises(StillhouseError, match=words):

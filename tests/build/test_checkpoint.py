@@ -14,6 +14,7 @@ from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.merge import merge
 from stillhouse.build.plan import plan
 from stillhouse.build.recipe import load_recipe
+from stillhouse.build.verify import read_network
 from stillhouse.engine.errors import StillhouseError
 
 
@@ -48,6 +49,19 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], words:
         open_checkpoint(str(base))
     assert words in str(refused.value)
     assert str(base) in str(refused.value)
+
+
+def test_a_sliding_window_is_the_context_or_is_refused(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_config(base, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=16)
+    assert open_checkpoint(str(base)).context_length == read_network(base).context_length == 16
+    assert "its context is built as that window, 16 tokens" in caplog.text
+    set_config(base, sliding_window=None)
+    assert open_checkpoint(str(base)).context_length == 2048
+    set_config(base, architectures=["Qwen2ForCausalLM"], sliding_window=16, use_sliding_window=True)
+    with pytest.raises(StillhouseError, match="attends through a sliding window"):
+        open_checkpoint(str(base))
+    set_config(base, use_sliding_window=False)
+    assert open_checkpoint(str(base)).context_length == 2048
 
 
 def test_json_that_is_nested_too_deep_is_refused(base: Path) -> None:

@@ -78,8 +78,10 @@ def test_the_same_inputs_are_published_once(
     tiny_recipe: Path, repository: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     before = snapshot(repository)
+    (repository / "tiny-int8" / ".new-dead").mkdir()  # a killed build's
     done = cli("build", tiny_recipe, "--repository", repository)
     assert done.returncode == 0, done.stderr
+    assert not (repository / "tiny-int8" / ".new-dead").exists()
     assert "the same inputs are version 1; nothing new" in done.stdout
     assert snapshot(repository) == before
 
@@ -137,6 +139,7 @@ def test_a_version_that_fails_its_gate_is_not_published_and_its_figures_are_kept
     failed = printed["results"][1]
     assert (failed["status"], failed["version"]) == ("failed", None)
     assert failed["perplexity_ratio"] > 0.5
+    assert failed["figures"]["kl_mean"] > 0 and failed["figures"]["decode_top1_agreement"] > 0
     logged = json.loads((Path(printed["log"]) / "build.json").read_text())
     assert logged["results"][1]["perplexity_ratio"] == failed["perplexity_ratio"]
 

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -55,9 +55,10 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def scratch_in(root: Path) -> Iterator[Path]:
+def scratch_in(root: Path, keep: Collection[str] = ()) -> Iterator[Path]:
     """A folder below `root` for one run's own files, gone at its end; what dead runs left in the cache goes now.
 
+    The entries named in `keep` (`entry_name`) stay, however full the cache is: this run is about to use them.
     Raises StillhouseError where the cache cannot be written.
     """
     folders = root / "scratch"
@@ -65,7 +66,7 @@ def scratch_in(root: Path) -> Iterator[Path]:
         try:
             folders.mkdir(parents=True, exist_ok=True)
             clear_unheld(folders, _SCRATCH)
-            prune(root)
+            prune(root, keep=keep)
             own = stack.enter_context(held_temporary(folders, _SCRATCH))
         except OSError as failure:
             raise StillhouseError(
@@ -84,7 +85,7 @@ def stage_entry(
     """
     stages = root / "stages"
     stages.mkdir(parents=True, exist_ok=True)
-    name = f"{stage}-{key[:20]}"
+    name = entry_name(stage, key)
     with (stages / f"{name}.lock").open("a") as lock:
         folder = stages / name
         made = False
@@ -101,12 +102,16 @@ def stage_entry(
         yield Entry(folder, result, reused=not made)
 
 
+def entry_name(stage: str, key: str) -> str:
+    return f"{stage}-{key[:20]}"
+
+
 def is_cached(root: Path, stage: str, key: str) -> bool:
     """Whether an entry is there (not whether it is whole)."""
-    return (root / "stages" / f"{stage}-{key[:20]}" / _RESULT).is_file()
+    return (root / "stages" / entry_name(stage, key) / _RESULT).is_file()
 
 
-def prune(root: Path, limit_bytes: int | None = None) -> None:
+def prune(root: Path, limit_bytes: int | None = None, keep: Collection[str] = ()) -> None:
     """Removes what dead builds left, and the least recently used entries beyond the limit that no build holds."""
     stages = root / "stages"
     if not stages.is_dir():
@@ -114,11 +119,15 @@ def prune(root: Path, limit_bytes: int | None = None) -> None:
     clear_unheld(stages, _BESIDE)
     if limit_bytes is None:
         limit_bytes = _limit_bytes()
-    entries = [entry for entry in stages.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    found = []
+    for entry in stages.iterdir():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a lock; what a neighbour just removed
+            if not entry.name.startswith("."):
+                found.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
     total = 0
-    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
-        total += sum(file.stat().st_size for file in entry.iterdir())
-        if total > limit_bytes:
+    for _, size, entry in sorted(found, reverse=True):
+        total += size
+        if total > limit_bytes and entry.name not in keep:
             _remove_unless_held(entry)
 
 

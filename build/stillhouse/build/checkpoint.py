@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from stillhouse.build.recipe import HUB_ID
 from stillhouse.build.tensors import TensorInfo, read_header
 from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError
+
+log = logging.getLogger(__name__)
 
 # What the model builder writes and the engine runs with tests; a new family is one row here and a test.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -52,7 +55,7 @@ class Checkpoint:
 
     @property
     def context_length(self) -> int:
-        return int(self.config["max_position_embeddings"])
+        return context_length_of(self.config)
 
 
 def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -99,6 +102,13 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
     named = str(config.get("_name_or_path") or "")
     own_name = source if HUB_ID.fullmatch(source) else named if HUB_ID.fullmatch(named) else folder.name
     return Checkpoint(own_name, folder, config, tensors, _folder_sha256(folder), quantization is not None)
+
+
+def context_length_of(config: dict[str, Any]) -> int:
+    """The longest context in which a token sees all before it: the export knows no sliding window, as Mistral has."""
+    longest = int(config["max_position_embeddings"])
+    slides = config["architectures"] == ["MistralForCausalLM"]
+    return min(longest, int(config.get("sliding_window") or longest)) if slides else longest
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -162,6 +172,13 @@ def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str
                 f"base: {folder}/config.json says {said} {key}; it is a whole number, {least} at least",
                 hint="copy or download the checkpoint again",
             )
+    if config.get("use_sliding_window"):
+        raise StillhouseError(
+            f"base: {folder} attends through a sliding window (use_sliding_window), which is not supported",
+            hint="use_sliding_window = false in its config.json, where prompts stay within the window",
+        )
+    if (context := context_length_of(config)) < config["max_position_embeddings"]:
+        log.warning("warning: %s has a sliding window: its context is built as that window, %d tokens", folder, context)
     if (
         odd := next((n for n, info in tensors.items() if n.endswith(".weight") and not info.is_float), None)
     ) is not None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,12 @@ class _Run:
 
     def build(self) -> Build:
         self.results = {version.precision: of_existing(version) for version in self.plan.versions if version.existing}
+        for version in self.plan.versions:  # what a build that was killed left there
+            publishing.clear_leftovers(self.plan.repository / version.model)
         if not self.wanted:
             return Build(self._done(), [], None)
         with ExitStack() as stack:
-            self.scratch = stack.enter_context(scratch_in(self.root))
+            self.scratch = stack.enter_context(scratch_in(self.root, keep=self.plan.entry_names()))
             self.log.mkdir(parents=True, exist_ok=True)
             error: str | None = None
             try:
@@ -180,6 +182,7 @@ class _Run:
             gate=version.gate,
             greedy_agreement=replies.greedy_agreement,
             task_accuracy_share=replies.tasks.accuracy_share if replies.tasks else None,
+            figures=asdict(figures),
             reason=judge(figures, version.gate) or judge_tasks(replies.tasks, version.gate),
         )
         if measured.reason is not None:

@@ -11,13 +11,13 @@ from typing import Any
 from stillhouse.build import publish as publishing
 from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.budget import refuse_unknown
-from stillhouse.build.cache import cache_root, is_cached, key_of
+from stillhouse.build.cache import cache_root, entry_name, is_cached, key_of
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
 from stillhouse.build.recipe import QuantizeOptions, Recipe
 from stillhouse.build.reckon import Sizes, disk, memory
 from stillhouse.build.tasks import Tasks, read_tasks
-from stillhouse.build.texts import Text, evaluation_text, token_ids, token_windows
+from stillhouse.build.texts import Text, evaluation_text, runs_of, token_ids, token_windows
 from stillhouse.build.tokenizer_files import misread_before
 from stillhouse.engine.directory import VersionDirectory, sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
@@ -63,6 +63,10 @@ class Plan:
     merge_key: str
     reference_key: str
     versions: list[PlannedVersion]
+
+    def entry_names(self) -> list[str]:
+        """The entries of the stage cache that the build makes or takes."""
+        return [entry_name(name, key) for name, key in _stages(self.versions, self.merge_key, self.reference_key)]
 
 
 def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
@@ -148,11 +152,14 @@ def _refuse_misfits(precision: Precision, method: Method, asked: QuantizeOptions
         return
     from stillhouse.build.calibrate import LENGTH, windows_of  # which loads ONNX Runtime
 
-    if (base.path / "tokenizer.json").is_file():
-        windows_of(asked.calibration, base.path / "tokenizer.json", min(LENGTH, base.context_length))
-    if evaluation_text(asked.calibration).sha256 == text.sha256:
+    same = evaluation_text(asked.calibration).sha256 == text.sha256
+    if not same and (tokenizer := base.path / "tokenizer.json").is_file():
+        calibrated = windows_of(asked.calibration, tokenizer, min(LENGTH, base.context_length))
+        held_out = token_windows(token_ids(text, tokenizer), base.context_length)
+        same = not runs_of(calibrated).isdisjoint(runs_of(held_out))
+    if same:
         raise UsageError(
-            f"quantize.{precision}.calibration: {asked.calibration} is the text that the gate is held on",
+            f"quantize.{precision}.calibration: {asked.calibration} has text that the gate is held on",
             hint="name another text, or none: the model's own samples are good",
         )
 
@@ -161,9 +168,7 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
     """What `build` would do with this plan: stages, memory and disk in bytes (reckoned)."""
     root, target = cache_root(), plan_.recipe.target
     wanted = [version for version in plan_.versions if version.existing is None]
-    keys = [("merge", plan_.merge_key), ("fp32", plan_.reference_key)] if wanted else []
-    keys += [("calibrate", v.calibration_key) for v in wanted if v.calibration_key is not None]
-    keys += [(v.precision, v.stage_key) for v in wanted if v.precision != "fp32"]
+    keys = _stages(wanted, plan_.merge_key, plan_.reference_key) if wanted else []
     todo = [name for name, key in keys if not is_cached(root, name, key)]
     sizes, methods = Sizes.of(plan_.base), [version.method for version in wanted]
     return {
@@ -181,6 +186,13 @@ def dry_run(plan_: Plan) -> dict[str, Any]:
         "disk_free_bytes": min(shutil.disk_usage(_existing(folder)).free for folder in (root, plan_.repository)),
         "cache": str(root),
     }
+
+
+def _stages(versions: list[PlannedVersion], merge_key: str, reference_key: str) -> list[tuple[str, str]]:
+    """The cached stages of `versions`: each one's name and key."""
+    keys = [("merge", merge_key), ("fp32", reference_key)]
+    keys += [("calibrate", v.calibration_key) for v in versions if v.calibration_key is not None]
+    return keys + [(v.precision, v.stage_key) for v in versions if v.precision != "fp32"]
 
 
 def _existing(folder: Path) -> Path:

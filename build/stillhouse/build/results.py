@@ -21,7 +21,7 @@ Status = Literal["published", "unchanged", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What became of one precision. `figures` are those of the manifest where nothing had to be built."""
+    """What became of one precision; `figures`: all that was measured of it, where it was built now."""
 
     precision: Precision
     model: str
@@ -35,6 +35,7 @@ class BuildResult:
     gate: GateRecord
     greedy_agreement: float | None = None
     task_accuracy_share: float | None = None
+    figures: dict[str, float] | None = None
     reason: str | None = None
     live: list[int] = field(default_factory=list)
 

@@ -59,6 +59,11 @@ def token_ids(text: Text, tokenizer_file: Path) -> list[int]:
     return ids
 
 
+def runs_of(windows: list[list[int]], length: int = 32) -> set[tuple[int, ...]]:
+    """All runs of `length` tokens within the windows."""
+    return {tuple(window[at : at + length]) for window in windows for at in range(len(window) - length + 1)}
+
+
 def token_windows(ids: list[int], context_length: int) -> list[list[int]]:
     """Windows of equal length spread evenly over the text, at least LEAST_TOKENS predicted tokens together.
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.build.checkpoint import context_length_of
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord, ModelRecord
@@ -240,7 +241,7 @@ def read_network(checkpoint: Path) -> ModelRecord:
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocab_size=int(config["vocab_size"]),
-        context_length=int(config["max_position_embeddings"]),
+        context_length=context_length_of(config),
         eos_token_ids=_as_list(generation.get("eos_token_id", config.get("eos_token_id"))),
         bos_token_id=config.get("bos_token_id"),
     )
