@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import generators
 import known_delays
+import protocols
 import under_200_ms
 
 MACHINE = {"processor": "Some CPU", "cores": 2, "instruction_sets": ["avx2"]}
@@ -73,3 +74,12 @@ def test_each_has_its_place_in_the_page(module: Any) -> None:
     assert text.count(module.BEGIN) == text.count(module.END) == 1
     written = text.split(module.BEGIN)[1].split(module.END)[0]
     assert "\n|" in written or "not run yet: the command puts it here" in written
+
+
+def test_protocols_agree_where_counts_are_one_and_ranges_meet() -> None:
+    def runs(*throughputs: float, tokens: float = 32.0) -> list[dict[str, float]]:
+        return [{"tokens_per_s": one, "tokens_per_answer": tokens} for one in throughputs]
+
+    assert protocols.agree({"a": runs(10, 12), "b": runs(12, 14), "c": runs(11, 13)})
+    assert not protocols.agree({"a": runs(10, 11), "b": runs(12, 14)})
+    assert not protocols.agree({"a": runs(10, 12), "b": runs(11, 12, tokens=31.0)})
