@@ -20,11 +20,11 @@ from pathlib import Path
 
 from stillhouse.build.locks import clear_unheld, held_temporary
 from stillhouse.engine.directory import MANIFEST, MODEL, VersionDirectory, locked, open_version, version_numbers
-from stillhouse.engine.durable import sync_directory, write_text
+from stillhouse.engine.durable import sync_directory, write_atomically, write_text
 from stillhouse.engine.errors import StillhouseError, VersionError
 from stillhouse.engine.manifest import FileRecord, Manifest
 from stillhouse.engine.options import ENGINE_JSON
-from stillhouse.engine.policy import CONFIG, live_versions, set_live_versions, write_atomically
+from stillhouse.engine.policy import CONFIG, live_versions, set_live_versions
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from stillhouse.edge.loading import fits_instead_of
 from stillhouse.edge.memory import TooLittleMemory, megabytes
 from stillhouse.edge.smoke import check_answers
 from stillhouse.engine.directory import MANIFEST, held, locked, version_numbers
-from stillhouse.engine.durable import sync_directory, write_text
+from stillhouse.engine.durable import sync_directory, write_atomically, write_text
 from stillhouse.engine.errors import NotThereError, StillhouseError, UsageError, VersionError
 from stillhouse.engine.manifest import Manifest
 from stillhouse.engine.options import ENGINE_JSON
@@ -32,7 +32,6 @@ from stillhouse.engine.policy import (
     named_versions,
     previous_version,
     set_live_versions,
-    write_atomically,
 )
 
 _STAGED, _LOCK = ".pull-", ".pull.lock"

@@ -14,6 +14,13 @@ def write_text(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def write_atomically(file: Path, text: str) -> None:
+    """Writes beside, fsyncs, renames: a reader sees the old text or the new one."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    write_text(beside, text)
+    beside.replace(file)
+
+
 def sync_directory(directory: Path) -> None:
     """Returns when the names in `directory` (what was made, renamed, removed) have reached the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -6,12 +6,11 @@ same moment, and Triton loads a model anew when a file that it does not know has
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from stillhouse.engine.directory import version_numbers
-from stillhouse.engine.durable import write_text
+from stillhouse.engine.durable import write_atomically
 from stillhouse.engine.errors import VersionError
 
 CONFIG = "config.pbtxt"
@@ -84,10 +83,3 @@ def _split_policy(text: str) -> tuple[str, str]:
         depth += {"{": 1, "}": -1}.get(plain[end], 0)
         end += 1
     return plain[begin.start() : end], text[: begin.start()] + text[end:].lstrip("\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes beside, fsyncs, renames: a reader sees the old text or the new one."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    write_text(beside, text)
-    beside.replace(file)

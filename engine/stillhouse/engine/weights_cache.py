@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stillhouse.engine.directory import MODEL, VersionDirectory, sha256_of
-from stillhouse.engine.policy import write_atomically
+from stillhouse.engine.durable import write_atomically
 
 log = logging.getLogger(__name__)
 

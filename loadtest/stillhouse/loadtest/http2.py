@@ -214,7 +214,7 @@ class Connection:
         headers = [(str(name), str(value)) for name, value in self._decoder.decode(block.data)]
         self._bring(block, Arrived(time_s, headers=headers, ended="END_STREAM" in block.flags))
 
-    def _take_settings(self, frame: Any, time_s: float) -> None:  # noqa: ARG002
+    def _take_settings(self, frame: Any, _time_s: float) -> None:
         if "ACK" not in frame.flags:
             gevent.spawn(self._obey, frame.settings)
 
@@ -228,22 +228,22 @@ class Connection:
             stream.window += grown
         self._room.set()
 
-    def _take_window(self, frame: Any, time_s: float) -> None:  # noqa: ARG002
+    def _take_window(self, frame: Any, _time_s: float) -> None:
         if frame.stream_id == 0:
             self._window += frame.window_increment
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].window += frame.window_increment
         self._room.set()
 
-    def _take_ping(self, frame: Any, time_s: float) -> None:  # noqa: ARG002
+    def _take_ping(self, frame: Any, _time_s: float) -> None:
         if "ACK" not in frame.flags:
             self._answer(PingFrame(opaque_data=frame.opaque_data, flags=["ACK"]).serialize())
 
-    def _take_reset(self, frame: Any, time_s: float) -> None:  # noqa: ARG002
+    def _take_reset(self, frame: Any, _time_s: float) -> None:
         if frame.stream_id in self._streams:
             self._fail(self._streams[frame.stream_id], f"the server reset the stream (HTTP/2 error {frame.error_code})")
 
-    def _take_goaway(self, frame: Any, time_s: float) -> None:  # noqa: ARG002
+    def _take_goaway(self, frame: Any, _time_s: float) -> None:
         """The server takes no new streams; those that it has it ends."""
         self._going_away = True
         for stream in [one for number, one in self._streams.items() if number > frame.last_stream_id]:
