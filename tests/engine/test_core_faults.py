@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -53,7 +54,14 @@ def test_an_odd_parameter_harms_no_neighbour(odd: dict[str, Any]) -> None:
     assert strange.reason in ("stop", "length")
 
 
-def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """What a library in Rust throws (pyo3's PanicException) is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(
+    monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
     engine, done = make_engine(), threading.Event()
     tokens: list[Token] = []
 
@@ -63,7 +71,7 @@ def test_a_failing_loop_fails_what_runs_by_name_and_says_it_is_unhealthy(monkeyp
             done.set()
 
     def broken(*_: object) -> None:
-        raise RuntimeError("the device fell off")
+        raise kind("the device fell off")
 
     monkeypatch.setattr(engine._runner, "decode", broken)
     engine.start()
@@ -118,6 +126,25 @@ def test_a_request_out_of_time_ends_with_a_named_error_waiting_or_running() -> N
         assert isinstance(sink.tokens[-1].error, DeadlineExceeded)
     assert running.ids
     assert_nothing_is_held(engine)
+
+
+def test_in_a_forked_process_a_request_is_refused_and_not_left_waiting() -> None:
+    engine = make_engine()
+    engine.start()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.submit([1], GREEDY, Collected())
+        except EngineClosed as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert b"not in this process" in os.read(read, 1000)
+    os.close(read)
+    os.waitpid(child, 0)
+    engine.close()
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:

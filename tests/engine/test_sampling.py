@@ -57,6 +57,7 @@ def test_of_the_forms_of_an_answer_those_that_are_null_are_not_given() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ({"repetition_penalty": 1e300}, "repetition_penalty must be above 0"),
         ({"stop": ["x"] * 257}, "stop must be a list of non-empty strings, 256 at most"),
+        ({"stop": ["x" * 4000, "y" * 97]}, "stop must be a list of non-empty strings, 256 at most and 4096 characters"),
         ({"stop_token_ids": [1] * 257}, "stop_token_ids must be a list of token ids, 256 at most"),
         ({"logit_bias": {str(token): 1 for token in range(4097)}}, "logit_bias must be at most 4096 token ids"),
         ({"stop_token_ids": "[" * 100_000}, "stop_token_ids must be JSON"),
@@ -114,6 +115,14 @@ def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
     assert (draw_many(logits, top_p=0.81) > 0).tolist() == [True, True, True, False]
     assert (draw_many(logits, min_p=0.31) > 0).tolist() == [True, True, False, False]
     assert (draw_many(logits, top_p=1e-9) > 0).tolist() == [True, False, False, False]
+
+
+def test_a_bias_comes_before_the_penalties_as_in_vllm() -> None:
+    """A repetition penalty of 2 halves what the bias has made of a logit: (1 + 6) / 2 = 3.5, and not 1 / 2 + 6."""
+    row = np.asarray([[0.0, 1.0, 4.0]], np.float32)
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias={1: 6.0})
+    assert choose(row, [Request("r", [1], params, lambda _: None)], frozenset())[0].token_id == 2
+    assert choose(row, [Request("r", [0], params, lambda _: None)], frozenset())[0].token_id == 1
 
 
 def test_the_nucleus_of_a_large_vocabulary_is_exact() -> None:

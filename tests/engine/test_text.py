@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from small_tokenizers import as_stored, byte_fallback, byte_level, metaspace, odd_tokens, written
+from tokenizers import AddedToken
 
 from stillhouse.engine.answer import Chunk, TextSink
 from stillhouse.engine.errors import InvalidRequest
@@ -17,42 +16,8 @@ from stillhouse.engine.request import Token
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.text import Detokenizer, StopMatcher, Tokenizer
 
-CORPUS = ["the quick brown fox", "naïve café, 你好世界", "emoji 👩‍👩‍👧 🎉", "def f(x):\n    return x"] * 5
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
 
-
-def byte_level() -> RustTokenizer:
-    """As in GPT-2, Llama 3, Qwen, SmolLM: every token is bytes."""
-    tokenizer = RustTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return tokenizer
-
-
-def byte_fallback() -> RustTokenizer:
-    """As in Llama 2 and Mistral: words with ▁, and <0xNN> for what the vocabulary lacks."""
-    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2}
-    for byte in range(256):
-        vocab[f"<0x{byte:02X}>"] = len(vocab)
-    for piece in ["▁", "▁the", "▁a", "a", "e", "t", "h", "n", "é", "你"]:
-        vocab[piece] = len(vocab)
-    tokenizer = RustTokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return tokenizer
-
-
-@pytest.fixture(scope="module", params=[byte_level, byte_fallback], ids=["byte-level", "byte-fallback"])
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback, metaspace, odd_tokens])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return written(request.param(), tmp_path_factory.mktemp("tokenizer"))
 
@@ -62,24 +27,41 @@ def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return written(byte_level(), tmp_path_factory.mktemp("chat"))
 
 
-def written(rust: RustTokenizer, directory: Path) -> Tokenizer:
-    rust.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    (directory / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
-    return Tokenizer(directory)
-
-
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_detokenising_in_pieces_equals_at_once(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """For any token ids at all: whole characters, halves of them, bytes that are none, special tokens."""
     size = tokenizer._rust.get_vocab_size()
-    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=40))
+    some = data.draw(st.lists(st.integers(0, size), min_size=1, max_size=6))
+    ids = data.draw(st.lists(st.sampled_from(some) | st.integers(0, size), max_size=60))
     skip = data.draw(st.booleans())
     stream = Detokenizer(tokenizer, skip_special_tokens=skip)
     pieces = [*(stream.push(token) for token in ids), stream.flush()]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("half", ["E4", "BD", "F0", "9F 98 80 F0", "A9 E4", "C3"])
+def test_a_stream_without_a_whole_character_is_sent_and_forgotten_as_it_comes(tmp_path: Path, half: str) -> None:
+    """Whatever comes for how long: a few tokens are kept, and one character held back."""
+    rust = byte_level()
+    token = as_stored(half)
+    rust.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer = written(rust, tmp_path)
+    token_id = rust.token_to_id(token)
+    stream, sent = Detokenizer(tokenizer), ""
+    for count in range(1, 200):
+        sent += stream.push(token_id)
+        assert len(stream._tail) <= 16
+        assert len(sent) >= len(tokenizer.decode([token_id] * count)) - 1
+    assert sent + stream.flush() == tokenizer.decode([token_id] * 199)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=3), st.text("ab", max_size=60))
+def test_no_more_is_held_back_than_a_stop_string_is_long(stops: list[str], text: str) -> None:
+    matcher = StopMatcher(stops)
+    for letter in text:
+        matcher.push(letter)
+        assert len(matcher._held) < max(map(len, stops))
 
 
 @settings(max_examples=100, deadline=None)
@@ -172,6 +154,22 @@ def test_no_stop_string_ends_an_answer_within_its_least_tokens(tmp_path: Path, l
             break
     assert "".join(chunk.text for chunk in chunks) == sent
     assert chunks[-1].finish_reason == ("length" if sent == "abcabc" else "stop")
+
+
+@pytest.mark.parametrize(("include", "sent"), [(False, "ab"), (True, "abc")])
+def test_a_token_that_only_ends_the_answer_is_text_where_stop_strings_are(
+    tmp_path: Path, include: bool, sent: str
+) -> None:
+    tokenizer = written(byte_level(), tmp_path)
+    ids = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "abc"]
+    params = SamplingParams(stop_token_ids=(ids[-1],), include_stop_str_in_output=include)
+    chunks: list[Chunk] = []
+    sink = TextSink(tokenizer, params, 1, None, 0, chunks.append)
+    for token_id in ids[:-1]:
+        sink(Token(token_id))
+    sink(Token(ids[-1], finish_reason="stop", is_end=True))
+    assert "".join(chunk.text for chunk in chunks) == sent
+    assert [chunk.token_ids for chunk in chunks] == [(token_id,) for token_id in ids]
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:

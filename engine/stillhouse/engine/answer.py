@@ -80,6 +80,7 @@ class TextSink:
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._include_end = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_prompt_tokens = num_prompt_tokens
         self._num_output_tokens = 0
@@ -94,7 +95,9 @@ class TextSink:
             self._num_output_tokens += 1
             if token.logprob is not None:
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + token.logprob
-            text, stopped = self._match(self._detokenizer.push(token.token_id))
+            # What only ends an answer is no part of it, unless it is asked for like a stop string.
+            piece = "" if token.is_end and not self._include_end else self._detokenizer.push(token.token_id)
+            text, stopped = self._match(piece)
         # After an error what is held back may be what failed: it stays where it is.
         if token.finish_reason and not stopped and token.error is None:
             tail, stopped = self._match(self._detokenizer.flush())

@@ -110,6 +110,8 @@ class Engine:
         """Raises QueueFull or EngineClosed where `submit` would raise it behind `coming` others."""
         if self._failure or self._closing:
             raise self._failure or EngineClosed("the engine is shut down")
+        if self._thread and not self._thread.is_alive():
+            raise EngineClosed("the engine's thread is not in this process", hint="load the model after a fork")
         waiting = len(self._scheduler.waiting) + coming
         if waiting >= self.limits.max_waiting + self._scheduler.free_slots:
             raise QueueFull(
@@ -163,7 +165,7 @@ class Engine:
                     break
             try:
                 self.step()
-            except Exception as error:  # the boundary: whatever the runtime throws must end requests, not hang them
+            except BaseException as error:  # whatever is thrown (a panic in Rust is no Exception) hangs no request
                 log.exception("the engine's loop failed")
                 failure = EngineClosed(f"the engine's loop failed: {type(error).__name__}: {error}")
                 with self._wake:
@@ -242,7 +244,7 @@ class Engine:
                 self._end(request, "error", EngineError(f"the answer's form cannot be followed: {error}"))
                 continue
             self._generation_tokens_total += 1
-            reason = self._finish_reason(request, choice.token_id)
+            reason = request.reason_to_end(choice.token_id, self._eos_ids, self.limits.max_model_len)
             if reason:
                 self._leave(request, reason)
             asked = len(request.output_ids) == 1 and request.params.prompt_logprobs is not None
@@ -253,6 +255,7 @@ class Engine:
                 choice.rank,
                 reason,
                 prompt_logprobs=request.prompt_logprobs if asked else None,
+                is_end=reason == "stop" and choice.token_id in {*self._eos_ids, *request.params.stop_token_ids},
             )
             try:
                 stopped = request.sink(token)
@@ -262,30 +265,19 @@ class Engine:
             if stopped and not reason:
                 self._leave(request, "stop")
 
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        params, count = request.params, len(request.output_ids)
-        if count >= params.min_tokens:
-            if token_id in self._eos_ids and not params.ignore_eos:
-                return "stop"
-            if token_id in params.stop_token_ids or (request.constraint and request.constraint.finished):
-                return "stop"
-        if count >= params.max_tokens or request.num_prompt_tokens + count >= self.limits.max_model_len:
-            return "length"
-        return None
-
     # The end of a request
 
     def _end(self, request: Request, reason: FinishReason, error: StillhouseError | None = None) -> None:
         """Ends a request without a token."""
         self._leave(request, reason)
-        _tell_the_end(request, reason, error)
+        request.tell_the_end(reason, error)
 
     def _fail_reader(self, request: Request, error: Exception, *, gone: bool) -> None:
         """What reads an answer has raised `error`: that answer ends, nobody else's."""
         log.error("%s: its reader failed", request.id, exc_info=error)
         if not gone:
             self._leave(request, "error")
-        _tell_the_end(request, "error", EngineError(f"the answer cannot be handed over: {error}"))
+        request.tell_the_end("error", EngineError(f"the answer cannot be handed over: {error}"))
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         request.timing.finished_s = time.perf_counter()
@@ -299,11 +291,3 @@ class Engine:
             self._scheduler = Scheduler(self._runner, self.limits)
         for request in gone:
             self._end(request, reason, error)
-
-
-def _tell_the_end(request: Request, reason: FinishReason, error: StillhouseError | None) -> None:
-    """The last that the reader of `request` hears; one that fails at it harms nobody else."""
-    try:
-        request.sink(Token(None, finish_reason=reason, error=error))
-    except Exception:  # the boundary to whoever reads the answer
-        log.exception("%s could not be told of its end", request.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.thinking import Thinking
+
+log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -38,6 +41,7 @@ class Token:
     finish_reason: FinishReason | None = None
     error: StillhouseError | None = None
     prompt_logprobs: list[PromptLogprob] | None = None  # with the first token, where they were asked for
+    is_end: bool = False  # it only says that the answer is over: no part of its text
 
 
 @dataclass(slots=True)
@@ -54,7 +58,7 @@ class Constraint(Protocol):
     """What an answer must look like, token by token: see grammar.py."""
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next: (vocab_size,). Raises EngineError when none may."""
+        """Which tokens may come next: (vocab_size,), the caller's to change. Raises EngineError when none may."""
         ...
 
     def push(self, token_id: int) -> None: ...
@@ -75,6 +79,7 @@ class Request:
     __slots__ = (
         "_cancelled",
         "constraint",
+        "form_binds",
         "generator",
         "id",
         "kv_tokens",
@@ -108,6 +113,8 @@ class Request:
         self.timeout_s = timeout_s
         self.thinking = thinking
         self.constraint = constraint
+        # Whether `constraint` holds for the next token: what is thought before the answer is free of it.
+        self.form_binds = constraint is not None and not (thinking and thinking.inside)
         self.timing = Timing() if came_s is None else Timing(came_s)
         self.output_ids: list[int] = []
         self.kv_tokens = 0  # tokens of this request that are in the KV cache
@@ -122,14 +129,59 @@ class Request:
 
     def take(self, token_id: int, now_s: float) -> None:
         """Adds a generated token, and lets whatever follows the answer follow it."""
-        self.output_ids.append(token_id)
         if self.timing.first_token_s is None:
             self.timing.first_token_s = now_s
-        thought = self.thinking is not None and self.thinking.inside
-        if self.thinking:
+        if self.constraint and self.form_binds:
+            self._follow_form(self.constraint, token_id)
+        elif self.thinking:
             self.thinking.push(token_id)
-        if self.constraint and not thought:
-            self.constraint.push(token_id)
+            self.form_binds = self.constraint is not None and not self.thinking.inside
+        self.output_ids.append(token_id)
+
+    def _follow_form(self, constraint: Constraint, token_id: int) -> None:
+        # A form that takes the tag itself begins with it; any other begins behind the thoughts that the tag opens.
+        if self.thinking and token_id == self._opening_id and not constraint.allowed()[token_id]:
+            self.thinking.open()
+            self.form_binds = False
+        else:
+            constraint.push(token_id)
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Which tokens may come next by the answer's form: (vocab_size,); None where any may.
+
+        A model that opens its thoughts itself may do so first: the form is the answer's, as in vLLM where a parser of
+        reasoning is named.
+        """
+        if not self.constraint or not self.form_binds:
+            return None
+        allowed = self.constraint.allowed()
+        if self._opening_id is not None:
+            allowed[self._opening_id] = True
+        return allowed
+
+    @property
+    def _opening_id(self) -> int | None:
+        """The token that opens thoughts, as long as nothing has been said."""
+        return self.thinking.opening_id if self.thinking and not self.output_ids else None
+
+    def reason_to_end(self, token_id: int, eos_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+        """Why `token_id`, which came last, is the last of the answer; None where more follow."""
+        params, count = self.params, len(self.output_ids)
+        if count >= params.min_tokens:
+            if token_id in eos_ids and not params.ignore_eos:
+                return "stop"
+            if token_id in params.stop_token_ids or (self.constraint and self.constraint.finished):
+                return "stop"
+        if count >= params.max_tokens or self.num_prompt_tokens + count >= max_model_len:
+            return "length"
+        return None
+
+    def tell_the_end(self, reason: FinishReason, error: StillhouseError | None) -> None:
+        """The last that the answer's reader hears; one that fails at it harms nobody else."""
+        try:
+            self.sink(Token(None, finish_reason=reason, error=error))
+        except Exception:  # the boundary to whoever reads the answer
+            log.exception("%s could not be told of its end", self.id)
 
     @property
     def cancelled(self) -> bool:

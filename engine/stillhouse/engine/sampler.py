@@ -1,7 +1,7 @@
 """Chooses the next token of each row from its logits; numpy only.
 
-The order of the steps is vLLM's: penalties and bias, temperature, min-p, top-k, top-p. Log-probabilities are those
-of the model itself, before any of it.
+The order of the steps is vLLM's: bias, penalties, temperature, min-p, top-k, top-p. Log-probabilities are those of the
+model itself, before any of it.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ def _choose_one(row: NDArray[np.float32], request: Request, eos_ids: frozenset[i
     token = request.thinking.forced_token() if request.thinking else None
     if token is None:
         scores = row.astype(np.float32, copy=True)  # (vocab_size,)
+        if params.logit_bias:
+            scores[list(params.logit_bias)] += np.asarray(list(params.logit_bias.values()), np.float32)
         _penalize(scores, request)
-        for biased, bias in params.logit_bias.items():
-            scores[biased] += bias
         try:
             _forbid(scores, request, eos_ids)
         except EngineError as error:
             return Choice(None, error=error)
+        except Exception as error:  # a form's fault is its request's alone
+            return Choice(None, error=EngineError(f"the answer's form cannot be followed: {error}"))
         token = int(scores.argmax()) if params.greedy else _draw(scores, params, _generator(request))
     if params.logprobs is None:
         return Choice(token)
@@ -98,8 +100,8 @@ def _forbid(scores: NDArray[np.float32], request: Request, eos_ids: frozenset[in
     """Rules out what would end the answer before `min_tokens`, and what its constraint does not allow."""
     if len(request.output_ids) < request.params.min_tokens:
         scores[list(eos_ids | frozenset(request.params.stop_token_ids))] = -np.inf
-    if request.constraint and not (request.thinking and request.thinking.inside):
-        scores[~request.constraint.allowed()] = -np.inf
+    if (allowed := request.allowed()) is not None:
+        scores[~allowed] = -np.inf
     if not np.isfinite(scores.max()):
         raise InvalidRequest("no token may come next: min_tokens, logit_bias and the constraint rule each other out")
 

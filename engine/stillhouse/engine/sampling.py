@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stillhouse.engine.errors import InvalidRequest, shown
 
 # Every one is looked at for every token.
-MAX_STOPS = 256
+MAX_STOPS, MAX_STOP_CHARACTERS = 256, 4096
 MAX_BIASES = 4096
 _WHOLE = re.compile("-?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -91,7 +91,10 @@ _RULES: dict[str, tuple[str, Any]] = {
     "presence_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
     "frequency_penalty": ("between -2 and 2", lambda v: -2 <= v <= 2),
     "seed": ("a whole number of 64 bits", lambda v: -(2**63) <= v < 2**64),
-    "stop": (f"a list of non-empty strings, {MAX_STOPS} at most", lambda v: len(v) <= MAX_STOPS and all(v)),
+    "stop": (
+        f"a list of non-empty strings, {MAX_STOPS} at most and {MAX_STOP_CHARACTERS} characters in all",
+        lambda v: len(v) <= MAX_STOPS and all(v) and sum(map(len, v)) <= MAX_STOP_CHARACTERS,
+    ),
     "stop_token_ids": (
         f"a list of token ids, {MAX_STOPS} at most",
         lambda v: len(v) <= MAX_STOPS and all(t >= 0 for t in v),

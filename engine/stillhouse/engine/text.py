@@ -21,6 +21,8 @@ from stillhouse.engine.errors import InvalidRequest, VersionError
 Message = Mapping[str, Any]
 _LARGE_CHARACTERS = 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
+# A character has four bytes at most, and a token one at least: before so many no token changes what the last one says.
+_CONTEXT_TOKENS = 8
 
 
 class Tokenizer:
@@ -144,40 +146,42 @@ class Detokenizer:
     """Text from tokens as they come: the pieces joined are what decoding at once gives.
 
     Half a character is held back until the rest of it comes, or `flush` is called. Only a short tail of tokens is
-    decoded again at each step, from a border between characters on (the method of Hugging Face's text streamer).
+    decoded again at each step, however long no character becomes whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._tail: list[int] = []  # tokens since the last but one border
-        self._sent = 0  # how many of them are sent already
+        self._tail: list[int] = []  # the last tokens that have a text
+        self._sent = 0  # how many characters of their text are sent
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is not whole."""
-        if self._skip and token_id in self._tokenizer.special_ids:
+        if (self._skip and token_id in self._tokenizer.special_ids) or self._tokenizer.token(token_id) is None:
             return ""
         self._tail.append(token_id)
         if token_id in self._tokenizer.byte_ids:
             # Byte fallback reads a run of bytes as a whole: one that is no UTF-8 later on changes all of the run.
             return ""
-        text = self._decode(self._tail)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        piece = text[len(self._decode(self._tail[: self._sent])) :]
-        if piece:
-            self._tail = self._tail[self._sent :]
-            self._sent = len(self._tail)
+        text = self._decode()
+        # What begins a character decodes to one replacement, what can begin none to one each: all but the last stay.
+        whole = len(text) - text.endswith(_REPLACEMENT)
+        piece = text[self._sent : whole]
+        self._sent = max(self._sent, whole)
+        if len(self._tail) > 2 * _CONTEXT_TOKENS:
+            unsent = len(text) - self._sent
+            self._tail = self._tail[-_CONTEXT_TOKENS:]
+            self._sent = len(self._decode()) - unsent
         return piece
 
     def flush(self) -> str:
         """What is still held back, as it is."""
-        piece = self._decode(self._tail)[len(self._decode(self._tail[: self._sent])) :]
-        self._sent = len(self._tail)
+        piece = self._decode()[self._sent :]
+        self._sent += len(piece)
         return piece
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._tail, skip_special_tokens=self._skip) if self._tail else ""
 
 
 class StopMatcher:

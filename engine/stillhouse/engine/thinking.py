@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from stillhouse.engine.text import Tokenizer
 
 
+# What a template writes behind a closed tag before the answer begins.
+_LINE_BREAKS_TOKENS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class ThinkingTags:
     """The token ids of the opening and of the closing tag, one or several each."""
@@ -43,7 +47,17 @@ class Thinking:
         self._tail: list[int] = []
         self._forced: list[int] = []
         self.tokens = 0
-        self.inside = opens_thinking(prompt_ids, tags)
+        opened, closed = _last(prompt_ids, tags.start), _last(prompt_ids, tags.end)
+        self.inside = opened > closed
+        # The token by which the model may open its thoughts itself; None: the prompt has opened them, or ends behind
+        # a closed tag, as templates do that switch thinking off.
+        shut = closed >= 0 and len(prompt_ids) - closed - len(tags.end) <= _LINE_BREAKS_TOKENS
+        self.opening_id = None if self.inside or shut else tags.start[0]
+
+    def open(self) -> None:
+        """The answer begins with `opening_id`: what follows is the rest of the tag, and then thoughts."""
+        self.inside = True
+        self._forced = list(self._tags.start[1:])
 
     def forced_token(self) -> int | None:
         """The token that must come next, whatever the model would say; None: the model is free."""
@@ -75,6 +89,6 @@ def _ends_with(tail: Sequence[int], tag: Sequence[int]) -> bool:
 def _last(ids: Sequence[int], tag: Sequence[int]) -> int:
     """Where `tag` begins for the last time in `ids`; -1 where it does not."""
     for at in range(len(ids) - len(tag), -1, -1):
-        if tuple(ids[at : at + len(tag)]) == tuple(tag):
+        if ids[at] == tag[0] and tuple(ids[at : at + len(tag)]) == tuple(tag):
             return at
     return -1
