@@ -82,10 +82,10 @@ class LanguageModel:
 
         version = open_version(directory, verify=verify)
         options = options or read_options(directory.resolve().parent)
-        limits = limits_of(version.manifest, options)
+        provider = choose_provider(options.provider, version.manifest.target)
+        limits = limits_of(version.manifest, options, allocated_whole=provider != "cpu")
         tokenizer = Tokenizer(directory)
         generation = generation_config(directory)
-        provider = choose_provider(options.provider, version.manifest.target)
         runner = OrtRunner(
             model_to_load(version, provider) if options.weights_cache else version.model_path,
             network=version.manifest.network,
