@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from stillhouse.engine.directory import open_version
 from stillhouse.engine.errors import InvalidRequest, PromptTooLong, TamperedError
+from stillhouse.engine.grammar import GrammarCompiler
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.options import EngineOptions
 from stillhouse.engine.runner import OrtRunner
@@ -178,6 +179,20 @@ def test_an_answer_has_the_form_that_was_asked_for(
         answer = model.generate(prompts[0], asked)
         assert re.fullmatch(pattern, answer.text.strip()), answer.text
         assert answer.finish_reason == "stop"
+
+
+def test_the_answers_of_one_request_have_its_form_each_for_itself(
+    model: LanguageModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once, whatever there is of answers: a grammar may take a second."""
+    compiled = []
+    compile_form = GrammarCompiler.compile
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda *given: compiled.append(given) or compile_form(*given))
+    params = parse_params({"n": 3, "temperature": 2.0, "seed": 1, "structured_outputs": {"regex": "[0-9]{3}-[a-z]{4}"}})
+    answers = model.generate_all(prompts[0], params)
+    assert all(re.fullmatch("[0-9]{3}-[a-z]{4}", answer.text) for answer in answers)
+    assert len({answer.text for answer in answers}) == 3
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize(

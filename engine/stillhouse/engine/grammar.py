@@ -60,6 +60,10 @@ class GrammarConstraint:
         self._matcher = matcher
         self._vocab_size = vocab_size
 
+    def copy(self) -> GrammarConstraint:
+        """The same for another answer, without compiling it again."""
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size)
+
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next: (vocab_size,)."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)

@@ -14,7 +14,7 @@ from stillhouse.engine.core import Engine, Stats
 from stillhouse.engine.directory import VersionDirectory, open_version
 from stillhouse.engine.errors import InvalidRequest, PromptTooLong
 from stillhouse.engine.generation import default_params, generation_config
-from stillhouse.engine.grammar import GrammarCompiler
+from stillhouse.engine.grammar import GrammarCompiler, GrammarConstraint
 from stillhouse.engine.limits import limits_of
 from stillhouse.engine.options import EngineOptions, read_options
 from stillhouse.engine.request import Request, Timing
@@ -153,9 +153,13 @@ class LanguageModel:
             raise InvalidRequest(f"n: {params.n} answers are more than run and wait here together, {most}")
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        wanted = params.structured_outputs
+        form = self._grammar_compiler().compile(wanted) if wanted else None
         requests: list[Request] = []
         try:
-            requests.extend(self._submit_one(prompt_ids, params, sink, i, timeout_s, came_s) for i in range(params.n))
+            requests.extend(
+                self._submit_one(prompt_ids, params, sink, index, timeout_s, came_s, form) for index in range(params.n)
+            )
         except Exception:
             # All of them or none: what is queued already must not answer alone.
             Submitted(tuple(requests)).cancel()
@@ -216,9 +220,10 @@ class LanguageModel:
         index: int,
         timeout_s: float | None,
         came_s: float | None,
+        form: GrammarConstraint | None,
     ) -> Request:
         if index and params.seed is not None:
-            params = replace(params, seed=params.seed + index)
+            params = replace(params, seed=(params.seed + index) % 2**64)
         thinking = None
         if self.thinking_tags is not None:
             thinking = Thinking(self.thinking_tags, prompt_ids, params.thinking_token_budget)
@@ -227,7 +232,6 @@ class LanguageModel:
                 f"thinking_token_budget: {self.version.manifest.model} does not think: it knows no <think> tag",
                 hint="leave thinking_token_budget out",
             )
-        form = params.structured_outputs
         return self.engine.submit(
             prompt_ids,
             params,
@@ -235,7 +239,7 @@ class LanguageModel:
             timeout_s=timeout_s,
             came_s=came_s,
             thinking=thinking,
-            constraint=self._grammar_compiler().compile(form) if form else None,
+            constraint=form.copy() if form else None,
         )
 
     def _grammar_compiler(self) -> GrammarCompiler:
