@@ -2,6 +2,7 @@
 
     python benchmarks/behaviour.py                # a table on stdout, benchmarks/results/behaviour.json
     python benchmarks/behaviour.py --write-docs   # the table goes into docs/benchmarks.md
+    python benchmarks/behaviour.py --rounds 1 --more   # one round more, beside those that --out holds
 
 - Python and scheduling: the share of a decode step of 16 sequences that is not spent inside ONNX Runtime.
 - Worst gap: the longest time between two tokens of 8 running streams while a 2,000-token prompt comes in, with the
@@ -9,11 +10,14 @@
 - Prefix reuse: time to first token of a prompt whose first 1,000 tokens another one had, with reuse and without.
 - Linear cost: the time of 128 requests over that of 64, 16 at a time.
 - Idle: CPU seconds a second of a loaded engine that nobody asks.
+- The cache of packed weights: the time to load, libraries already imported, and the memory that no file backs after
+  16 tokens, in a fresh process each, with the cache and without. (`benchmarks/engine.py` compares loads with peers'.)
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import queue
 import sys
 import time
@@ -29,7 +33,7 @@ import itertools
 
 from figures import publish, two_columns
 from machine import describe
-from roster import HERE, ROOT
+from roster import HERE, ROOT, PeerProcess, known
 from workload import Workload
 
 from stillhouse.engine.model import LanguageModel
@@ -174,8 +178,18 @@ def idle_cpu_share(version: Path, threads: int, workload: Workload, wait_s: floa
         return (time.process_time() - before_s) / wait_s
 
 
-def measure(version: Path, threads: int, rounds: int, seed: int) -> dict[str, Any]:
-    """Every figure, the ones that are compared in turns; medians over `rounds`."""
+def of_a_start(version: Path, threads: int, workload: Workload, *, weights_cache: bool) -> dict[str, float]:
+    """{"load_s", "anonymous_bytes"} of a fresh process that has answered with 16 tokens."""
+    load = {"threads": threads, "sequences": 4, "context_tokens": 2048, "weights_cache": weights_cache}
+    with PeerProcess(known()["stillhouse"], version, timeout_s=300, **load) as process:
+        process.ask("decode", prompts=workload.prompts(1, "start"), tokens=16)
+        return {"load_s": process.about["load_s"], "anonymous_bytes": process.ask("memory")["anonymous_bytes"]}
+
+
+def measure(
+    version: Path, threads: int, rounds: int, seed: int, earlier: dict[str, list[float]] | None = None
+) -> dict[str, Any]:
+    """Every figure, the ones that are compared in turns; medians over `rounds` and the `earlier` samples."""
     workload = Workload.of_manual(version / "tokenizer.json", seed)
     turns: dict[str, Callable[[], float]] = {
         "outside_runtime_share": lambda: outside_runtime_share(version, threads, workload),
@@ -186,11 +200,14 @@ def measure(version: Path, threads: int, rounds: int, seed: int) -> dict[str, An
         "requests_64_s": lambda: time_of_requests_s(version, threads, workload, 64),
         "requests_128_s": lambda: time_of_requests_s(version, threads, workload, 128),
     }
-    samples: dict[str, list[float]] = {name: [] for name in turns}
+    samples: dict[str, list[float]] = {name: [] for name in turns} | (earlier or {})
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} …", file=sys.stderr)
         for name, take in turns.items():
             samples[name].append(take())
+        for way, cached in (("mapped", True), ("packed_anew", False)):
+            for name, figure in of_a_start(version, threads, workload, weights_cache=cached).items():
+                samples.setdefault(f"{way}_{name}", []).append(figure)
     figures = {name: median(taken) for name, taken in samples.items()}
     figures["linear_ratio"] = median(
         twice / (2 * once) for once, twice in zip(samples["requests_64_s"], samples["requests_128_s"], strict=True)
@@ -200,7 +217,7 @@ def measure(version: Path, threads: int, rounds: int, seed: int) -> dict[str, An
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": describe(),
         "threads": threads,
-        "rounds": rounds,
+        "rounds": len(samples["requests_64_s"]),
         "seed": seed,
         "figures": figures,
         "samples": samples,
@@ -221,6 +238,10 @@ def markdown(report: dict[str, Any]) -> str:
         ("the same, prefilled again", f"{1e3 * of['ttft_prefix_prefilled_s']:,.0f} ms"),
         ("128 requests against twice the time of 64, 16 at a time", f"{of['linear_ratio']:.2f}"),
         ("CPU while idle", f"{of['idle_cpu_share']:.2%}"),
+        ("load, packed weights mapped", f"{of['mapped_load_s']:.2f} s"),
+        ("the same, packed anew (`weights_cache: false`)", f"{of['packed_anew_load_s']:.2f} s"),
+        ("memory of no file, packed weights mapped", f"{of['mapped_anonymous_bytes'] / 1e6:,.0f} MB"),
+        ("the same, packed anew", f"{of['packed_anew_anonymous_bytes'] / 1e6:,.0f} MB"),
     ]
     return two_columns(rows, report, f"medians of {report['rounds']} rounds, prompts' seed {report['seed']}")
 
@@ -233,8 +254,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results/behaviour.json")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--more", action="store_true", help="add the rounds to those in --out: for several sittings")
     args = parser.parse_args()
-    report = measure(args.version_dir, args.threads, args.rounds, args.seed)
+    earlier = None
+    if args.more and args.out.is_file():
+        report = json.loads(args.out.read_text("utf-8"))
+        if (report["machine"], report["threads"], report["seed"]) != (describe(), args.threads, args.seed):
+            parser.error(f"{args.out} is of another machine, number of threads or seed")
+        earlier = report["samples"]
+    report = measure(args.version_dir, args.threads, args.rounds, args.seed, earlier)
     publish(report, markdown(report), args.out, [DOCS] if args.write_docs else [], BEGIN, END)
 
 

@@ -11,11 +11,15 @@ from protocol import TTFT_TOKENS, file_bytes, serve, steady_rate, tokens_to_ask
 
 
 class Ours:
-    def load(self, model: Path, *, threads: int, sequences: int, context_tokens: int) -> dict[str, Any]:
+    def load(
+        self, model: Path, *, threads: int, sequences: int, context_tokens: int, weights_cache: bool = True
+    ) -> dict[str, Any]:
         from stillhouse.engine.model import LanguageModel
         from stillhouse.engine.options import EngineOptions
 
-        options = EngineOptions(threads=threads, max_num_seqs=sequences, max_model_len=context_tokens)
+        options = EngineOptions(
+            threads=threads, max_num_seqs=sequences, max_model_len=context_tokens, weights_cache=weights_cache
+        )
         self.model = LanguageModel.load(model, options, verify=False)
         defaults = options.model_dump(exclude={"threads", "max_num_seqs", "max_model_len"}, exclude_none=True)
         quantization = self.model.version.manifest.recipe.get("int4", "as built")
