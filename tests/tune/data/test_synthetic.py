@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from stillhouse.gateway.gateway import Access
 from stillhouse.gateway.server import GatewayServer
 from stillhouse.tune.data_recipe import DataRecipe, Source, Synthetic
 from stillhouse.tune.endpoint import Endpoint
+from stillhouse.tune.journal import Journal
+from stillhouse.tune.made_up import SCHEMA, texts_of
 from stillhouse.tune.personal import Masker
 from stillhouse.tune.store import Store
-from stillhouse.tune.synthetic import SCHEMA, Journal, add_synthetic
+from stillhouse.tune.synthetic import add_synthetic
 
 MODEL = "support-int4"
+CUT = '{"instruction": "Wh'
 TEMPLATE = (
     "Write another record like these.{% for one in examples %} {{ one.instruction }}{% endfor %} No. {{ number }}"
 )
@@ -39,16 +42,19 @@ def server(support_repository: Path) -> Iterator[GatewayServer]:
         gateway.drain(0.0)
 
 
-def test_our_own_server_makes_records_that_are_marked_and_only_in_train(
-    server: GatewayServer, tmp_path: Path, run: Any, made: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tables(server: GatewayServer, tmp_path: Path, made: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe's tables: 20 records, and 3 that our own server makes up."""
     monkeypatch.setenv("STILLHOUSE_KEY", "sesame")
     tools.write(tmp_path / "data.jsonl", [{**row, "label": "own"} for row in made(20)])
-    tables = (
+    return (
         '[[sources]]\npath = "data.jsonl"\n[duplicates]\nexact = false\nnear = 1\n'
         f'[synthetic]\nurl = "{server.url}/v1"\nmodel = "{MODEL}"\nper_label = 3\nparallel = 2\nmax_tokens = 120\n'
         f"prompts = ['{TEMPLATE}']\napi_key_env = \"STILLHOUSE_KEY\"\ninput_price = 1.0\noutput_price = 2.0\n"
     )
+
+
+def test_our_own_server_makes_records_that_are_marked_and_only_in_train(tables: str, run: Any, tools: Any) -> None:
     done = run(tables)
     card = done.card["synthetic"]
     assert card["asked"] == 3
@@ -65,6 +71,14 @@ def test_our_own_server_makes_records_that_are_marked_and_only_in_train(
     assert again.card["splits"] == done.card["splits"]
 
 
+def test_what_our_own_server_says_outside_of_the_schema_is_asked_for_again_and_counted(tables: str, run: Any) -> None:
+    done = run(f"{tables}json_schema = false\nmax_tokens = 8\n".replace("max_tokens = 120\n", ""))
+    card = done.card["synthetic"]
+    assert (card["asked"], card["asked_again"], card["unusable"], card["kept"]) == (3, 6, 3, 0)
+    assert 9 <= card["completion_tokens"] <= 9 * 8
+    assert "6 answers were outside of the schema and asked for again" in (done.path / "README.md").read_text("utf-8")
+
+
 def _recipe(**options: Any) -> DataRecipe:
     asked = {"url": "http://there/v1", "model": "m", "prompts": ["Make record {{ number }}."], "count": 6} | options
     return DataRecipe(name="made", sources=[Source(path="data.jsonl")], synthetic=Synthetic(**asked))
@@ -73,8 +87,10 @@ def _recipe(**options: Any) -> DataRecipe:
 class Peer:
     """Answers like an OpenAI API, after the faults that it was given."""
 
-    def __init__(self, *faults: httpx.Response | Exception, content: str | None = None) -> None:
-        self.faults, self.content = list(faults), content
+    def __init__(
+        self, *faults: httpx.Response | Exception, content: str | None = None, contents: Sequence[str] = ()
+    ) -> None:
+        self.faults, self.content, self.contents = list(faults), content, list(contents)
         self.bodies: list[dict[str, Any]] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -85,11 +101,13 @@ class Peer:
             if isinstance(fault, Exception):
                 raise fault
             return fault
-        text = body["messages"][-1]["content"]
+        text = body["messages"][-1]["content"].partition("\n")[0]
         record = {"instruction": f"Q: {text}", "input": "", "output": "Ask ann@example.org."}
         content = json.dumps(record) if self.content is None else self.content
+        content = self.contents.pop(0) if self.contents else content
+        choice = {"message": {"content": content}, "finish_reason": "length" if content == CUT else "stop"}
         usage = {"prompt_tokens": 10, "completion_tokens": 5}
-        return httpx.Response(200, json={"choices": [{"message": {"content": content}}], "usage": usage})
+        return httpx.Response(200, json={"choices": [choice], "usage": usage})
 
 
 def _add(recipe: DataRecipe, folder: Path, peer: Peer, masks: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[Any]]:
@@ -110,6 +128,7 @@ def test_the_request_holds_the_answer_to_the_schema_and_the_answer_is_masked_and
     peer = Peer()
     figures, records = _add(_recipe(system="Be brief."), tmp_path / "a", peer, ("email",))
     assert peer.bodies[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert json.dumps(SCHEMA) in peer.bodies[0]["messages"][-1]["content"]
     assert peer.bodies[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert sorted(record["instruction"] for record in records) == [f"Q: Make record {at}." for at in range(6)]
     assert {record["output"] for record in records} == {"Ask [EMAIL]."}
@@ -149,9 +168,65 @@ def test_after_a_failure_only_what_is_missing_is_asked_for(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content", ["", "no JSON", '{"instruction": "q"}', '{"instruction": "", "input": "", "output": "a"}']
 )
-def test_an_answer_that_is_no_record_is_counted_and_left_out(content: str, tmp_path: Path) -> None:
-    figures, records = _add(_recipe(), tmp_path / "a", Peer(content=content))
-    assert (figures["unusable"], records) == (6, [])
+def test_an_answer_that_stays_no_record_is_counted_and_left_out(content: str, tmp_path: Path) -> None:
+    peer = Peer(content=content)
+    figures, records = _add(_recipe(), tmp_path / "a", peer)
+    assert (figures["unusable"], figures["asked_again"], records) == (6, 12, [])
+    assert len(peer.bodies) == 18
+    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (180, 90)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("Sure! Here it is.", "Invalid JSON: expected value at line 1 column 1"),
+        ('["a", "b"]', "Input should be an object"),
+        ('{"instruction": "q", "input": ""}', "output: Field required"),
+        ('{"instruction": "q", "input": null, "output": "a"}', "input: Input should be a valid string"),
+        ('{"instruction": "q", "input": "", "output": "a", "mood": 1}', "mood: Extra inputs are not permitted"),
+        ('{"instruction": "q", "input": "", "output": " "}', "output is empty"),
+        (r'{"instruction": "\ud800", "input": "", "output": "a"}', "Invalid JSON: "),
+        (CUT, "it was cut off after 512 tokens: be shorter"),
+    ],
+)
+def test_a_model_is_told_why_its_answer_is_asked_for_again(answer: str, told: str, tmp_path: Path) -> None:
+    peer = Peer(contents=[answer])
+    figures, records = _add(_recipe(count=1), tmp_path / "a", peer)
+    first, second = (body["messages"][-1]["content"] for body in peer.bodies)
+    assert second.startswith(f"{first}\n\nThe answer before this one was of no use: ")
+    assert told in second.removeprefix(first)
+    assert peer.bodies[0]["seed"] != peer.bodies[1]["seed"]
+    assert (figures["asked_again"], figures["unusable"], len(records)) == (1, 0, 1)
+    assert records[0]["synthetic"]["prompt"] == "Make record 0."
+
+
+def test_no_answer_is_asked_for_again_where_the_recipe_says_so(tmp_path: Path) -> None:
+    peer = Peer(content="no JSON")
+    figures, _ = _add(_recipe(corrections=0), tmp_path / "a", peer)
+    assert (figures["asked_again"], figures["unusable"], len(peer.bodies)) == (0, 6, 6)
+    figures, records = _add(_recipe(corrections=1), tmp_path / "a", Peer())  # with more, only those are asked again
+    assert (figures["from_journal"], figures["asked_again"], figures["unusable"], len(records)) == (0, 6, 0, 6)
+    assert figures["prompt_tokens"] == 120
+    figures, _ = _add(_recipe(corrections=1), tmp_path / "a", peer := Peer())
+    assert (figures["from_journal"], len(peer.bodies)) == (6, 0)
+
+
+def test_a_server_without_schemas_reads_it_in_the_prompt_alone(tmp_path: Path) -> None:
+    peer = Peer()
+    _, records = _add(_recipe(count=1, json_schema=False), tmp_path / "a", peer)
+    assert "response_format" not in peer.bodies[0]
+    assert json.dumps(SCHEMA) in peer.bodies[0]["messages"][-1]["content"]
+    assert len(records) == 1
+    busy = httpx.Response(400, json={"error": {"message": "unknown field response_format"}})
+    with pytest.raises(StillhouseError, match="unknown field response_format") as refused:
+        _add(_recipe(count=1), tmp_path / "b", Peer(busy))
+    assert "json_schema = false" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("around", ["{}", "```json\n{}\n```", "<think>\nA tent {{}}?\n</think>\n\n{}"])
+def test_a_thought_and_a_fence_around_the_record_are_passed_over(around: str) -> None:
+    texts = {"instruction": "q", "input": "", "output": "```\na\n```"}
+    assert texts_of(around.format(json.dumps(texts))) == texts
 
 
 def test_a_template_that_names_what_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ intake.py personal.py store.py           into the store, masked; bad ones by fil
 filters.py duplicates.py                 what is dropped: broken, foreign, there before
 own_texts.py sketches.py signatures.py joining.py    by what records are compared, and what is alike joined
 measured.py contamination.py perplexity.py    leaked, too easy or too odd
-synthetic.py endpoint.py                 made up by a model behind an OpenAI-compatible API
+synthetic.py made_up.py endpoint.py journal.py    made up by a model behind an OpenAI-compatible API
 screening.py steps.py                    the order of it, with counts
 grouping.py splitting.py balance.py coverage.py    groups, into splits, classes, what is thin
 writing.py dataset_files.py dataset_card.py data_pictures.py    the dataset's folder

@@ -159,6 +159,9 @@ class Synthetic(_Table):
 
     `prompts` are Jinja templates; they see `examples` (records drawn from the data), `label` and `number`. `count`
     records are asked for, `per_label` of each label where it is given. Prices are for a million tokens.
+
+    `json_schema`: the server is told to hold answers to the schema. `corrections`: how often an answer outside of it is
+    asked for again; `attempts`: how often a request is sent that the server could not serve.
     """
 
     url: str
@@ -171,7 +174,9 @@ class Synthetic(_Table):
     system: str | None = None
     temperature: float = Field(default=0.8, ge=0, le=2)
     max_tokens: int = Field(default=512, ge=1)
+    json_schema: bool = True
     parallel: int = Field(default=4, ge=1, le=64)
+    corrections: int = Field(default=2, ge=0, le=20)
     attempts: int = Field(default=5, ge=1)
     timeout_s: float = Field(default=120, gt=0)
     api_key_env: str = "OPENAI_API_KEY"

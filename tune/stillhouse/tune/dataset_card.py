@@ -64,8 +64,9 @@ def _extras(card: dict[str, Any]) -> list[str]:
     if made := card["synthetic"]:
         found.append(
             f"Synthetic: {made['kept']} of {made['asked']} records by {made['model']}, "
-            f"{made['prompt_tokens']} + {made['completion_tokens']} tokens, cost {made['cost']:g}. "
-            "They are marked, and only in train."
+            f"{made['prompt_tokens']} + {made['completion_tokens']} tokens, cost {made['cost']:g}; "
+            f"{made['asked_again']} answers were outside of the schema and asked for again, {made['unusable']} gave no "
+            "record even so. They are marked, and only in train."
         )
     if card["balance"]["method"] == "oversample":
         found.append(f"Oversampled: {card['balance']['added']} repeated records in train, marked `oversampled`.")

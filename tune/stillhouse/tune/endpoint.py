@@ -23,11 +23,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said and how many tokens the endpoint counted; 0 where it does not count."""
+    """What the model said and how many tokens the endpoint counted; 0 where it does not count.
+
+    `cut`: it was not at its end at max_tokens. `again`: how often it was asked again; tokens are those of all tries.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    cut: bool = False
+    again: int = 0
 
 
 class Stopped(StillhouseError):
@@ -58,25 +63,24 @@ class Endpoint:
         """Ends every request but those under way, which are not tried again."""
         self._stopped.set()
 
-    def ask(self, prompt: str, schema: dict[str, Any], seed: int) -> Answer:
-        """The answer to `prompt`, held to `schema` by the server.
+    def ask(self, prompt: str, schema: dict[str, Any] | None, seed: int) -> Answer:
+        """The answer to `prompt`, held to `schema` by the server where there is one.
 
         Raises StillhouseError where the endpoint refuses the request, or does not answer in so many tries; from then on
         every other request raises Stopped.
         """
         options = self._options
         messages = [{"role": "system", "content": options.system}] if options.system else []
-        body = {
+        body: dict[str, Any] = {
             "model": options.model,
             "messages": [*messages, {"role": "user", "content": prompt}],
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "seed": seed,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "record", "schema": schema, "strict": True},
-            },
         }
+        if schema is not None:
+            held = {"name": "record", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": held}
         reason = ""
         for attempt in range(options.attempts):
             if self._stopped.is_set():
@@ -91,7 +95,8 @@ class Endpoint:
                     self.stop()
                     raise StillhouseError(
                         f"synthetic: {self._url} refuses the request: {reason}",
-                        hint=f"check url, model and the key in ${options.api_key_env}",
+                        hint=f"check url, model and the key in ${options.api_key_env}"
+                        + ("" if schema is None else "; json_schema = false for a server that knows no schemas"),
                     )
                 pause_s = max(pause_s, _asked_pause(response))
             except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -109,10 +114,13 @@ class Endpoint:
 def _answer(response: httpx.Response) -> Answer:
     body = response.json()
     usage = body.get("usage") or {}
-    text = body["choices"][0]["message"]["content"]
+    choice = body["choices"][0]
+    text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    if text is None and cut:  # all of it was spent on a thought
+        text = ""
     if not isinstance(text, str):
         raise ValueError("an answer without text")
-    return Answer(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    return Answer(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), cut)
 
 
 def _message(response: httpx.Response) -> str:

@@ -35,7 +35,13 @@ def _data(card: dict[str, Any]) -> Rows:
     rows += [[step["stage"], str(step["before"]), str(step["after"])] for step in card["stages"]]
     rows += [[f"records in {name}", "", str(split["records"])] for name, split in card["splits"].items()]
     rejected = sum(source["rejected"] for source in card["sources"])
-    return [*rows, ["bad records, by file and line in rejects.jsonl", "", str(rejected)]]
+    rows.append(["bad records, by file and line in rejects.jsonl", "", str(rejected)])
+    if made := card["synthetic"]:
+        rows += [[f"made-up records, of {made['asked']} asked for", "", str(made["kept"])]]
+        rows += [["answers outside of the schema, asked for again", "", str(made["asked_again"])]]
+        rows += [[f"tokens of {made['model']}", str(made["prompt_tokens"]), str(made["completion_tokens"])]]
+        rows += [["what they cost", "", f"{made['cost']:g}"]]
+    return rows
 
 
 def _tune(card: dict[str, Any]) -> Rows:

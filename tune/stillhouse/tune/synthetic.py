@@ -1,19 +1,16 @@
 """Synthetic records: a model behind an OpenAI-compatible API makes them up from templates and examples.
 
-Every answer goes into a journal beside the dataset's versions before it is used: a run that was stopped or is
-repeated asks only for what is missing. Every record is marked with the model, the prompt and its template.
+An answer that is no record is asked for again, so many times, and the model is told why. Every answer goes into a
+journal beside the dataset's versions before it is used: a run that was stopped or is repeated asks only for what is
+missing. Every record is marked with the model, the prompt and its template.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,13 @@ from stillhouse.build.cache import key_of
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune.data_recipe import DataRecipe, Synthetic
 from stillhouse.tune.endpoint import Answer, Endpoint, Stopped
+from stillhouse.tune.journal import Journal
+from stillhouse.tune.made_up import SCHEMA, NoRecord, request_of, texts_of
 from stillhouse.tune.personal import Masker
 from stillhouse.tune.records import Record, answer_of, prompt_of, with_texts
 from stillhouse.tune.store import Store
 
-# What a model is held to: one record in three texts.
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"instruction": {"type": "string"}, "input": {"type": "string"}, "output": {"type": "string"}},
-    "required": ["instruction", "input", "output"],
-    "additionalProperties": False,
-}
+_OTHER_SEED = 1_000_003  # between the seeds of an answer and of the one after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +38,9 @@ class Wish:
 
     def key(self, options: Synthetic) -> str:
         """What the answer depends on."""
-        settings = {"model": options.model, "temperature": options.temperature, "system": options.system}
-        return key_of({**settings, "number": self.number, "prompt": self.prompt, "max_tokens": options.max_tokens})
+        said = {"model", "temperature", "system", "max_tokens", "json_schema"}
+        settings = options.model_dump(include=said) | {"number": self.number, "prompt": request_of(self.prompt)}
+        return key_of(settings)
 
 
 def add_synthetic(
@@ -61,7 +55,7 @@ def add_synthetic(
         raise ValueError("the recipe asks for no synthetic records")
     wishes = wishes_of(options, store, recipe.seed)
     with Journal(journals / "synthetic.jsonl") as journal, endpoint or Endpoint(options) as asked:
-        answers = _answers(wishes, options, asked, journal, recipe.seed)
+        answers, from_journal = _answers(wishes, options, asked, journal, recipe.seed)
     unusable = 0
     for wish in wishes:
         record = _record(wish, answers[wish.number], options)
@@ -75,7 +69,8 @@ def add_synthetic(
     return {
         "model": options.model,
         "asked": len(wishes),
-        "from_journal": journal.found,
+        "from_journal": from_journal,
+        "asked_again": sum(answer.again for answer in answers.values()),
         "unusable": unusable,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -122,70 +117,22 @@ def _labels(options: Synthetic, by_label: dict[str | None, list[int]]) -> list[s
     return [label for label in known for _ in range(options.per_label)]
 
 
-class Journal:
-    """Answers by key, a JSON object a line, synced as they come. A torn last line is one answer less."""
-
-    def __init__(self, file: Path) -> None:
-        self._lock = threading.Lock()
-        self.found = 0
-        self._known: dict[str, Answer] = {}
-        self._stream = file.open("a+b")
-        fcntl.flock(self._stream, fcntl.LOCK_EX)  # another run of the same dataset waits
-        self._stream.seek(0)
-        whole = 0
-        for line in self._stream:
-            if not line.endswith(b"\n"):
-                self._stream.truncate(whole)
-                break
-            whole += len(line)
-            entry = json.loads(line)
-            self._known[entry["key"]] = Answer(entry["text"], entry["prompt_tokens"], entry["completion_tokens"])
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def get(self, key: str) -> Answer | None:
-        answer = self._known.get(key)
-        self.found += answer is not None
-        return answer
-
-    def put(self, key: str, answer: Answer) -> None:
-        entry = {
-            "key": key,
-            "text": answer.text,
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-        }
-        with self._lock:
-            self._known[key] = answer
-            self._stream.write(json.dumps(entry).encode() + b"\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-
-
 def _answers(
     wishes: list[Wish], options: Synthetic, endpoint: Endpoint, journal: Journal, seed: int
-) -> dict[int, Answer]:
-    """An answer for every wish, from the journal or from the endpoint, several at a time."""
-    answers: dict[int, Answer] = {}
-    missing = []
-    for wish in wishes:
-        known = journal.get(wish.key(options))
-        if known is None:
-            missing.append(wish)
-        else:
-            answers[wish.number] = known
+) -> tuple[dict[int, Answer], int]:
+    """An answer for every wish, from the journal or from the endpoint, several at a time; how many the journal had."""
+    keys = {wish.number: wish.key(options) for wish in wishes}
+    known = {number: answer for number, key in keys.items() if (answer := journal.get(key)) is not None}
+    answers = {number: answer for number, answer in known.items() if _is_final(answer, options)}
+    from_journal = len(answers)
 
     def ask(wish: Wish) -> tuple[int, Answer]:
-        answer = endpoint.ask(wish.prompt, SCHEMA, seed + wish.number)
-        journal.put(wish.key(options), answer)
+        answer = _asked(wish, known.get(wish.number), options, endpoint, seed + wish.number)
+        journal.put(keys[wish.number], answer)
         return wish.number, answer
 
     with ThreadPoolExecutor(options.parallel) as pool:
-        waiting = [pool.submit(ask, wish) for wish in missing]
+        waiting = [pool.submit(ask, wish) for wish in wishes if wish.number not in answers]
         try:
             for done in as_completed(waiting):
                 number, answer = done.result()
@@ -197,19 +144,43 @@ def _answers(
         finally:
             endpoint.stop()
             pool.shutdown(cancel_futures=True)
-    return answers
+    return answers, from_journal
+
+
+def _asked(wish: Wish, known: Answer | None, options: Synthetic, endpoint: Endpoint, seed: int) -> Answer:
+    """The first answer that is a record, or the last that is asked for; its tokens are those of all of them."""
+    schema = SCHEMA if options.json_schema else None
+    answer = known or endpoint.ask(request_of(wish.prompt), schema, seed)
+    while not _is_final(answer, options):
+        again = answer.again + 1
+        other = endpoint.ask(request_of(wish.prompt, _fault_of(answer, options)), schema, seed + again * _OTHER_SEED)
+        answer = replace(
+            other,
+            prompt_tokens=answer.prompt_tokens + other.prompt_tokens,
+            completion_tokens=answer.completion_tokens + other.completion_tokens,
+            again=again,
+        )
+    return answer
+
+
+def _is_final(answer: Answer, options: Synthetic) -> bool:
+    return answer.again >= options.corrections or _fault_of(answer, options) is None
+
+
+def _fault_of(answer: Answer, options: Synthetic) -> str | None:
+    """Why an answer is no record; None where it is one."""
+    try:
+        texts_of(answer.text)
+    except NoRecord as fault:
+        return f"it was cut off after {options.max_tokens} tokens: be shorter" if answer.cut else str(fault)
+    return None
 
 
 def _record(wish: Wish, answer: Answer, options: Synthetic) -> Record | None:
-    """The record in an answer, marked; None where it holds none (cut off, or not in the schema)."""
+    """The record in an answer, marked; None where it holds none."""
     try:
-        texts = json.loads(answer.text)
-        instruction, given, output = (texts[name] for name in ("instruction", "input", "output"))
-    except (ValueError, KeyError, TypeError):
-        return None
-    if not all(isinstance(text, str) for text in (instruction, given, output)):
-        return None
-    if not (instruction.strip() or given.strip()) or not output.strip():
+        texts = texts_of(answer.text)
+    except NoRecord:
         return None
     mark = {
         "model": options.model,
@@ -218,7 +189,7 @@ def _record(wish: Wish, answer: Answer, options: Synthetic) -> Record | None:
         "prompt_sha256": hashlib.sha256(wish.prompt.encode()).hexdigest(),
     }
     label = {"label": wish.label} if wish.label is not None else {}
-    record: Record = {"instruction": instruction, "input": given, "output": output, **label, "synthetic": mark}
+    record: Record = {**texts, **label, "synthetic": mark}
     return record | {"source": {"file": f"synthetic:{options.model}", "row": wish.number + 1}}
 
 
