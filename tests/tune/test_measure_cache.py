@@ -16,7 +16,7 @@ import pytest
 
 from stillhouse.build import texts
 from stillhouse.engine.errors import StillhouseError
-from stillhouse.tune import measure_cache
+from stillhouse.tune import measure_cache, revisions
 from stillhouse.tune.evaluation import evaluate, figures
 from stillhouse.tune.evaluation_recipe import load_evaluation
 
@@ -109,7 +109,7 @@ def test_only_what_was_changed_is_measured_again(
     prose = recipe.parent / "prose.txt"
     prose.write_text("One sentence of another text, again and again. " * 400, "utf-8")
     assert evaluated(f'evaluate.text="{prose}"')[1] == both
-    monkeypatch.setattr(measure_cache, "FORMAT", measure_cache.FORMAT + 1)
+    monkeypatch.setitem(revisions.REVISIONS, revisions.MEASURED, revisions.REVISIONS[revisions.MEASURED] + 1)
     assert evaluated()[1] == both
 
 

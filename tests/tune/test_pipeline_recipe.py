@@ -14,7 +14,7 @@ import pytest
 from stillhouse.cli.main import run as command
 from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError, TamperedError, UsageError
-from stillhouse.tune import stages as stages_module
+from stillhouse.tune import revisions
 from stillhouse.tune.stages import Stage, pipeline_options, stages_of
 
 TUNE = "[tune]\nr = 4\nepochs = 1\n"
@@ -79,12 +79,27 @@ def test_another_version_of_a_tool_makes_a_stage_run_again(write: Write, monkeyp
     def changed_with(tool: str) -> set[str]:
         before = stages(write())
         with monkeypatch.context() as patch:
-            patch.setattr(stages_module, "version", lambda name: "0.0" if name == tool else version(name))
+            patch.setattr(revisions, "version", lambda name: "0.0" if name == tool else version(name))
             after = stages(write())
         return {name for name in after if after[name].reads != before[name].reads}
 
-    assert changed_with("peft") == {"tune", "build"}
-    assert changed_with("onnxruntime") == {"build"}
+    assert changed_with("peft") == {"tune", "evaluate", "build"}
+    assert changed_with("onnxruntime") == {"evaluate", "build"}
+    assert changed_with("ftfy") == {"data"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "touched"),
+    [("data", {"data"}), ("tune", {"tune", "prune"}), ("prune", {"prune"}), ("measured", {"evaluate", "prune"})],
+)
+def test_another_revision_of_the_code_makes_what_it_comes_to_anew(
+    kind: str, touched: set[str], write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(DATA + TUNE + EVALUATE + "[prune]\nheads = 0.5\n[pipeline]\nprune = true\n")
+    before = stages(recipe)
+    monkeypatch.setitem(revisions.REVISIONS, kind, revisions.REVISIONS[kind] + 1)
+    after = stages(recipe)
+    assert {name for name in after if after[name].reads != before[name].reads} == touched
 
 
 def test_a_version_whose_files_were_changed_is_no_result_of_a_build(write: Write, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from stillhouse.engine.directory import sha256_of
 from stillhouse.engine.errors import StillhouseError, UsageError
+from stillhouse.tune import revisions
 
 SOURCE = '[[sources]]\npath = "data.jsonl"\n'
 SPLITS = ("train", "validation", "test")
@@ -34,6 +36,33 @@ def test_the_same_inputs_are_one_version_and_force_makes_the_same_bytes(
     assert first.card["splits"] == forced.card["splits"]
     assert {done.name for done in (tmp_path / "out" / "made").iterdir()} == {"1", "2"}
     assert run(f"seed = 5\n{SOURCE}").card["splits"] != first.card["splits"]
+
+
+def test_another_revision_of_the_code_is_another_version(
+    tmp_path: Path, run: Any, made: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.write(tmp_path / "data.jsonl", made(20))
+    first = run(SOURCE)
+    monkeypatch.setitem(revisions.REVISIONS, revisions.DATA, revisions.REVISIONS[revisions.DATA] + 1)
+    assert (run(SOURCE).new, run(SOURCE).new) == (True, False)
+    monkeypatch.undo()
+    assert run(SOURCE).path == first.path
+
+
+def test_what_the_data_come_to_is_what_their_revision_came_to(tmp_path: Path, run: Any, made: Any, tools: Any) -> None:
+    """Where this fails, the same inputs come to other records now: raise revisions.DATA, and write the new hash here."""
+    rows = made(60)
+    leaks = [{"instruction": row["instruction"]} for row in rows[:3]]
+    tools.write(tmp_path / "exam.jsonl", leaks)
+    near = [{**row, "output": row["output"] + " Truly."} for row in rows[3:9]]
+    mail = [{"instruction": "Whom do I ask?", "output": "Write to ann@example.org, who knows."}]
+    tools.write(tmp_path / "data.jsonl", [{**row, "label": "ab"[n % 3 == 0]} for n, row in enumerate(rows + near + mail)])
+    done = run(
+        f'{SOURCE}[contamination]\nagainst = ["exam.jsonl"]\n[balance]\nmethod = "oversample"\n'
+        '[filters]\nlanguages = ["en"]\n[personal_data]\nmask = ["email"]\n'
+    )
+    kept = {name: split["sha256"] for name, split in done.card["splits"].items()} | {"revision": revisions.REVISIONS["data"]}
+    assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16] == "?"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """From raw records to an adapter that the build takes: data, fine-tuning, evaluation, pruning, one pipeline.
 
+revisions.py                             which code comes to a result: numbers that are raised by hand
+
 `stillhouse data prepare`, in the order of its files:
 data_recipe.py data_inputs.py            what is asked for, read and refused by name; its hashes
 source_files.py raw.py                   which files are read, and what a reader gives out

@@ -8,15 +8,18 @@ from typing import Any
 from stillhouse.build.cache import key_of
 from stillhouse.engine.directory import sha256_of
 from stillhouse.tune.data_recipe import DataRecipe, Source
+from stillhouse.tune.revisions import DATA, SCORERS, code_of, installed
 from stillhouse.tune.source_files import files_of, form_of, label_of
 
 
 def inputs_of(recipe: DataRecipe, sources: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """All that decides what a dataset holds: the recipe, and the hashes of every file that is read."""
-    read, said = _other_inputs(recipe), portable(recipe)
+    """All that decides what a dataset holds: the recipe, the hashes of every file that is read, and the code."""
+    read, said, code = _other_inputs(recipe), portable(recipe), code_of(DATA)
     if recipe.scoring_model is None:  # then nothing is done with the base
         said |= {"base": None, "revision": None}
-    return {"recipe": said, "sources": sources_of(recipe) if sources is None else sources, "read": read}
+    else:
+        code |= installed(SCORERS)
+    return {"recipe": said, "sources": sources_of(recipe) if sources is None else sources, "read": read} | code
 
 
 def sources_of(recipe: DataRecipe) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from stillhouse.tune import card as cards
 from stillhouse.tune import replacing
 from stillhouse.tune.encoding import Encoder, Example, fitting, pack
 from stillhouse.tune.machine import Machine, machine_for
+from stillhouse.tune.revisions import TUNE, code_of
 from stillhouse.tune.settings import ALL_LINEAR, PLACES, TuneOptions, TuneRecipe
 from stillhouse.tune.splits import Split, find_split, read_split
 
@@ -67,7 +68,7 @@ def tune(recipe: TuneRecipe, *, force: bool = False) -> tuple[Path, dict[str, An
         return (output, known, False) if prepared.machine.rank == 0 else None
     if output.exists() and not force:
         raise UsageError(
-            f"{output} exists and was made from other inputs",
+            f"{output} exists and was made from other inputs, or by another version of the code",
             hint="name another output in [tune], or replace it with --force",
         )
     if same:  # the run's folder is at its end: the new training, and what goes on from its kill, has another
@@ -206,7 +207,7 @@ def _hold_against_data(options: TuneOptions, machine: Machine, sequences: dict[s
 
 
 def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, splits: dict[str, Split]) -> str:
-    """The sha256 over all that decides the result: base, data, earlier adapter, settings, the machine's arithmetic."""
+    """The sha256 over all that decides the result: base, data, earlier adapter, settings, machine's arithmetic, code."""
     earlier = recipe.tune.start_from
     said = {
         "base": checkpoint.sha256,
@@ -214,6 +215,7 @@ def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, s
         "start_from": open_adapter(AdapterRef(path=earlier), checkpoint).sha256 if earlier else None,
         "settings": recipe.tune.model_dump(exclude=PLACES),
         "machine": {"cuda": machine.cuda, "precision": machine.precision, "processes": machine.processes},
+        "code": code_of(TUNE),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stillhouse.build.answers import Reply
 from stillhouse.build.cache import key_of, stage_entry
 from stillhouse.tune.measure import LENGTH_RECORDS, LENGTH_TOKENS, SLOTS, Losses, Measured, Questions, Subject, measure
+from stillhouse.tune.revisions import MEASURED, code_of
 
 log = logging.getLogger(__name__)
 
-# Raised when the same model would be given other figures than before.
-FORMAT = 2
-MAKERS = ("stillhouse", "torch", "transformers", "peft", "tokenizers", "onnxruntime", "numpy")
 _STAGE = "measured"
 _LOSSES, _REPLIES = ("records", "general", "text"), ("tasks", "general_tasks")
 
@@ -45,8 +42,7 @@ def measured_once(root: Path, model: Model, asked: Questions, *, ignore: bool = 
         return found
 
     inputs = {
-        "format": FORMAT,
-        "makers": {name: metadata.version(name) for name in MAKERS},
+        "code": code_of(MEASURED),
         "settings": [SLOTS, LENGTH_RECORDS, LENGTH_TOKENS],
         "model": model.made_of,
         "asked": _hashes(asked),

@@ -8,12 +8,10 @@ The same table is run on this machine (pipeline.py) and compiled for a cluster (
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from stillhouse.client.address import parse_url
 from stillhouse.client.errors import ClientError
 from stillhouse.engine.directory import MANIFEST, open_version, sha256_of
 from stillhouse.engine.errors import UsageError
+from stillhouse.tune import revisions
 from stillhouse.tune.data_inputs import inputs_of
 from stillhouse.tune.data_recipe import DataRecipe, load_data_recipe
 from stillhouse.tune.evaluation_picture import PICTURE
@@ -38,7 +37,6 @@ from stillhouse.tune.settings import PLACES, TuneOptions, TuneRecipe, load_tune_
 from stillhouse.tune.splits import find_split
 
 DATA, TUNE, EVALUATE, PRUNE, BUILD, PROMOTE = "data", "tune", "evaluate", "prune", "build", "promote"
-TRAINERS = ("torch", "transformers", "peft")  # with another version of these, a fine-tune may come to something else
 _SPLITS = ("train", "validation", "test")
 
 
@@ -115,7 +113,7 @@ def stages_of(path: Path, repository: Path | None) -> list[Stage]:
     asked = load_recipe(path, [adapter]) if data else load_evaluation(path, [adapter])
     refuse_unmeasured(asked, records_follow=data is not None)
     base = {"base": open_checkpoint(asked.base, asked.revision, trust_remote_code=asked.trust_remote_code).sha256}
-    learnt = base | _tune_settings(tuning, made=data is not None) | _tools(TRAINERS)
+    learnt = base | _tune_settings(tuning, made=data is not None) | revisions.code_of(revisions.TUNE)
     # The stages of which the dataset and the fine-tune come, and how those after them are told of it.
     made: tuple[str, ...] = (DATA,) if data else ()
     dataset: tuple[str, ...] = ("--set", f"tune.data={{data}}/{data.name}/1") if data else ()
@@ -126,6 +124,7 @@ def stages_of(path: Path, repository: Path | None) -> list[Stage]:
     if options.prune:
         cut = prune_options(tables.get("prune", {}), path).model_dump(exclude={"output"})
         said = learnt | _evaluation(asked) | {f"prune.{key}": value for key, value in cut.items()}
+        said |= revisions.code_of(revisions.PRUNE)
         stages.append(_prune_stage(said, (*made, TUNE), (*dataset, *tuned)))
     pruned = ("--set", "base={prune}/pruned", "--set", "adapters=[]")
     source, whole = (PRUNE, pruned) if options.prune else (TUNE, tuned)
@@ -211,15 +210,6 @@ def _tune_settings(recipe: TuneRecipe, *, made: bool) -> dict[str, Any]:
     return said | ({} if made else _own_splits(options))
 
 
-def _tools(names: Sequence[str]) -> dict[str, str | None]:
-    """The versions of packages; None for one that is not on this machine (a cluster has it)."""
-    found: dict[str, str | None] = dict.fromkeys(names)
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def _own_splits(options: TuneOptions) -> dict[str, Any]:
     """The hashes of the splits that the recipe names itself."""
     files = {split: getattr(options, split) for split in _SPLITS}
@@ -230,7 +220,7 @@ def _own_splits(options: TuneOptions) -> dict[str, Any]:
 
 def _evaluation(recipe: Recipe) -> dict[str, Any]:
     gate = {"evaluate.better": recipe.evaluate.better, "evaluate.not_worse": recipe.evaluate.not_worse}
-    return _evaluation_files(recipe) | gate
+    return _evaluation_files(recipe) | gate | revisions.code_of(revisions.MEASURED)
 
 
 def _evaluation_files(recipe: Recipe) -> dict[str, Any]:
@@ -246,5 +236,5 @@ def _build_settings(recipe: Recipe) -> dict[str, Any]:
         if options.calibration is not None:
             said["quantize"][precision]["calibration"] = sha256_of(Path(options.calibration))
     files = _evaluation_files(recipe)
-    said |= _tools(MAKERS) | {"format": FORMAT}
+    said |= revisions.installed(MAKERS) | {"format": FORMAT}
     return said | {key: files[key] for key in ("evaluate.text", "evaluate.tasks") if key in files}
