@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import load_recipe
 from stillhouse.cli.main import run as command
 from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.tune import importance
+from stillhouse.tune import importance, measure_cache
 from stillhouse.tune.encoding import Example
+from stillhouse.tune.evaluation import evaluate
 from stillhouse.tune.evaluation_recipe import load_evaluation
 from stillhouse.tune.measure import Losses, Measured
 from stillhouse.tune.prune import prune, verdict_of
@@ -155,6 +157,27 @@ def pruned(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LEAST_TOKENS", 1_000)
         return prune(load_evaluation(recipe), load_tune_recipe(recipe), options)
+
+
+def test_what_evaluate_or_an_earlier_prune_measured_is_not_measured_again(
+    pruned: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = pruned[0].parent / "recipe.toml"
+    options = prune_options({"heads": 0.5, "examples": 16, "heal_epochs": 0, "output": str(tmp_path / "out")}, recipe)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(texts, "LEAST_TOKENS", 1_000)
+    evaluate(load_evaluation(recipe), None)
+
+    def said(*, no_cache: bool = False) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, measure_cache.__name__):
+            prune(load_evaluation(recipe), load_tune_recipe(recipe), options, force=True, no_cache=no_cache)
+        return [each.getMessage() for each in caplog.records if each.name == measure_cache.__name__]
+
+    before = "measured before: "
+    assert said() == [f"{before}whole", "measuring: pruned", f"{before}healed", f"{before}base"]  # healed: as it was
+    assert said() == [f"{before}{name}" for name in ("whole", "pruned", "healed", "base")]
+    assert said(no_cache=True) == [f"measuring: {name}" for name in ("whole", "pruned", "healed", "base")]
 
 
 def test_the_result_is_a_plain_checkpoint_smaller_and_healed(pruned: tuple[Path, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ the merge, as the build holds them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from stillhouse.build.answers import Reply, judge_tasks, tasks_record
 from stillhouse.build.cache import cache_root, scratch_in
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
 from stillhouse.build.merge import merge
-from stillhouse.build.recipe import Recipe
+from stillhouse.build.recipe import AdapterRef, Recipe
 from stillhouse.build.tasks import read_tasks
 from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
 from stillhouse.build.tokenizer_files import write_tokenizer
@@ -86,7 +86,6 @@ def evaluate(recipe: Recipe, repository: Path | None, *, no_cache: bool = False)
 
 def _checkpoints(recipe: Recipe, checkpoint: Checkpoint, texts: Path, scratch: Path) -> Iterator[Model]:
     """The base, and the merge, which is made where it is to be measured."""
-    from stillhouse.tune.torch_runner import device
 
     def tuned() -> Subject:
         log.info("merging base and adapters")
@@ -94,11 +93,18 @@ def _checkpoints(recipe: Recipe, checkpoint: Checkpoint, texts: Path, scratch: P
         return checkpoint_subject(TUNED, folder, folder, read_network(folder))
 
     base = checkpoint_subject(BASE, checkpoint.path, texts, read_network(checkpoint.path))
-    made_of = {"base": checkpoint.sha256, "device": device()}
-    yield Model(BASE, made_of, lambda: base)
+    yield Model(BASE, made_of(checkpoint), lambda: base)
     if recipe.adapters:
-        adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
-        yield Model(TUNED, made_of | {"adapters": [[each.sha256, each.weight] for each in adapters]}, tuned)
+        yield Model(TUNED, made_of(checkpoint, recipe.adapters), tuned)
+
+
+def made_of(checkpoint: Checkpoint, adapters: Sequence[AdapterRef] = ()) -> dict[str, Any]:
+    """All that decides what a checkpoint answers with `adapters` merged into it, run by torch on this machine."""
+    from stillhouse.tune.torch_runner import device
+
+    opened = [open_adapter(ref, checkpoint) for ref in adapters]
+    merged_in = {"adapters": [[each.sha256, each.weight] for each in opened]} if opened else {}
+    return {"base": checkpoint.sha256, "device": device()} | merged_in
 
 
 def merged(recipe: Recipe, checkpoint: Checkpoint, scratch: Path) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stillhouse.build.cache import cache_root, scratch_in
 from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import AdapterRef, Recipe
 from stillhouse.build.tokenizer_files import write_tokenizer
@@ -21,10 +22,11 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune import importance, replacing, stats, surgery
 from stillhouse.tune.costs import costs_of
 from stillhouse.tune.encoding import Example
-from stillhouse.tune.evaluation import BASE, Evaluation, changes_of, figures, merged, questions_of
+from stillhouse.tune.evaluation import BASE, Evaluation, changes_of, figures, made_of, merged, questions_of
 from stillhouse.tune.evaluation_recipe import refuse_unmeasured
 from stillhouse.tune.finetune import prepare, tune
-from stillhouse.tune.measure import Measured, checkpoint_subject, measure
+from stillhouse.tune.measure import Measured, checkpoint_subject
+from stillhouse.tune.measure_cache import Model, measured_once
 from stillhouse.tune.prune_options import REPORT, PruneOptions
 from stillhouse.tune.settings import TuneRecipe
 from stillhouse.tune.torch_runner import load
@@ -44,11 +46,14 @@ def prune(
     options: PruneOptions,
     *,
     force: bool = False,
+    no_cache: bool = False,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Prunes, heals, measures; returns the checkpoint's folder and the report.
 
     Where the recipe gates its fine-tune ([evaluate] better, not_worse), `against_base` says what the gate looks at.
+    What was measured before by the same questions, as base and fine-tune by `evaluate`, is not measured again, but with
+    `no_cache`.
 
     Raises UsageError for what this model does not allow, StillhouseError for unsound inputs.
     """
@@ -66,26 +71,27 @@ def prune(
     _hold_against_base(options, checkpoint.config)
     examples = [example for group in prepare(tuning).sequences["train"] for example in group]
     examples = random.Random(tuning.tune.seed).sample(examples, min(options.examples, len(examples)))
-    with sentences(tuning.tune, _KEPT), replacing.beside(output) as folder:
+    root = cache_root()
+    with sentences(tuning.tune, _KEPT), replacing.beside(output) as folder, scratch_in(root):
         on_stage("merge")
         whole = _whole(recipe, folder)
         on_stage("importance")
         pruned, cut = _cut(whole, examples, options, folder / PRUNED)
         on_stage("heal")
         healed = _heal(pruned, recipe, tuning, options, folder)
+        smaller = {PRUNED: pruned, HEALED: healed}
         asked = questions_of(recipe, whole, checkpoint)[0]
-        measured = {}
-        if gated:
-            on_stage(f"measure {BASE}")
-            base = measure(checkpoint_subject(BASE, checkpoint.path, whole, read_network(checkpoint.path)), asked)
-        for name, path in {WHOLE: whole, PRUNED: pruned, HEALED: healed}.items():
-            on_stage(f"measure {name}")
-            measured[name] = measure(checkpoint_subject(name, path, path, read_network(path)), asked)
+        on_stage("measure")
+        models = [_model(WHOLE, whole, made_of(checkpoint, recipe.adapters))]
+        models += [_model(name, path, made_of(open_checkpoint(str(path)))) for name, path in smaller.items()]
+        models += [_model(BASE, checkpoint.path, made_of(checkpoint), texts=whole)] if gated else []
+        measured = {model.name: measured_once(root, model, asked, ignore=no_cache) for model in models}
+        base = measured.pop(BASE, None)
         on_stage("measure speed")
         costs = costs_of({WHOLE: whole, HEALED: healed})
         costs[PRUNED] = costs[HEALED]  # the healed one's shape: healing only changes numbers
         report = _report(measured, costs, cut, options)
-        report |= {"against_base": changes_of(measured[HEALED], base)} if gated else {}
+        report |= {"against_base": changes_of(measured[HEALED], base)} if base else {}
         result = folder / "result"
         result.mkdir()
         for file in [file for file in healed.iterdir() if file.is_file()]:
@@ -93,6 +99,10 @@ def prune(
         write_text(result / REPORT, json.dumps(report, indent=1) + "\n")
         replacing.put(result, output)
     return output, report
+
+
+def _model(name: str, weights: Path, says: dict[str, Any], texts: Path | None = None) -> Model:
+    return Model(name, says, lambda: checkpoint_subject(name, weights, texts or weights, read_network(weights)))
 
 
 def _hold_against_base(options: PruneOptions, config: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 def prune(
     recipe: Annotated[Path, typer.Argument(help="The recipe.toml, with the table tune and perhaps prune.")],
     force: Annotated[bool, typer.Option(help="Replace the output that is there.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure every model again, whatever is cached.")
+    ] = False,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -45,6 +48,7 @@ def prune(
         load_tune_recipe(recipe, changed),
         options,
         force=force,
+        no_cache=no_cache,
         on_stage=lambda name: log.info("pruning: %s", name),
     )
     draw_changes(report["models"], NAMES, output)
