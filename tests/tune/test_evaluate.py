@@ -15,10 +15,12 @@ import pytest
 from stillhouse.build import texts
 from stillhouse.build.checkpoint import open_checkpoint
 from stillhouse.build.recipe import EvaluateOptions, load_recipe
+from stillhouse.cli.main import run as command
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune import stats
 from stillhouse.tune.evaluate_commands import NAMES, change_lines
-from stillhouse.tune.evaluation import evaluate, figures, versions_of
+from stillhouse.tune.built_versions import built_in, live_of, versions_of
+from stillhouse.tune.evaluation import evaluate, figures
 from stillhouse.tune.evaluation_picture import PICTURE, draw_changes
 from stillhouse.tune.evaluation_recipe import failures, load_evaluation
 from stillhouse.tune.torch_runner import TorchRunner, load
@@ -158,7 +160,7 @@ def asked(
 def evaluated(asked: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LEAST_TOKENS", 1_000)
-        return figures(evaluate(load_evaluation(asked), asked.parent / "repository"))
+        return figures(evaluate(load_evaluation(asked), []))
 
 
 def test_before_and_after_are_measured_and_the_gain_is_told_from_chance(
@@ -187,7 +189,9 @@ def test_a_built_precision_is_held_against_the_merge_by_the_same_code_as_the_gat
         patch.setattr(texts, "LEAST_TOKENS", 1_000)
         built = pipeline.build(load_recipe(asked), repository).results[0]  # which leaves [tune] to its command
         assert built.status == "published", built.reason
-        rows = figures(evaluate(load_evaluation(asked), repository))
+        versions = live_of(load_evaluation(asked), repository)
+        assert versions == [built.path]
+        rows = figures(evaluate(load_evaluation(asked), versions))
     fp16 = rows[2]
     assert (fp16["model"], fp16["against"], fp16["gate"]) == ("tiny-fp16 v1", "tuned", None)
     assert fp16["records_perplexity"]["value"] == pytest.approx(evaluated[1]["records_perplexity"]["value"], rel=0.01)
@@ -196,7 +200,7 @@ def test_a_built_precision_is_held_against_the_merge_by_the_same_code_as_the_gat
     assert "other adapters" not in caplog.text
     alone = load_evaluation(asked).model_copy(update={"adapters": []})
     checkpoint = open_checkpoint(alone.base)
-    assert [subject.name for subject in versions_of(alone, checkpoint, repository)] == ["tiny-fp16 v1"]
+    assert [subject.name for subject in versions_of(alone, checkpoint, versions)] == ["tiny-fp16 v1"]
     assert "was built from other adapters" in caplog.text
 
 
@@ -247,6 +251,15 @@ def test_a_recipe_without_questions_is_refused_and_one_without_adapters_has_no_a
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n', "utf-8")
     with pytest.raises(UsageError, match="neither records nor tasks"):
-        evaluate(load_recipe(recipe), tmp_path)
+        evaluate(load_recipe(recipe), [])
     recipe.write_text(recipe.read_text("utf-8") + f'[evaluate]\nrecords = "{dataset}/test.jsonl"\n', "utf-8")
-    assert [row["model"] for row in figures(evaluate(load_recipe(recipe), tmp_path))] == ["base"]
+    assert [row["model"] for row in figures(evaluate(load_recipe(recipe), []))] == ["base"]
+
+
+def test_the_versions_of_one_build_are_found_by_its_own_report(tmp_path: Path, asked: Path) -> None:
+    results = [{"path": str(tmp_path / "tiny-fp16" / "3")}, {"path": None}]  # the second did not hold its gate
+    (tmp_path / "build.json").write_text(json.dumps({"results": results}), "utf-8")
+    assert built_in(tmp_path) == [tmp_path / "tiny-fp16" / "3"]
+    with pytest.raises(UsageError, match="says of no build"):
+        built_in(tmp_path / "nowhere")
+    assert command(["evaluate", str(asked), "--built", str(tmp_path), "--no-versions"]) == 2

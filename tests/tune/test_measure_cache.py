@@ -62,7 +62,7 @@ def evaluated(recipe: Path, caplog: pytest.LogCaptureFixture) -> Evaluate:
     def run(*changes: str, no_cache: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
         caplog.clear()
         with caplog.at_level(logging.INFO, measure_cache.__name__):
-            rows = figures(evaluate(load_evaluation(recipe, changes), None, no_cache=no_cache))
+            rows = figures(evaluate(load_evaluation(recipe, changes), [], no_cache=no_cache))
         return rows, [each.getMessage() for each in caplog.records if each.name == measure_cache.__name__]
 
     return run

@@ -56,13 +56,16 @@ def stages(recipe: Path) -> dict[str, Stage]:
 
 
 def test_the_tables_of_a_recipe_say_which_stages_there_are(write: Write) -> None:
-    assert list(stages(write())) == ["data", "tune", "evaluate", "build"]
+    assert list(stages(write())) == ["data", "tune", "evaluate", "build", "precisions"]
     own = TUNE + 'train = "train.jsonl"\nvalidation = "validation.jsonl"\n' + EVALUATE
-    assert list(stages(write(own))) == ["tune", "evaluate", "build"]
+    assert list(stages(write(own))) == ["tune", "evaluate", "build", "precisions"]
     more = "[prune]\nheads = 0.5\n[pipeline]\nprune = true\npromote = 'grpc://127.0.0.1:1'\n"
     whole = stages(write(DATA + TUNE + EVALUATE + more))
-    assert list(whole) == ["data", "tune", "evaluate", "prune", "build", "promote-tiny-fp16", "promote-tiny-int8"]
+    named = ["data", "tune", "evaluate", "prune", "build", "precisions", "promote-tiny-fp16", "promote-tiny-int8"]
+    assert list(whole) == named
     assert whole["build"].after == ("prune",)
+    # What was pruned is the base of what was built, and its own gate was held before.
+    assert {"base={prune}/pruned", "adapters=[]", "evaluate.better=[]", "{build}"} <= set(whole["precisions"].arguments)
     assert {"base={prune}/pruned", "adapters=[]", "--keep-live"} <= set(whole["build"].arguments)
     assert whole["prune"].reads["evaluate.better"] == ["records_perplexity"]  # it is held to the gate, too
 
@@ -83,14 +86,14 @@ def test_another_version_of_a_tool_makes_a_stage_run_again(write: Write, monkeyp
             after = stages(write())
         return {name for name in after if after[name].reads != before[name].reads}
 
-    assert changed_with("peft") == {"tune", "evaluate", "build"}
-    assert changed_with("onnxruntime") == {"evaluate", "build"}
+    assert changed_with("peft") == {"tune", "evaluate", "build", "precisions"}
+    assert changed_with("onnxruntime") == {"evaluate", "build", "precisions"}
     assert changed_with("ftfy") == {"data"}
 
 
 @pytest.mark.parametrize(
     ("kind", "touched"),
-    [("data", {"data"}), ("tune", {"tune", "prune"}), ("prune", {"prune"}), ("measured", {"evaluate", "prune"})],
+    [("data", {"data"}), ("tune", {"tune", "prune"}), ("prune", {"prune"}), ("measured", {"evaluate", "prune", "precisions"})],
 )
 def test_another_revision_of_the_code_makes_what_it_comes_to_anew(
     kind: str, touched: set[str], write: Write, monkeypatch: pytest.MonkeyPatch
@@ -127,11 +130,11 @@ def test_a_recipe_may_name_the_datas_recipe_or_hold_it(write: Write) -> None:
     ("change", "touched"),
     [
         ("raw", {"data"}),
-        ("heldout", {"data", "evaluate"}),  # what it asks is kept out of the data
+        ("heldout", {"data", "evaluate", "precisions"}),  # what it asks is kept out of the data
         ("epochs", {"tune"}),
         ("better", {"evaluate"}),
         ("precisions", {"build"}),
-        ("base", {"tune", "evaluate", "build"}),
+        ("base", {"tune", "evaluate", "build", "precisions"}),
         ("comment", set()),
     ],
 )
@@ -203,6 +206,7 @@ def test_a_dry_run_says_what_would_run_and_why_and_does_nothing(
         "tune: would run: reads the result of data",
         "evaluate: would run: reads the result of data, tune",
         "build: would run: reads the result of tune",
+        "precisions: would run: reads the result of build, data, tune",
     ]
     assert not (recipe.parent / "runs").exists()
 
@@ -258,7 +262,7 @@ def test_what_a_stage_reads_is_a_parameter_of_it_so_that_kubeflows_cache_asks_ag
         assert command(["pipeline", str(recipe), "--compile", str(file), "--repository", repository]) == 0
         tasks = MessageToDict(load_component_from_file(str(file)).pipeline_spec)["root"]["dag"]["tasks"]
         values.append({name: task["inputs"]["parameters"]["inputs"]["runtimeValue"] for name, task in tasks.items()})
-    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"data", "evaluate"}
+    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"data", "evaluate", "precisions"}
 
 
 @pytest.mark.parametrize(

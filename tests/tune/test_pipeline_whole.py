@@ -21,6 +21,7 @@ from stillhouse.tune.settings import load_tune_recipe
 
 pytestmark = pytest.mark.slow
 
+STAGES = ("data", "tune", "evaluate", "build", "precisions")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
 ASKS = (
     "What is",
@@ -90,7 +91,7 @@ def test_from_a_csv_to_a_version_in_one_command(recipe: Path, tmp_path: Path) ->
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    assert statuses(pipeline()) == {"data": "unchanged", "tune": "done", "evaluate": "done", "build": "done"}
+    assert statuses(pipeline()) == {"data": "unchanged"} | dict.fromkeys(STAGES[1:], "done")
     (log,) = run.glob("tune-*/stderr.txt")
     assert "going on from step" in log.read_text("utf-8")
 
@@ -100,10 +101,14 @@ def test_from_a_csv_to_a_version_in_one_command(recipe: Path, tmp_path: Path) ->
     version = open_version(tmp_path / "repository" / "tiny-fp16" / "1").manifest
     assert version.quality is not None and version.quality.passed and len(version.adapters) == 1
     page = (run / "report.html").read_text("utf-8")
-    assert page.count("data:image/png;base64,") == 3  # loss, what changed, size and quality
+    assert page.count("data:image/png;base64,") == 4  # loss, what changed, size and quality, what changed by precision
     assert page.count("data:image/svg+xml;base64,") == 3  # of the data: lengths, steps, topics; it has no classes
     words = re.sub(r'base64,[^"]*', "", page)
     assert "<h2>build: " in words and "tiny-fp16" in words and "http" not in words
+    assert "<th>base</th><th>tuned</th><th>tiny-fp16 v1</th>" in words  # before, after, and every precision
+    (log,) = run.glob("precisions-*/stderr.txt")
+    said = log.read_text("utf-8")
+    assert "measured before: base" in said and "measured before: tuned" in said and "measuring: tiny-fp16 v1" in said
 
     assert set(statuses(pipeline()).values()) == {"unchanged"}
     assert [folder.name for folder in (tmp_path / "repository" / "tiny-fp16").glob("[0-9]*")] == ["1"]
@@ -119,7 +124,8 @@ def test_from_a_csv_to_a_version_in_one_command(recipe: Path, tmp_path: Path) ->
     assert hint.startswith("hint: ")
     last = {each["stage"]: each["status"] for each in json.loads((run / "stages.json").read_text("utf-8"))["last_run"]}
     # What is measured on must not be trained on: the data are held against it, and come out as they were.
-    assert last == {"data": "done", "tune": "unchanged", "evaluate": "failed", "build": "not run"}
+    not_run = {"build": "not run", "precisions": "not run"}
+    assert last == {"data": "done", "tune": "unchanged", "evaluate": "failed"} | not_run
     assert "does not hold its gate" in (run / "report.html").read_text("utf-8")
 
 

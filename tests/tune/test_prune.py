@@ -166,7 +166,7 @@ def test_what_evaluate_or_an_earlier_prune_measured_is_not_measured_again(
     options = prune_options({"heads": 0.5, "examples": 16, "heal_epochs": 0, "output": str(tmp_path / "out")}, recipe)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(texts, "LEAST_TOKENS", 1_000)
-    evaluate(load_evaluation(recipe), None)
+    evaluate(load_evaluation(recipe), [])
 
     def said(*, no_cache: bool = False) -> list[str]:
         caplog.clear()

@@ -24,7 +24,7 @@ observer.py watch.py checkpoints.py                what happens beside it, what 
 card.py replacing.py                               the result, and how it takes an earlier one's place
 evaluation_recipe.py                               what is measured by, and the gate
 evaluation.py measure.py torch_runner.py stats.py  who is asked, what, by which runner, and what may be chance
-measure_cache.py                                   what was answered once is kept
+measure_cache.py built_versions.py                 what was answered once is kept; which precisions are asked
 evaluation_picture.py                              what changed, with its intervals
 prune_options.py prune.py importance.py            what is to go, pruning whole, what matters
 surgery.py costs.py                                what goes, what that gains

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillhouse.build.commands import Changes
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import StillhouseError, UsageError
 
 if TYPE_CHECKING:
     from stillhouse.build.recipe import EvaluateOptions
@@ -35,6 +35,13 @@ def evaluate(
     no_versions: Annotated[
         bool, typer.Option("--no-versions", help="Measure the base and the fine-tune alone, no built precision.")
     ] = False,
+    built: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of 'build --output': the versions of that build, live or not, in place of the live ones.",
+            show_default="none",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A folder for evaluation.json and its picture.", show_default="none")
     ] = None,
@@ -54,12 +61,16 @@ def evaluate(
     from stillhouse.tune.quiet import hush
 
     hush()
+    from stillhouse.tune.built_versions import built_in, live_of
     from stillhouse.tune.evaluation import evaluate as run
     from stillhouse.tune.evaluation import figures
     from stillhouse.tune.evaluation_recipe import load_evaluation
 
+    if built is not None and no_versions:
+        raise UsageError("--built names versions to measure, --no-versions none", hint="give one of them")
     asked = load_evaluation(recipe, changes or ())
-    done = run(asked, None if no_versions else repository, no_cache=no_cache)
+    versions = built_in(built) if built is not None else [] if no_versions else live_of(asked, repository)
+    done = run(asked, versions, no_cache=no_cache)
     rows = figures(done)
     found = json.dumps({"asked": done.labels, "models": rows}, indent=2)
     if output is not None:

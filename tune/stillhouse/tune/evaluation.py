@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.build.adapter import Adapter, open_adapter
+from stillhouse.build.adapter import open_adapter
 from stillhouse.build.answers import Reply, judge_tasks, tasks_record
 from stillhouse.build.cache import cache_root, scratch_in
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
@@ -22,22 +22,13 @@ from stillhouse.build.tasks import read_tasks
 from stillhouse.build.texts import evaluation_text, excerpts, token_ids, token_windows
 from stillhouse.build.tokenizer_files import write_tokenizer
 from stillhouse.build.verify import read_network
-from stillhouse.engine.directory import VersionDirectory, open_version
 from stillhouse.engine.errors import StillhouseError, UsageError
-from stillhouse.engine.policy import live_versions
 from stillhouse.engine.text import Tokenizer
 from stillhouse.tune import stats
+from stillhouse.tune.built_versions import versions_of
 from stillhouse.tune.encoding import Encoder
 from stillhouse.tune.evaluation_recipe import refuse_unmeasured
-from stillhouse.tune.measure import (
-    Losses,
-    Measured,
-    Questions,
-    Subject,
-    checkpoint_subject,
-    provider_of,
-    version_subject,
-)
+from stillhouse.tune.measure import Losses, Measured, Questions, Subject, checkpoint_subject
 from stillhouse.tune.measure_cache import Model, measured_once
 from stillhouse.tune.splits import Split, read_split
 
@@ -56,12 +47,11 @@ class Evaluation:
     labels: dict[str, str]  # what was asked: files' names by kind
 
 
-def evaluate(recipe: Recipe, repository: Path | None, *, no_cache: bool = False) -> Evaluation:
-    """Measures the base, the merge where there are adapters, and the live version of every precision in `repository`.
+def evaluate(recipe: Recipe, versions: Sequence[Path], *, no_cache: bool = False) -> Evaluation:
+    """Measures the base, the merge where there are adapters, and the built `versions` (built_versions.py).
 
-    Without a repository, no versions. A model that was measured before by the same questions is not measured again,
-    but with `no_cache`. Raises UsageError where the recipe has nothing to measure or to gate by; StillhouseError for
-    unsound inputs.
+    A model that was measured before by the same questions is not measured again, but with `no_cache`. Raises UsageError
+    where the recipe has nothing to measure or to gate by; StillhouseError for unsound inputs.
     """
     refuse_unmeasured(recipe)
     checkpoint = open_checkpoint(recipe.base, recipe.revision, trust_remote_code=recipe.trust_remote_code)
@@ -72,7 +62,7 @@ def evaluate(recipe: Recipe, repository: Path | None, *, no_cache: bool = False)
         write_tokenizer(checkpoint.path, [], texts)
         asked, labels = questions_of(recipe, texts, checkpoint)
         models = [*_checkpoints(recipe, checkpoint, texts, scratch)]
-        models += versions_of(recipe, checkpoint, repository) if repository is not None else []
+        models += versions_of(recipe, checkpoint, versions)
         # The merge first: what is wrong with an adapter is said before the base is measured.
         found = {
             model.name: measured_once(root, model, asked, ignore=no_cache)
@@ -168,34 +158,6 @@ def fitting_split(split: Split, encoder: Encoder, checkpoint: Checkpoint) -> Spl
         weights=[split.weights[at] for at in kept],
         numbers=[split.numbers[at] for at in kept],
     )
-
-
-def versions_of(recipe: Recipe, checkpoint: Checkpoint, repository: Path) -> Iterator[Model]:
-    """The live version of each of the recipe's precisions that the repository has."""
-    adapters = [open_adapter(ref, checkpoint) for ref in recipe.adapters]
-    for precision in recipe.precisions:
-        model = repository / recipe.model_name(precision)
-        live = live_versions(model) if model.is_dir() else []
-        if live:
-            version = open_version(model / str(live[-1]))
-            _note_other_adapters(version, adapters)
-            yield _version(version, f"{recipe.model_name(precision)} v{live[-1]}")
-        else:
-            log.info("%s has no %s: it is not measured", repository, model.name)
-
-
-def _version(version: VersionDirectory, name: str) -> Model:
-    provider = provider_of(version)
-    files = {file.path: file.sha256 for file in version.manifest.files}
-    made_of = {"files": files, "network": version.manifest.network.model_dump(), "provider": provider}
-    return Model(name, made_of, lambda: version_subject(version, name, provider))
-
-
-def _note_other_adapters(version: VersionDirectory, adapters: list[Adapter]) -> None:
-    """Warns where a version was built from other adapters: then it is held against what it was not made from."""
-    built = [(record.sha256, record.weight) for record in version.manifest.adapters]
-    if built != [(adapter.sha256, adapter.weight) for adapter in adapters]:
-        log.warning("warning: %s was built from other adapters than the recipe names; build it again", version.path)
 
 
 def _gates(recipe: Recipe, measured: dict[str, Measured], original: str) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ def figures_of(kind: str, folder: Path) -> Rows:
     """Rows of cells, the first one their heading; none where the stage printed nothing."""
     file = folder / PRINTED
     text = file.read_text("utf-8") if file.is_file() else ""
-    if kind == stages.EVALUATE and not text and (folder / "evaluation.json").is_file():
+    if kind in (stages.EVALUATE, stages.PRECISIONS) and not text and (folder / "evaluation.json").is_file():
         text = (folder / "evaluation.json").read_text("utf-8")
     if not text.strip():
         return []
@@ -66,9 +66,12 @@ def _measured(models: list[dict[str, Any]]) -> Rows:
 
 
 def _build(done: dict[str, Any]) -> Rows:
-    rows = [["model", "version", "MB", "perplexity ratio", "top-1", "what happened"]]
+    with_tasks = any(each.get("task_accuracy_share") is not None for each in done["results"])
+    tasks = ["tasks kept"] if with_tasks else []
+    rows = [["model", "version", "MB", "perplexity ratio", "top-1", *tasks, "what happened"]]
     for each in done["results"]:
         live = "" if each["version"] is None or each["version"] in each["live"] else ", not live"
+        share = each.get("task_accuracy_share")
         rows.append(
             [
                 each["model"],
@@ -76,10 +79,18 @@ def _build(done: dict[str, Any]) -> Rows:
                 f"{each['bytes'] / 1e6:.1f}",
                 f"{each['perplexity_ratio']:.4f}",
                 f"{100 * each['top1_agreement']:.1f}%",
+                *([("–" if share is None else f"{100 * share:.1f}%")] if with_tasks else []),
                 each["status"] + live + (f": {each['reason']}" if each["reason"] else ""),
             ]
         )
     return rows
 
 
-_ROWS = {stages.DATA: _data, stages.TUNE: _tune, stages.EVALUATE: _evaluate, stages.PRUNE: _prune, stages.BUILD: _build}
+_ROWS = {
+    stages.DATA: _data,
+    stages.TUNE: _tune,
+    stages.EVALUATE: _evaluate,
+    stages.PRUNE: _prune,
+    stages.BUILD: _build,
+    stages.PRECISIONS: _evaluate,
+}

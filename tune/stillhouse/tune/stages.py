@@ -1,6 +1,6 @@
 """The pipeline's table of stages: each is a command line of `stillhouse`, what it reads, and what it leaves behind.
 
-    data → tune → evaluate → prune → build → promote
+    data → tune → evaluate → prune → build → precisions → promote
 
 The same table is run on this machine (pipeline.py) and compiled for a cluster (kubeflow.py). Command lines name places:
 {recipe}, {repository}, {out} for the stage's own folder, and by its name the folder of any stage before it.
@@ -36,7 +36,8 @@ from stillhouse.tune.prune_options import REPORT, prune_options
 from stillhouse.tune.settings import PLACES, TuneOptions, TuneRecipe, load_tune_recipe
 from stillhouse.tune.splits import find_split
 
-DATA, TUNE, EVALUATE, PRUNE, BUILD, PROMOTE = "data", "tune", "evaluate", "prune", "build", "promote"
+DATA, TUNE, EVALUATE, PRUNE = "data", "tune", "evaluate", "prune"
+BUILD, PRECISIONS, PROMOTE = "build", "precisions", "promote"
 _SPLITS = ("train", "validation", "test")
 
 
@@ -131,6 +132,10 @@ def stages_of(path: Path, repository: Path | None) -> list[Stage]:
     live = "--keep-live" if options.promote else "--live"
     said = base | ({"repository": str(repository.resolve())} if repository is not None else {}) | _build_settings(asked)
     stages.append(_build_stage(said, (source,), (*whole, live)))
+    # The gate was held before: what was pruned is a base by itself, of which it would make no sense.
+    ungated = ("--set", "evaluate.better=[]", "--set", "evaluate.not_worse=[]")
+    said = base | _evaluation_files(asked) | revisions.code_of(revisions.MEASURED)
+    stages.append(_precisions_stage(said, (BUILD, *made, source), (*dataset, *whole, *ungated)))
     if options.promote:
         stages += [_promote_stage(asked.model_name(precision), options.promote) for precision in asked.precisions]
     return stages
@@ -194,6 +199,11 @@ def _build_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str,
 
     arguments = ("build", "{recipe}", "--json", "--repository", "{repository}", "--output", "{out}", *more)
     return Stage(BUILD, arguments, reads, after, manifests, ("quality.png",), moves="--live" in more)
+
+
+def _precisions_stage(reads: dict[str, Any], after: tuple[str, ...], more: tuple[str, ...]) -> Stage:
+    arguments = ("evaluate", "{recipe}", "--json", "--built", "{build}", "--output", "{out}", *more)
+    return Stage(PRECISIONS, arguments, reads, after, lambda out: [out / "evaluation.json"], (PICTURE,))
 
 
 def _promote_stage(model: str, url: str) -> Stage:
