@@ -13,6 +13,18 @@ from stillhouse.tune.finetune import tune
 from stillhouse.tune.settings import load_tune_recipe
 
 Recipe = Callable[..., Path]
+PIPELINE = """
+[data]
+[[data.sources]]
+path = "raw.jsonl"
+[tune]
+r = 4
+epochs = 1
+[evaluate]
+records = "heldout.jsonl"
+better = ["records_perplexity"]
+"""
+ROW = json.dumps({"instruction": "What is six?", "input": "", "output": "The number 6."}) + "\n"
 FAST = "epochs = 4\nbatch_size = 4\nlearning_rate = 5e-3\nr = 4\nalpha = 8"
 
 
@@ -62,3 +74,17 @@ def tuned(one_thread: None, write_tune_recipe: Recipe) -> tuple[Path, dict[str, 
     done = tune(load_tune_recipe(write_tune_recipe()))
     assert done is not None and done[2]
     return done[0], done[1]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
+    """Writes a recipe of a whole pipeline beside its files; `more` are its tables."""
+    for name in ("raw", "heldout", "train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(ROW * 3, "utf-8")
+
+    def write_recipe(more: str = PIPELINE, *, top: str = 'precisions = ["fp16", "int8"]\n') -> Path:
+        file = tmp_path / "recipe.toml"
+        file.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n{top}{more}', "utf-8")
+        return file
+
+    return write_recipe

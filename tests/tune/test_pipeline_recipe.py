@@ -1,4 +1,4 @@
-"""One recipe makes the table of stages; what is wrong in it is one line; it compiles to what Kubeflow takes."""
+"""One recipe makes the table of stages; what is wrong in it is one line."""
 
 from __future__ import annotations
 
@@ -25,20 +25,6 @@ ROW = json.dumps({"instruction": "What is six?", "input": "", "output": "The num
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path, tiny_base: Path) -> Write:
-    """Writes a recipe beside its files; `more` are its tables."""
-    for name in ("raw", "heldout", "train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text(ROW * 3, "utf-8")
-
-    def write_recipe(more: str = DATA + TUNE + EVALUATE, *, top: str = 'precisions = ["fp16", "int8"]\n') -> Path:
-        file = tmp_path / "recipe.toml"
-        file.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n{top}{more}', "utf-8")
-        return file
-
-    return write_recipe
-
-
 MANIFEST: dict[str, Any] = {
     "schema": 1, "name": "tiny", "model": "tiny-fp16", "version": 1, "precision": "fp16", "target": "cpu",
     "created": "2026-01-01T00:00:00Z", "inputs_sha256": "0", "base": {"id": "b", "sha256": "0"}, "recipe": {},
@@ -48,7 +34,6 @@ MANIFEST: dict[str, Any] = {
         "vocab_size": 16, "context_length": 32, "eos_token_ids": [2],
     },
 }  # fmt: skip
-CLUSTER = '[pipeline]\nimage = "registry/stillhouse:1"\nvolume = "support"\n'
 
 
 def stages(recipe: Path) -> dict[str, Stage]:
@@ -211,102 +196,3 @@ def test_a_dry_run_says_what_would_run_and_why_and_does_nothing(
     assert not (recipe.parent / "runs").exists()
 
 
-@pytest.fixture
-def compiled(write: Write) -> tuple[Path, dict[str, Any]]:
-    """The recipe, and the Kubeflow definition of it, as kfp itself reads it back."""
-    from kfp.components import load_component_from_file
-
-    more = "[prune]\nheads = 0.5\n" + CLUSTER + "prune = true\npromote = 'grpc://triton:8001'\n"
-    recipe = write(DATA + TUNE + EVALUATE + more)
-    file = recipe.parent / "out" / "pipeline.yaml"
-    assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
-    loaded = load_component_from_file(str(file))  # which checks it against kfp's own description
-    from google.protobuf.json_format import MessageToDict
-
-    return recipe, MessageToDict(loaded.pipeline_spec) | {"platforms": MessageToDict(loaded.platform_spec)}
-
-
-def test_kubeflow_runs_the_same_command_lines_in_the_same_order(compiled: tuple[Path, dict[str, Any]]) -> None:
-    recipe, spec = compiled
-    table = stages(recipe)
-    tasks, executors = spec["root"]["dag"]["tasks"], spec["deploymentSpec"]["executors"]
-    assert set(tasks) == set(table)
-    names = list(table)
-    for at, (name, stage) in enumerate(table.items()):
-        container = executors[spec["components"][tasks[name]["componentRef"]["name"]]["executorLabel"]]["container"]
-        assert (container["image"], container["command"]) == ("registry/stillhouse:1", ["stillhouse"])
-        said = {
-            "recipe": "{{$.inputs.parameters['recipe']}}",
-            "repository": "{{$.inputs.parameters['repository']}}",
-            "out": "{{$.outputs.artifacts['out'].path}}",
-        } | {other: f"{{{{$.inputs.artifacts['{other}'].path}}}}" for other in stage.after}
-        assert container["args"] == [argument.format(**said) for argument in stage.arguments]
-        if at:  # so that a gate that fails stops what comes next
-            assert names[at - 1] in tasks[name]["dependentTasks"]
-        mounts = spec["platforms"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]["pvcMount"]
-        assert mounts[0]["mountPath"] == "/work"
-    parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert parameters["recipe"]["defaultValue"] == "/work/recipe.toml"
-    assert parameters["repository"]["defaultValue"] == "/work/model_repository"
-
-
-def test_what_a_stage_reads_is_a_parameter_of_it_so_that_kubeflows_cache_asks_again(write: Write) -> None:
-    from google.protobuf.json_format import MessageToDict
-    from kfp.components import load_component_from_file
-
-    values = []
-    for rows, repository in ((3, "here"), (4, "there")):  # where this machine has its models is nothing to a cluster
-        recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
-        (recipe.parent / "heldout.jsonl").write_text(ROW * rows, "utf-8")
-        file = recipe.parent / "pipeline.yaml"
-        assert command(["pipeline", str(recipe), "--compile", str(file), "--repository", repository]) == 0
-        tasks = MessageToDict(load_component_from_file(str(file)).pipeline_spec)["root"]["dag"]["tasks"]
-        values.append({name: task["inputs"]["parameters"]["inputs"]["runtimeValue"] for name, task in tasks.items()})
-    assert {name for name in values[0] if values[0][name] != values[1][name]} == {"data", "evaluate", "precisions"}
-
-
-@pytest.mark.parametrize(
-    ("more", "moving"),
-    [("promote = 'grpc://triton:8001'\n", {"promote-tiny-fp16", "promote-tiny-int8"}), ("", {"build"})],
-)
-def test_kubeflows_cache_never_stands_for_what_moves_the_live_version(
-    more: str, moving: set[str], write: Write
-) -> None:
-    """Back from recipe B to A every hash is known to it; A must go live all the same."""
-    import yaml
-
-    recipe = write(DATA + TUNE + EVALUATE + CLUSTER + more)
-    file = recipe.parent / "pipeline.yaml"
-    assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
-    spec = next(yaml.safe_load_all(file.read_text("utf-8")))
-    cached = {
-        name for name, task in spec["root"]["dag"]["tasks"].items() if task["cachingOptions"].get("enableCache", False)
-    }
-    assert cached == set(stages(recipe)) - moving
-
-
-def test_what_cannot_be_compiled_is_one_line(write: Write, tmp_path: Path) -> None:
-    from stillhouse.tune.kubeflow import compile_pipeline
-
-    recipe = write()
-    table = list(stages(recipe).values())
-    with pytest.raises(UsageError, match="the recipe names none"):
-        compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
-    recipe = write(DATA + TUNE + EVALUATE + '[pipeline]\nimage = "i"\n')
-    with pytest.raises(UsageError, match="from a volume"):
-        compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
-    recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
-    with pytest.raises(UsageError, match=r"is no \.yaml file"):
-        compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.json")
-
-
-def test_without_kfp_it_says_what_to_install(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import sys
-
-    from stillhouse.tune.kubeflow import compile_pipeline
-
-    monkeypatch.setitem(sys.modules, "kfp", None)
-    recipe = write(DATA + TUNE + EVALUATE + CLUSTER)
-    with pytest.raises(StillhouseError, match="needs kfp") as missing:
-        compile_pipeline("tiny", list(stages(recipe).values()), recipe, pipeline_options(recipe), tmp_path / "a.yaml")
-    assert missing.value.hint == "pip install 'stillhouse[pipeline]'"

@@ -126,6 +126,12 @@ def test_a_record_that_cannot_be_learnt_is_named_by_its_number(line: str, words:
         read_split(file, "train")
 
 
+def test_a_mark_before_the_first_record_is_no_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(RECORD) + "\n", "utf-8-sig")
+    assert len(read_split(file, "train").conversations) == 1
+
+
 def test_parquet_is_read_as_jsonl_is_and_a_cut_one_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet

@@ -45,6 +45,14 @@ def test_a_header_with_such_a_quote_is_one_line(tmp_path: Path) -> None:
         _read(tmp_path / "data.csv")
 
 
+def test_two_columns_of_one_name_are_one_line_and_nameless_ones_are_none(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("instruction,output,,\na,b,,\n", "utf-8")
+    assert len(_read(tmp_path / "data.csv")[0]) == 1
+    (tmp_path / "data.csv").write_text("instruction,output,output\na,b,c\n", "utf-8")
+    with pytest.raises(StillhouseError, match="has two columns called 'output'"):
+        _read(tmp_path / "data.csv")
+
+
 def _touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,8 @@ def _header(file: Path, reader: Iterator[list[str]]) -> list[str]:
         raise StillhouseError(f"{file} has a header that {_reason(error)}", hint="it names the columns") from None
     if not any(header):
         raise StillhouseError(f"{file} has no header", hint="the first line names the columns")
+    if twice := next((name for name in header if name and header.count(name) > 1), None):
+        raise StillhouseError(f"{file} has two columns called {twice!r}", hint="which is meant? rename one of them")
     return header
 
 

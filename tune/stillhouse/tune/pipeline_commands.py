@@ -30,7 +30,7 @@ def pipeline(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
 ) -> None:
-    """From raw records to versions in a model repository: data, tune, evaluate, prune, build, promote.
+    """From raw records to versions in a model repository: data, tune, evaluate, prune, build, precisions, promote.
 
     A stage runs where something that it reads has changed; a killed run goes on where it was; a failed gate stops it.
 

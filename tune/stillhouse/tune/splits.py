@@ -65,7 +65,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_rows(path), 1)
         return
     try:
-        lines = path.read_text("utf-8").split("\n")  # splitlines would also split at U+2028 in a text
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
         raise StillhouseError(f"cannot read {path}: {error}", hint="JSONL is UTF-8, a JSON object a line") from None
     for number, line in enumerate(lines, 1):
