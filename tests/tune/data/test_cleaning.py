@@ -211,6 +211,18 @@ def test_perplexity_cuts_both_tails_of_a_real_models_scores(
     assert done.card["perplexity"]["scored"] == 10
 
 
+def test_a_record_that_the_scoring_models_template_refuses_is_named(tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from stillhouse.tune.perplexity import _encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    record = {"instruction": "a", "input": "", "output": "b", "source": {"file": "data.csv", "line": 7}}
+    with pytest.raises(StillhouseError, match=r"data\.csv, record 7: .* refuses it: roles must alternate"):
+        _encoder(tokenizer, 64)(record)
+
+
 @pytest.mark.slow
 def test_a_batch_of_answers_scores_as_each_alone(base_dir: Path, tmp_path: Path, made: Any) -> None:
     import torch

@@ -97,10 +97,7 @@ class Contamination(_Table):
 
 
 class Perplexity(_Table):
-    """[perplexity]: answers under a scoring model (the recipe's base), kept between two percentiles.
-
-    `chat` puts the prompt through the model's chat template, where it has one.
-    """
+    """[perplexity]: answers under a scoring model (the recipe's base), kept between two percentiles."""
 
     model: str | None = None
     low: float = Field(default=1.0, ge=0, lt=100)

@@ -95,8 +95,7 @@ def _encoder(tokenizer: Any, max_tokens: int) -> Callable[[Record], tuple[list[i
 
     def encode(record: Record) -> tuple[list[int], int]:
         if tokenizer.chat_template:
-            turns = conversation_of(record)[:-1]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = _rendered(tokenizer, record)
             prompt = tokenizer(text, add_special_tokens=False).input_ids
         else:
             prompt = tokenizer(f"{prompt_of(record)}\n").input_ids
@@ -105,6 +104,21 @@ def _encoder(tokenizer: Any, max_tokens: int) -> Callable[[Record], tuple[list[i
         return prompt + answer, len(prompt)
 
     return encode
+
+
+def _rendered(tokenizer: Any, record: Record) -> str:
+    """The prompt through the chat template, which may refuse roles or their order."""
+    from jinja2 import TemplateError
+
+    try:
+        turns = conversation_of(record)[:-1]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        file, *place = record["source"].values()
+        raise StillhouseError(
+            f"perplexity: {file}, record {place[0]}: the scoring model's chat template refuses it: {error}",
+            hint="leave such records out, name another [perplexity] model, or leave [perplexity] out",
+        ) from None
 
 
 def _windows(store: Store, encode: Callable[[Record], tuple[list[int], int]]) -> Iterator[list[Row]]:
