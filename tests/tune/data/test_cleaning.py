@@ -9,6 +9,7 @@ import pytest
 
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.tune.personal import Masker, iban_holds, luhn
+from stillhouse.tune.signatures import plain
 
 
 def _removed(done: Any, tools: Any) -> dict[str, list[int]]:
@@ -40,6 +41,22 @@ def test_planted_duplicates_are_found_and_nothing_else_is(tmp_path: Path, run: A
     of = [entry["same_as"]["line"] for entry in tools.read(done.path / "removed.jsonl")]
     assert of == [4, 5, *range(11, 21)]
     assert len(tools.records(done)) == 60
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Good morning, *world*!", "good   morning (world)", True),
+        ("How did it go? 😀", "How did it go? 😢", False),
+        ("2 + 2", "2 = 2", False),
+        ("x <= y", "x >= y", False),
+        ("पानी", "पान", False),  # water, betel: a vowel's sign apart
+        ("Cafe\u0301", "café", True),
+    ],
+)
+def test_marks_tell_no_texts_apart_but_signs_and_symbols_do(one: str, other: str, same: bool) -> None:
+    assert (plain(one) == plain(other)) is same
+    assert len(plain("हिन्दी में पानी").split()) == 3
 
 
 def test_near_duplicates_can_stay_and_then_share_a_split(tmp_path: Path, run: Any, made: Any, tools: Any) -> None:

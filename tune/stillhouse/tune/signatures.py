@@ -18,7 +18,15 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
-_NO_WORD = re.compile(r"[\W_]+")
+# What tells texts apart beside letters and digits: the signs of vowels in Indic scripts, Thai or Arabic, which Python's
+# \w leaves out; operators, arrows and emoji, which may be all of an answer.
+_SIGNS = "".join(
+    chr(code)
+    for code in (*range(0x0300, 0x1E00), *range(0xA660, 0xAC00))
+    if unicodedata.category(chr(code)).startswith("M")
+)
+_SYMBOLS = "+<>=\u2190-\u22ff\u2600-\u27bf\U0001f000-\U0001faff"
+_NO_WORD = re.compile(f"(?:[^\\w{_SIGNS}{_SYMBOLS}]|_)+")
 _FACTOR = np.uint32(0x01000193)
 # Neighbours in a bucket that a text is compared with; the lowest one always is. Bounds what a huge bucket costs.
 _WINDOW = 12
@@ -34,7 +42,7 @@ Pairs = NDArray[np.int64]
 
 
 def plain(text: str) -> str:
-    """The text in one case, with single spaces, without marks."""
+    """The text in one case, with single spaces, without marks such as . , ! ( or *."""
     return _NO_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
