@@ -45,6 +45,26 @@ def test_a_header_with_such_a_quote_is_one_line(tmp_path: Path) -> None:
         _read(tmp_path / "data.csv")
 
 
+def test_a_table_of_chats_and_of_instructions_has_nulls_in_either_column(tmp_path: Path, run: Any, made: Any) -> None:
+    rows = made(40)
+    turns = [{"role": "user", "content": rows[0]["instruction"]}, {"role": "assistant", "content": rows[0]["output"]}]
+    mapping = Mapping(Source(path="x"))
+    chat = {"instruction": None, "input": None, "output": None, "messages": turns}
+    assert mapping.record(chat) == mapping.asked(chat) == {"messages": turns}
+    assert mapping.record({**rows[1], "messages": None}) == rows[1]
+    with pytest.raises(BadRecord, match="has no output"):
+        mapping.record({**rows[1], "output": None, "messages": None})
+    with pytest.raises(BadRecord, match="messages that are null"):
+        mapping.record({"messages": None})
+    # Such a table is what a dataset of ours is in Parquet.
+    lines = [json.dumps({"messages": [turns[0] | {"content": row["instruction"]}, turns[1] | {"content": row["output"]}]})
+             for row in rows[2:]]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines, *map(json.dumps, rows[:2])]), "utf-8")
+    first = run('format = "parquet"\n[[sources]]\npath = "data.jsonl"\n')
+    again = run(f'[[sources]]\npath = "{first.path}"\n')
+    assert again.card["stages"][0] == {"stage": "read", "before": 40, "after": 40}
+
+
 def test_two_columns_of_one_name_are_one_line_and_nameless_ones_are_none(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("instruction,output,,\na,b,,\n", "utf-8")
     assert len(_read(tmp_path / "data.csv")[0]) == 1

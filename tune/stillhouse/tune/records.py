@@ -48,7 +48,7 @@ class Mapping:
         """The record in our fields, checked. Raises BadRecord."""
         fields = self._fields(raw)
         record: Record
-        if "messages" in fields and ("messages" in self._named or "output" not in fields):
+        if self._is_chat(raw, fields, "output"):
             record = {"messages": _messages(raw[fields["messages"]])}
             _check_answered(record["messages"])
         else:
@@ -67,7 +67,7 @@ class Mapping:
     def asked(self, raw: dict[str, Any]) -> Record:
         """A record of which only what is asked matters: its answer may be of any kind, or none. Raises BadRecord."""
         fields = self._fields(raw)
-        if "messages" in fields and ("messages" in self._named or "instruction" not in fields):
+        if self._is_chat(raw, fields, "instruction"):
             messages = _messages(raw[fields["messages"]])
             answer = [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": ""}]
             return {"messages": messages + answer}
@@ -97,6 +97,14 @@ class Mapping:
                 raise BadRecord(f"has no column {column!r}")
         found = {field: self._column(field, raw) for field in _USUAL}
         return {field: column for field, column in found.items() if column is not None}
+
+    def _is_chat(self, raw: dict[str, Any], fields: dict[str, str], other: str) -> bool:
+        """Whether the record is in its messages: they are named, or there where `other` is not. Of a table that has
+        both kinds, either column is null."""
+        if "messages" in self._named:
+            return True
+        given = [field for field in ("messages", other) if field in fields and not _is_missing(raw[fields[field]])]
+        return given == ["messages"] or ("messages" in fields and other not in fields)
 
     def _column(self, field: str, raw: dict[str, Any]) -> str | None:
         if field in self._named:
