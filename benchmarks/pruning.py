@@ -110,7 +110,9 @@ def markdown(report: dict[str, Any]) -> str:
     columns = [("whole", next(iter(report["ways"].values()))["models"][0])]
     for way in report["ways"].values():
         cut = way["cut"]
-        gone = [f"{len(cut['layers'])} of {len(cut["layers"]) + len(cut["kept_heads"])} layers"] if cut["layers"] else []
+        gone = (
+            [f"{len(cut['layers'])} of {len(cut['layers']) + len(cut['kept_heads'])} layers"] if cut["layers"] else []
+        )
         gone += [f"{100 * cut['heads_share']:.0f}% of the heads"] if cut["heads_share"] else []
         _, pruned, healed = way["models"]
         columns += [(f"without {' and '.join(gone)}", pruned), ("the same, healed", healed)]

@@ -78,7 +78,12 @@ def test_another_version_of_a_tool_makes_a_stage_run_again(write: Write, monkeyp
 
 @pytest.mark.parametrize(
     ("kind", "touched"),
-    [("data", {"data"}), ("tune", {"tune", "prune"}), ("prune", {"prune"}), ("measured", {"evaluate", "prune", "precisions"})],
+    [
+        ("data", {"data"}),
+        ("tune", {"tune", "prune"}),
+        ("prune", {"prune"}),
+        ("measured", {"evaluate", "prune", "precisions"}),
+    ],
 )
 def test_another_revision_of_the_code_makes_what_it_comes_to_anew(
     kind: str, touched: set[str], write: Write, monkeypatch: pytest.MonkeyPatch
@@ -194,5 +199,3 @@ def test_a_dry_run_says_what_would_run_and_why_and_does_nothing(
         "precisions: would run: reads the result of build, data, tune",
     ]
     assert not (recipe.parent / "runs").exists()
-
-

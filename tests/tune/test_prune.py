@@ -160,7 +160,10 @@ def pruned(
 
 
 def test_what_evaluate_or_an_earlier_prune_measured_is_not_measured_again(
-    pruned: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pruned: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = pruned[0].parent / "recipe.toml"
     options = prune_options({"heads": 0.5, "examples": 16, "heal_epochs": 0, "output": str(tmp_path / "out")}, recipe)

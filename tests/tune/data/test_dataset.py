@@ -56,12 +56,16 @@ def test_what_the_data_come_to_is_what_their_revision_came_to(tmp_path: Path, ru
     tools.write(tmp_path / "exam.jsonl", leaks)
     near = [{**row, "output": row["output"] + " Truly."} for row in rows[3:9]]
     mail = [{"instruction": "Whom do I ask?", "output": "Write to ann@example.org, who knows."}]
-    tools.write(tmp_path / "data.jsonl", [{**row, "label": "ab"[n % 3 == 0]} for n, row in enumerate(rows + near + mail)])
+    tools.write(
+        tmp_path / "data.jsonl", [{**row, "label": "ab"[n % 3 == 0]} for n, row in enumerate(rows + near + mail)]
+    )
     done = run(
         f'{SOURCE}[contamination]\nagainst = ["exam.jsonl"]\n[balance]\nmethod = "oversample"\n'
         '[filters]\nlanguages = ["en"]\n[personal_data]\nmask = ["email"]\n'
     )
-    kept = {name: split["sha256"] for name, split in done.card["splits"].items()} | {"revision": revisions.REVISIONS["data"]}
+    kept = {name: split["sha256"] for name, split in done.card["splits"].items()} | {
+        "revision": revisions.REVISIONS["data"]
+    }
     assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16] == "?"
 
 

@@ -65,6 +65,22 @@ def test_a_table_of_chats_and_of_instructions_has_nulls_in_either_column(tmp_pat
     assert again.card["stages"][0] == {"stage": "read", "before": 40, "after": 40}
 
 
+def test_a_turn_that_calls_tools_is_no_text_and_parts_of_text_are_one() -> None:
+    mapping = Mapping(Source(path="x"))
+    asks, says = {"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "It is."}
+    parts = [{"type": "text", "text": "Is it"}, {"type": "text", "text": "raining?"}]
+    assert mapping.record({"messages": [{"role": "user", "content": parts}, says]})["messages"] == [
+        {"role": "user", "content": "Is it\nraining?"}, says,
+    ]  # fmt: skip
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(BadRecord, match="that is a list"):
+        mapping.record({"messages": [{"role": "user", "content": image}, says]})
+    assert mapping.record({"messages": [asks, says | {"tool_calls": None}]}) == {"messages": [asks, says]}
+    for calls in ({"tool_calls": [{"id": "1"}], "content": None}, {"function_call": {"name": "rain"}}):
+        with pytest.raises(BadRecord, match=r"messages\[1\] that calls tools"):
+            mapping.record({"messages": [asks, says | calls, {"role": "tool", "content": "yes"}, says]})
+
+
 def test_two_columns_of_one_name_are_one_line_and_nameless_ones_are_none(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("instruction,output,,\na,b,,\n", "utf-8")
     assert len(_read(tmp_path / "data.csv")[0]) == 1

@@ -30,7 +30,8 @@ _USUAL = {
     "group": ("group",),
 }
 _MASKED_APART = ("instruction", "input", "output", "messages", "group")
-_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_CALLS = ("tool_calls", "function_call")
 
 
 class BadRecord(ValueError):
@@ -220,7 +221,16 @@ def _message(number: int, message: Any) -> dict[str, str]:
     role = message.get("role")
     if role not in ROLES:
         raise BadRecord(f"has messages[{number}] with the role {shown(role)}; known: {', '.join(ROLES)}")
-    return {"role": role, "content": _text(f"messages[{number}].content", message.get("content"))}
+    if any(message.get(key) for key in _CALLS):  # its text alone would teach to say so and call nothing
+        raise BadRecord(f"has messages[{number}] that calls tools; only texts are learnt")
+    return {"role": role, "content": _content(f"messages[{number}].content", message.get("content"))}
+
+
+def _content(field: str, value: Any) -> str:
+    """A text, or OpenAI's list of parts, of which each is one; joined as the gateway joins them."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) and one.get("type") == "text" for one in value):
+        return "\n".join(_text(field, one.get("text")) for one in value)
+    return _text(field, value)
 
 
 def _text(field: str, value: Any) -> str:
