@@ -4,7 +4,8 @@ SmolLM2-135M with the example's adapter (`python examples/smollm2/prepare.py` fi
 itself, with a recipe of its own; the figures are those of its prune.json. Healing is short: it says what minutes on a
 CPU give back, not what an afternoon on a GPU would.
 
-    python benchmarks/pruning.py --write-docs     # some 10 minutes on 2 cores; `pruning.py heads` measures one way alone
+    python benchmarks/pruning.py --write-docs     # some 10 minutes on 2 cores
+    python benchmarks/pruning.py heads            # one way alone; the other stays as it was measured
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ def masked_against_cut(cut: dict[str, Any], base: Path, folder: Path) -> float:
     text = json.loads(_lines(EXAMPLE / "heldout.jsonl")[0])["output"]
     ids = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt").input_ids
     smaller = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def silencing(mask: Any) -> Any:
+        return lambda _, inputs: (inputs[0] * mask,)
+
     places, width = {layer.layer: layer.heads for layer in kept}, model.config.head_dim
     for at, layer in enumerate(model.model.layers):
         if at not in places:
@@ -96,8 +101,7 @@ def masked_against_cut(cut: dict[str, Any], base: Path, folder: Path) -> float:
             continue
         mask = torch.zeros(model.config.num_attention_heads, width)
         mask[places[at]] = 1
-        silence = lambda _, inputs, mask=mask.flatten(): (inputs[0] * mask,)  # noqa: E731
-        layer.self_attn.o_proj.register_forward_pre_hook(silence)
+        layer.self_attn.o_proj.register_forward_pre_hook(silencing(mask.flatten()))
     with torch.no_grad():
         return float((smaller(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max())
 
@@ -122,10 +126,11 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append("")
     for name, way in report["ways"].items():
-        lines.append(f"- {name}: {way['verdict']}. Loaded by transformers, the cut base's logits are within "
-                     f"{way['largest_logit_difference']:.1g} of those of the whole one with the same parts silent.")  # fmt: skip
+        apart = f"{way['largest_logit_difference']:.1g}"
+        lines.append(f"- {name}: {way['verdict']}. The cut base, loaded by transformers, has the whole one's logits "
+                     f"with the same parts silent, within {apart}.")  # fmt: skip
     machine, healing = report["machine"], " and ".join(f"{count} of {name}" for name, count in HEALING.items())
-    lines += ["", f"Healed for one epoch on {healing}. Speeds: the pruned model has the healed one's shape. "
+    lines += ["", f"Healed for one epoch on {healing}; the pruned model has the healed one's shape, and so its speed. "
               f"Machine: {machine['processor']}, {machine['cores']} cores. Measured {report['measured']}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 

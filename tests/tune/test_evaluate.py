@@ -18,8 +18,8 @@ from stillhouse.build.recipe import EvaluateOptions, load_recipe
 from stillhouse.cli.main import run as command
 from stillhouse.engine.errors import UsageError
 from stillhouse.tune import stats
-from stillhouse.tune.evaluate_commands import NAMES, change_lines
 from stillhouse.tune.built_versions import built_in, live_of, versions_of
+from stillhouse.tune.evaluate_commands import NAMES, change_lines
 from stillhouse.tune.evaluation import evaluate, figures
 from stillhouse.tune.evaluation_picture import PICTURE, draw_changes
 from stillhouse.tune.evaluation_recipe import failures, load_evaluation

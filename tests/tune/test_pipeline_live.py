@@ -59,12 +59,12 @@ def test_what_was_built_goes_live_on_a_running_triton_without_a_failed_request(r
         over, failed, answered = threading.Event(), [], []
 
         def ask() -> None:
-            with Client(server.grpc_url) as client:
-                while not over.is_set():
-                    try:
+            try:
+                with Client(server.grpc_url) as client:
+                    while not over.is_set():
                         answered.append(client.generate(NAME, "What is six?", max_tokens=4))
-                    except Exception as error:
-                        failed.append(error)
+            except Exception as error:  # of whatever kind
+                failed.append(error)
 
         asking = threading.Thread(target=ask)
         asking.start()

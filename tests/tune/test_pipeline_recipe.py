@@ -13,9 +13,9 @@ import pytest
 
 from stillhouse.cli.main import run as command
 from stillhouse.engine.directory import sha256_of
-from stillhouse.engine.errors import StillhouseError, TamperedError, UsageError
+from stillhouse.engine.errors import TamperedError
 from stillhouse.tune import revisions
-from stillhouse.tune.stages import Stage, pipeline_options, stages_of
+from stillhouse.tune.stages import Stage, stages_of
 
 TUNE = "[tune]\nr = 4\nepochs = 1\n"
 DATA = '[data]\n[[data.sources]]\npath = "raw.jsonl"\n'

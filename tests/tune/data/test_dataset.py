@@ -50,7 +50,7 @@ def test_another_revision_of_the_code_is_another_version(
 
 
 def test_what_the_data_come_to_is_what_their_revision_came_to(tmp_path: Path, run: Any, made: Any, tools: Any) -> None:
-    """Where this fails, the same inputs come to other records now: raise revisions.DATA, and write the new hash here."""
+    """Where this fails, the same inputs come to other records now: raise the number, and write the new hash here."""
     rows = made(60)
     leaks = [{"instruction": row["instruction"]} for row in rows[:3]]
     tools.write(tmp_path / "exam.jsonl", leaks)

@@ -57,9 +57,11 @@ def test_a_table_of_chats_and_of_instructions_has_nulls_in_either_column(tmp_pat
     with pytest.raises(BadRecord, match="messages that are null"):
         mapping.record({"messages": None})
     # Such a table is what a dataset of ours is in Parquet.
-    lines = [json.dumps({"messages": [turns[0] | {"content": row["instruction"]}, turns[1] | {"content": row["output"]}]})
-             for row in rows[2:]]  # fmt: skip
-    (tmp_path / "data.jsonl").write_text("\n".join([*lines, *map(json.dumps, rows[:2])]), "utf-8")
+    chats = [
+        {"messages": [turns[0] | {"content": row["instruction"]}, turns[1] | {"content": row["output"]}]}
+        for row in rows[2:]
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*chats, *rows[:2]])), "utf-8")
     first = run('format = "parquet"\n[[sources]]\npath = "data.jsonl"\n')
     again = run(f'[[sources]]\npath = "{first.path}"\n')
     assert again.card["stages"][0] == {"stage": "read", "before": 40, "after": 40}

@@ -207,7 +207,7 @@ def _hold_against_data(options: TuneOptions, machine: Machine, sequences: dict[s
 
 
 def _inputs_hash(recipe: TuneRecipe, checkpoint: Checkpoint, machine: Machine, splits: dict[str, Split]) -> str:
-    """The sha256 over all that decides the result: base, data, earlier adapter, settings, machine's arithmetic, code."""
+    """The sha256 over all that decides the result: base, data, earlier adapter, settings, machine, code."""
     earlier = recipe.tune.start_from
     said = {
         "base": checkpoint.sha256,
