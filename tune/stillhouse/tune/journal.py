@@ -31,7 +31,8 @@ class Journal:
                 break
             whole += len(line)
             entry = json.loads(line)
-            self._known[entry.pop("key")] = Answer(**entry)
+            key = entry.pop("key")
+            self._known[key] = Answer(**entry)
 
     def __enter__(self) -> Journal:
         return self
