@@ -27,7 +27,7 @@ def test_the_table_has_the_whole_model_once_and_two_columns_for_each_way(pruning
     figures = {f"{kind}_perplexity": {"value": 12.5} for kind in ("records", "general", "text")}
 
     def way(heads_share: float, layers: list[int]) -> dict[str, Any]:
-        cut = {"heads_share": heads_share, "layers": layers, "kept_heads": dict.fromkeys(map(str, range(27)), [0])}
+        cut = {"heads_share": heads_share, "layers": layers, "kept_heads": {str(at): [0] for at in range(27)}}
         models = [{"model": name, "costs": costs, **figures} for name in ("whole", "pruned", "healed")]
         return {"cut": cut, "models": models, "verdict": "smaller", "largest_logit_difference": 1e-5}
 

@@ -166,21 +166,21 @@ def test_what_evaluate_or_an_earlier_prune_measured_is_not_measured_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = pruned[0].parent / "recipe.toml"
-    options = prune_options({"heads": 0.5, "examples": 16, "heal_epochs": 0, "output": str(tmp_path / "out")}, recipe)
+    options = prune_options({"heads": 0.5, "examples": 4, "heal_epochs": 0, "output": str(tmp_path / "out")}, recipe)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(texts, "LEAST_TOKENS", 1_000)
+    monkeypatch.setattr("stillhouse.tune.costs._ROUNDS", 1)
     evaluate(load_evaluation(recipe), [])
 
-    def said(*, no_cache: bool = False) -> list[str]:
+    def said() -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.INFO, measure_cache.__name__):
-            prune(load_evaluation(recipe), load_tune_recipe(recipe), options, force=True, no_cache=no_cache)
+            prune(load_evaluation(recipe), load_tune_recipe(recipe), options, force=True)
         return [each.getMessage() for each in caplog.records if each.name == measure_cache.__name__]
 
     before = "measured before: "
     assert said() == [f"{before}whole", "measuring: pruned", f"{before}healed", f"{before}base"]  # healed: as it was
     assert said() == [f"{before}{name}" for name in ("whole", "pruned", "healed", "base")]
-    assert said(no_cache=True) == [f"measuring: {name}" for name in ("whole", "pruned", "healed", "base")]
 
 
 def test_the_result_is_a_plain_checkpoint_smaller_and_healed(pruned: tuple[Path, dict[str, Any]]) -> None:

@@ -108,8 +108,12 @@ def test_a_folder_as_the_hub_lays_it_out_is_read_and_splits_are_told_apart(tmp_p
 
     assert names("train") == ["train-00000-of-00001.parquet", "0000.parquet"]
     assert len(names(None)) == 4
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="no file of records of the split 'validation' in "):
         names("validation")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no file of records in .*empty") as refused:
+        files_of(Source(path=str(tmp_path / "empty")))
+    assert ".jsonl" in str(refused.value.hint)
 
 
 def test_an_earlier_dataset_of_ours_is_its_splits_alone(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ def files_of(source: Source, key: str = "sources") -> list[Path]:
     found = [file for file in (_in_folder(path) if path.is_dir() else _globbed(path)) if file.is_file()]
     if source.split:
         found = [file for file in found if _is_split(file, source.split)]
+    if not found and path.is_dir():
+        of_split = f" of the split {source.split!r}" if source.split else ""
+        raise UsageError(f"{key}: no file of records{of_split} in {path}", hint=f"read are {', '.join(BY_SUFFIX)}")
     if not found:
         hint = "paths in a recipe are relative to the recipe; a hub id looks like owner/name"
         raise UsageError(f"{key}: no such file: {source.path}", hint=hint)
