@@ -203,8 +203,8 @@ def by_stage(runs: list[Run]) -> dict[str, tuple[Stage, bool]]:
 
 
 def _on_line(low: Stage, high: Stage, share: float) -> Stage:
-    keys = ("rss", "anonymous", "seconds")
-    return {"name": low["name"]} | {key: low[key] + share * (high[key] - low[key]) for key in keys}
+    keys = ("rss", "anonymous")
+    return {"name": low["name"], "seconds": 0} | {key: low[key] + share * (high[key] - low[key]) for key in keys}
 
 
 def markdown(runs: list[Run]) -> str:
@@ -217,6 +217,7 @@ def markdown(runs: list[Run]) -> str:
         larger = [RUNTIME_BYTES + scale * max(0, figure - RUNTIME_BYTES) for figure in figures]
         own, other = ([f"{figure / 2**30:.1f}" for figure in pair] for pair in (figures, larger))
         minutes = f"{stage['seconds'] / 60:.1f}" if stage["seconds"] else "stopped"
+        minutes = minutes if measured else "–"  # two runs beside other work say nothing of a third's time
         lines.append(f"| {title}{'' if measured else ' (computed)'} | {' | '.join([*own, minutes, *other])} |")
     most = max(stage["rss"] for stage, _ in stages.values()) / 2**30
     about, depths = runs[-1]["machine"], sorted({run["layers"] for run in runs})

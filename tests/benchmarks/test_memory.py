@@ -47,7 +47,7 @@ def test_what_was_not_measured_at_the_full_depth_lies_on_the_line_through_two_de
     assert stages == {"merge": (9.0, True), "make int4 by k_quant": (1.5, True), "make int4 by auto": (4.0, False)}
     table = memory.markdown(runs)
     assert "| merge | 9.0 | 4.5 | 9.0 |" in table
-    assert "| make int4 by auto (computed) | 4.0 | 2.0 | 4.0 |" in table
+    assert "| make int4 by auto (computed) | 4.0 | 2.0 | – |" in table
     assert "The most: 9.0 GiB, of 12 that the 1.5B may take." in table
 
 

@@ -111,7 +111,7 @@ def test_a_folder_as_the_hub_lays_it_out_is_read_and_splits_are_told_apart(tmp_p
     with pytest.raises(UsageError, match="no file of records of the split 'validation' in "):
         names("validation")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no file of records in .*empty") as refused:
+    with pytest.raises(UsageError, match=r"no file of records in .*empty") as refused:
         files_of(Source(path=str(tmp_path / "empty")))
     assert ".jsonl" in str(refused.value.hint)
 
