@@ -28,7 +28,7 @@ from roster import HERE, ROOT
 DOCS, BEGIN, END = ROOT / "docs/tune.md", "<!-- pruning: begin -->", "<!-- pruning: end -->"
 EXAMPLE = ROOT / "examples/support"
 WAYS = {"heads": "heads = 0.2\nlayers = 0", "layers": "heads = 0.0\nlayers = 3"}
-HEALING = {"records.jsonl": 64, "general.jsonl": 32}  # so many records of each file
+HEALING = {"records.jsonl": 32, "general.jsonl": 16}  # so many records of each file
 RECIPE = """
 name = "support"
 base = "{base}"
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ways", nargs="*", choices=[[], *WAYS], help="which to measure; the others stay as they were")
     parser.add_argument("--base", type=Path, default=ROOT / "examples/smollm2/base")
-    parser.add_argument("--heldout", type=int, default=24, help="so many held-out records")
+    parser.add_argument("--heldout", type=int, default=12, help="so many held-out records")
     parser.add_argument("--out", type=Path, default=HERE / "results/pruning.json")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/tune.md")
     args = parser.parse_args()
