@@ -38,19 +38,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One row: its name, the stage that makes its graph, and the stage's words."""
+    """One row: its name, the stage that makes its graph, the stage's words, and the row whose bytes it may take."""
 
     title: str
     stage: str
     words: dict[str, Any]
+    bytes_of: str | None = None
 
 
 def _builder(title: str, precision: str, **options: str) -> Way:
     return Way(f"builder: {title}", "export", {"precision": precision, "options": _LEVEL | options})
 
 
-def _ours(title: str, bits: int = 4, **words: Any) -> Way:
-    return Way(f"**{title}**", "quantize", {"bits": bits, **words})
+def _ours(title: str, bits: int = 4, bytes_of: str | None = None, **words: Any) -> Way:
+    return Way(f"**{title}**", "quantize", {"bits": bits, **words}, bytes_of)
 
 
 WAYS: dict[str, Way] = {
@@ -68,6 +69,10 @@ WAYS: dict[str, Way] = {
     "k_quant": _ours("INT4 k_quant", method="k_quant"),
     "gptq": _ours("INT4 gptq", method="gptq"),
     "rtn-0.425": _ours("INT4 rtn, 0.425 of FP16's bytes", method="rtn", max_bytes_share=0.425),
+    "auto-128": _ours("INT4 auto, the bytes of builder's block 128", bytes_of="builder-128", method="auto"),
+    "auto-default": _ours("INT4 auto, the bytes of builder's default", bytes_of="builder-default", method="auto"),
+    "auto-k_quant": _ours("INT4 auto, the bytes of builder's k_quant", bytes_of="builder-k_quant", method="auto"),
+    "auto-rtn_last": _ours("INT4 auto, the bytes of builder's rtn_last", bytes_of="builder-rtn_last", method="auto"),
     "auto-0.385": _ours("INT4 auto, 0.385", method="auto", max_bytes_share=0.385),
     "auto": _ours("INT4 auto (0.425, the default)", method="auto"),
 }
@@ -92,7 +97,8 @@ def main() -> int:
         for name in asked.only:
             if name in rows and not asked.again:
                 continue
-            rows[name] = bench.measure(name)
+            at_most = WAYS[name].bytes_of
+            rows[name] = bench.measure(name, rows[at_most]["bytes"] if at_most else None)
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
             print(f"{name:22} {line(WAYS[name].title, rows[name])}", flush=True)
@@ -113,8 +119,11 @@ class _Bench:
         self.measured = {"network": network.model_dump(), "windows": windows, "spool": str(scratch / "reference.f32")}
         self._run("reference", {"model": str(self.fp32 / "model.onnx"), **self.measured})
 
-    def measure(self, name: str) -> Row:
-        """Makes the row's graph, and measures it; a graph that does not load or run is a row too."""
+    def measure(self, name: str, at_most: int | None) -> Row:
+        """Makes the row's graph, and measures it; a graph that does not load or run is a row too.
+
+        `at_most` bounds the bytes of our own: of the graph and its weights, as the table counts them.
+        """
         way, folder = WAYS[name], self.scratch / name
         words: dict[str, Any] = {"destination": str(folder), **way.words}
         if way.stage == "export":
@@ -124,6 +133,7 @@ class _Bench:
         else:
             words |= {"checkpoint": str(self.merged), "graph": str(self.fp32), "network": self.measured["network"]}
             words |= {"calibration": str(self.calibration)}
+            words |= {"max_bytes": at_most + _bytes_in(self.merged)} if at_most is not None else {}
         began = time.perf_counter()
         try:
             self._run(way.stage, words)
@@ -131,12 +141,15 @@ class _Bench:
             figures = self._run("fidelity", {"model": str(folder / "model.onnx"), **self.measured})
         except StillhouseError as error:
             return {"error": str(error).splitlines()[0][:200]}
-        sources = {file: place / file for place in (self.merged, folder) for file in FILES}
-        size = sum(file.stat().st_size for file in sources.values() if file.is_file())
-        return {"bytes": size, "seconds": round(seconds, 1), **figures}
+        return {"bytes": _bytes_in(folder), "seconds": round(seconds, 1), **figures}
 
     def _run(self, stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return run_stage(stage, arguments, log=self.scratch / f"{stage}.log", share=lambda _: None).result
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of those of a version's files that lie in `folder`."""
+    return sum((folder / name).stat().st_size for name in FILES if (folder / name).is_file())
 
 
 def line(title: str, row: Row) -> str:

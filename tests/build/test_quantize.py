@@ -80,15 +80,16 @@ def test_the_graph_holds_the_chosen_integers_bit_for_bit(
     assert size < floats.fixed_bytes + sum(weight.nbytes for weight in chosen.values())
 
 
+@pytest.mark.parametrize("head", [8, 4])
 def test_the_graph_computes_with_the_chosen_weights_in_prefill_and_decode(
-    graph: Path, tiny_base: Path, tmp_path: Path
+    head: int, graph: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Against transformers with the dequantized weights put in; what is left are level 4's 8-bit activations."""
     from transformers import AutoModelForCausalLM
 
     stream = LayerStream(tiny_base)
     chosen = {
-        node: rounded(stream.weight(node), "rtn", bits=8 if node == HEAD else 4, block_size=32)
+        node: rounded(stream.weight(node), "rtn", bits=head if node == HEAD else 4, block_size=32)
         for node in quantizable(graph / "model.onnx")
     }
     write_quantized(graph, tmp_path, chosen)

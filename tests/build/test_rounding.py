@@ -50,7 +50,7 @@ def test_a_large_weight_is_rounded_part_by_part_to_the_same_integers(monkeypatch
     weight, _ = correlated(96, 50)
     form: dict[str, Any] = {"bits": 8, "block_size": 32, "symmetric": True}
     whole = rounded(weight, "rtn", **form)
-    monkeypatch.setattr(rounding, "_AT_ONCE", 700)  # seven rows
+    monkeypatch.setattr(rounding, "AT_ONCE", 700)  # seven rows
     parts = rounded(weight, "rtn", **form)
     assert np.array_equal(parts.integers, whole.integers)
     assert np.array_equal(parts.scales, whole.scales)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Bits = int  # 4 or 8
+AT_ONCE = 2**24  # weights that are rounded at a time: what is made of them on the way takes several times their bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from stillhouse.build.tensors import TensorInfo
 from stillhouse.engine.errors import StillhouseError
 
 Shapes = Mapping[str, tuple[int, int]]
-_NODE_BYTES = 1_200  # of a quantized node in model.onnx: its names, attributes and tensors' places
+_NODE_BYTES = 900  # at most of a quantized node in model.onnx: its names, attributes and tensors' places
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_)?(attn|mlp)\.(\w+)\.weight")
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 
@@ -74,18 +74,16 @@ def hold_budget(budget: int | None, made: Path, checkpoint: Path) -> None:
 
 
 def kept_at_8_bits(nodes: Collection[str], asked: Collection[str]) -> set[str]:
-    """The nodes that keep_int8 names, beside the head and the embedding, which always stay at 8 bits.
-
-    Raises StillhouseError for a name that matches nothing.
-    """
-    return ({HEAD, EMBEDDING} & set(nodes)).union(*(named(nodes, name) for name in asked))
+    """The nodes that keep_int8 names. Raises StillhouseError for a name that matches nothing."""
+    return set[str]().union(*(named(nodes, name) for name in asked))
 
 
 def named(nodes: Collection[str], name: str) -> set[str]:
     """The nodes that a name in keep_int8 means: a kind of weight, or a single one. Raises StillhouseError for none."""
     stem, _, last = name.removeprefix("model.").removesuffix(".weight").rpartition(".")
     stem = stem.replace("self_attn", "attn")
-    words = {"head": "lm_head"}.get(last, last)
+    tied = EMBEDDING not in nodes
+    words = "lm_head" if last == "head" or (last == "embed_tokens" and tied) else last
     names = {words} if any(f"/{words}/" in node for node in nodes) else {_FUSED.get(words, words)}
     found = {
         node

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.build.blocks import BlockWeight
 from stillhouse.build.gptq import gptq, hessian_of, output_error
+from stillhouse.build.nbits import EMBEDDING, HEAD
 from stillhouse.build.rounding import rounded
 from stillhouse.build.stream import LINEARS, SAME_INPUT, LayerStream, node_of
 from stillhouse.build.worker import Share
@@ -43,7 +44,14 @@ class _Calibrated:
 
     def _round(self, node: str, modules: list[Any], hessian: Tensor | None) -> None:
         """Rounds one node's weight, and puts what it became into the modules that it is made of."""
-        bits, weight = self.bits[node], torch.cat([module.weight for module in modules])
+        chosen = self.round(node, torch.cat([module.weight for module in modules]), hessian)
+        parts = torch.from_numpy(chosen.dequantized()).split([len(module.weight) for module in modules])
+        for module, part in zip(modules, parts, strict=True):
+            module.weight = nn.Parameter(part, requires_grad=False)
+
+    def round(self, node: str, weight: Tensor, hessian: Tensor | None) -> BlockWeight:
+        """Rounds one node's weight, keeps it, and returns what it became."""
+        bits = self.bits[node]
         symmetric = self.symmetric or bits == 8
         chosen = nearest = rounded(weight, "rtn", bits=bits, block_size=self.block_size, symmetric=symmetric)
         if hessian is not None and bits == 4:
@@ -58,9 +66,7 @@ class _Calibrated:
                 )
             self.errors[node] = (errors[0], errors[1])
         self.keep(node, chosen)
-        parts = torch.from_numpy(chosen.dequantized()).split([len(module.weight) for module in modules])
-        for module, part in zip(modules, parts, strict=True):
-            module.weight = nn.Parameter(part, requires_grad=False)
+        return chosen
 
 
 def gptq_layers(
@@ -75,6 +81,7 @@ def gptq_layers(
 ) -> dict[str, tuple[float, float]]:
     """Rounds the linears of all layers that `bits` names and hands each to `keep`; `tokens` (B, S) calibrate.
 
+    `bits` may name the head and the embedding too. An embedding has no inputs: its scales are searched, no more.
     Returns the relative output error of each one of 4 bits: by GPTQ, and rounded to nearest. Raises StillhouseError
     where GPTQ did no better: that is a fault, not a result.
     """
@@ -93,4 +100,10 @@ def gptq_layers(
             hook.remove()
         stream.release(index)
         share((index + 1) / stream.layers)
+    if HEAD in bits:
+        with torch.no_grad():
+            result.round(HEAD, stream.head(), hessian_of(stream.final_norm()(hidden)))
+    if EMBEDDING in bits:
+        weight = stream.weight(EMBEDDING)
+        keep(EMBEDDING, gptq(weight, torch.eye(weight.shape[1]), bits=4, block_size=block_size, symmetric=symmetric))
     return result.errors

@@ -8,10 +8,12 @@ weights that carry all earlier errors. And scales are searched under the very me
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from stillhouse.build.blocks import BlockWeight, kept_scale
+from stillhouse.build.blocks import AT_ONCE, BlockWeight, kept_scale, stack
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
@@ -28,6 +30,10 @@ def gptq(
 ) -> BlockWeight:
     """The weight (N, K) rounded so that its output on inputs with this `hessian` (K, K) changes least."""
     columns = weight.shape[1]
+    if weight.numel() > AT_ONCE and len(weight) > 1:  # a head; rows are rounded without regard to each other
+        form: dict[str, Any] = {"bits": bits, "block_size": block_size, "symmetric": symmetric, "damping": damping}
+        parts = weight.split(max(1, AT_ONCE // columns))
+        return stack([gptq(part, hessian, **form) for part in parts])
     blocks = _block_order(hessian.diagonal(), block_size)
     order = torch.cat(blocks)
     factor = _inverse_factor(hessian[order][:, order], damping)
@@ -92,9 +98,13 @@ def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
     0 where the output is always 0.
     """
-    change = rounded - weight
-    whole = float(((weight @ hessian) * weight).sum())
-    return float(((change @ hessian) * change).sum()) / whole if whole > 0 else 0.0
+    changed = whole = 0.0
+    at_once = max(1, AT_ONCE // weight.shape[1])
+    for own, new in zip(weight.split(at_once), rounded.split(at_once), strict=True):
+        change = new - own
+        changed += float(((change @ hessian) * change).sum())
+        whole += float(((own @ hessian) * own).sum())
+    return changed / whole if whole > 0 else 0.0
 
 
 def _block_order(diagonal: Tensor, block_size: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from stillhouse.build.adapter import Adapter, open_adapter
 from stillhouse.build.budget import refuse_unknown
 from stillhouse.build.cache import cache_root, entry_name, is_cached, key_of
 from stillhouse.build.checkpoint import Checkpoint, open_checkpoint
-from stillhouse.build.quantize import METHODS, Method, calibrates, method_of, stage_options
+from stillhouse.build.quantize import METHODS, Method, calibrates, has_budget, method_of, stage_options
 from stillhouse.build.recipe import QuantizeOptions, Recipe
 from stillhouse.build.reckon import Sizes, disk, memory
 from stillhouse.build.tasks import Tasks, read_tasks
@@ -29,6 +29,7 @@ MERGE_FORMAT = 2  # of what a merge records beside the weights
 SEVERAL_FORMAT = 2  # of merges of several adapters, or of one with a weight
 TOKENIZER_FORMAT = 2  # of tokenizers that older builds misread
 CALIBRATION_FORMAT = 1
+PRICED_FORMAT = 2  # of what a byte budget buys
 UNPACK_FORMAT = 2
 CUDA_FORMAT = 2
 MAKERS = ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -115,7 +116,8 @@ def plan(recipe: Recipe, repository: Path, *, force: bool = False) -> Plan:
         if calibrates(method, asked) and not (base.quantized and method.name == "auto"):
             file = sha256_of(Path(asked.calibration)) if asked.calibration else None
             calibration_key = key_of({"weights": weights_key, "file": file, "format": CALIBRATION_FORMAT})
-        stage_key = _stage_key(weights_key, recipe.target, method, options, calibration_key)
+        priced = calibration_key is not None and (method.name == "auto" or has_budget(asked))
+        stage_key = _stage_key(weights_key, recipe.target, method, options, calibration_key, priced=priced)
         gate = recipe.gate_of(precision)
         inputs = {
             "format": FORMAT,
@@ -201,7 +203,13 @@ def _existing(folder: Path) -> Path:
 
 
 def _stage_key(
-    weights_key: str, target: Target, method: Method, options: dict[str, Any], calibration_key: str | None
+    weights_key: str,
+    target: Target,
+    method: Method,
+    options: dict[str, Any],
+    calibration_key: str | None,
+    *,
+    priced: bool = False,
 ) -> str:
     inputs = {
         "weights": weights_key,
@@ -211,4 +219,4 @@ def _stage_key(
         "options": options,
         "calibration": calibration_key,
     }
-    return key_of(inputs)
+    return key_of(inputs | ({"priced": PRICED_FORMAT} if priced else {}))

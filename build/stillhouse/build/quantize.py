@@ -100,8 +100,12 @@ def stage_options(method: Method, options: QuantizeOptions) -> dict[str, Any]:
 
 def calibrates(method: Method, options: QuantizeOptions) -> bool:
     """Whether the stage needs calibration text: by its method, or to spend a byte budget by measured sensitivity."""
-    budget = options.max_bytes is not None or options.max_bytes_share is not None
-    return method.calibrated or (method.bits == 4 and budget)
+    return method.calibrated or (method.bits == 4 and has_budget(options))
+
+
+def has_budget(options: QuantizeOptions) -> bool:
+    """Whether the recipe bounds the version's bytes."""
+    return options.max_bytes is not None or options.max_bytes_share is not None
 
 
 def convert_fp16(share: Share, *, source: str, destination: str, target: Target = "cpu") -> dict[str, Any]:

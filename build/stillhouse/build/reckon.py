@@ -44,14 +44,17 @@ def memory(sizes: Sizes, stages: Collection[str], methods: Collection[Method]) -
 
     The merge holds the base in FP32 beside its mapped files while it loads them, beside logits and copies later.
     The export maps what was merged. A session of FP32 or FP16 packs FP32 weights. Quantizing and converting go weight
-    by weight; GPTQ has its widest input's Hessian in several forms.
+    by weight; pricing the head holds it with what 4 and 8 bits change of it, and GPTQ its widest input's Hessian in
+    several forms.
     """
     peaks = [sizes.weights + 2 * WINDOW_TOKENS * sizes.logits]
     if "merge" in stages:
         peaks.append(sizes.weights + max(sizes.files, 2 * sizes.vocabulary + 3 * _PROBE_TOKENS * sizes.logits))
     if "fp32" in stages:
         peaks.append(sizes.weights + 3 * sizes.vocabulary // 2)
-    peaks += [2 * sizes.vocabulary + (6 * sizes.hessian if method.calibrated else 0) for method in methods]
+    peaks += [
+        4 * sizes.vocabulary + 6 * sizes.hessian if method.calibrated else 2 * sizes.vocabulary for method in methods
+    ]
     return RUNTIME_BYTES + max(peaks)
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.build.blocks import BlockWeight, grouped, kept_scale, stack, ungrouped
+from stillhouse.build.blocks import AT_ONCE, BlockWeight, grouped, kept_scale, stack, ungrouped
 
-_AT_ONCE = 2**24  # weights: what is made of them on the way takes several times their bytes
 _NEAR_THE_CACHE = 2**13  # blocks: three times as fast as all of a weight's at once, to the same bits
 Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -23,8 +22,9 @@ Rounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 def rounded(weight: Tensor, method: str, *, bits: int, block_size: int, symmetric: bool = False) -> BlockWeight:
     """The weight (N, K) in blocks, by the row `method` of ROUNDINGS; symmetric ones know round-to-nearest alone."""
     form: dict[str, Any] = {"bits": bits, "block_size": block_size, "symmetric": symmetric}
-    if symmetric and weight.numel() > _AT_ONCE and len(weight) > 1:  # a head; hqq looks at a weight as a whole
-        parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))
+    by_rows = symmetric or method != "hqq"  # which looks at a weight as a whole
+    if by_rows and weight.numel() > AT_ONCE and len(weight) > 1:  # a head
+        parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
         return stack([rounded(part, method, **form) for part in parts])
     blocks = grouped(weight, block_size)
     rows, count, _ = blocks.shape

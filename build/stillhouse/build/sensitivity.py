@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from stillhouse.build.nbits import EMBEDDING, HEAD
 from stillhouse.build.stream import LINEARS, LayerStream, node_of
 from stillhouse.build.worker import Share
 
@@ -26,7 +27,8 @@ def divergence_by_weight(
     """For each of `nodes` and every variant that `change(node, weight, inputs)` names: the KL, nats a token.
 
     `tokens` (B, S); `change` gives the difference (N, K) of each variant to the weight (N, K), which is read by inputs
-    (B, S, K). Also returned: the original's hidden states (B, S, D) before the final norm.
+    (B, S, K). `nodes` may hold the head and the embedding; a tied one is priced as both. Also returned: the original's
+    hidden states (B, S, D) before the final norm.
     """
     inputs = []
     hidden = stream.embed(tokens)
@@ -36,12 +38,15 @@ def divergence_by_weight(
             hidden = stream.run(stream.layer(index), hidden)
             stream.release(index)
             share(0.25 * (index + 1) / stream.layers)
-    gradient = _gradient_of_own_tokens(stream, hidden, seed)
-    costs: dict[str, dict[str, float]] = {}
+    gradient, costs = _through_head(stream, hidden, nodes, change, seed)
     for index in reversed(range(stream.layers)):
         gradient, own = _through_layer(stream, index, inputs.pop(), gradient, nodes, change)
         costs |= own
         share(1 - 0.7 * index / stream.layers)
+    read = EMBEDDING if EMBEDDING in nodes else HEAD if HEAD in nodes and stream.tied else None
+    if read is not None:
+        own = _of_lookups(stream, tokens, gradient, read, change)
+        costs[read] = {variant: cost + costs.get(read, {}).get(variant, 0.0) for variant, cost in own.items()}
     return costs, hidden
 
 
@@ -81,21 +86,41 @@ def _through_layer(
     return _grad(hidden), costs
 
 
-def _gradient_of_own_tokens(stream: LayerStream, hidden: Tensor, seed: int) -> Tensor:
-    """The gradient (B, S, D), at the last layer's output, of the log-probability of tokens drawn from the model."""
+def _through_head(
+    stream: LayerStream, hidden: Tensor, nodes: Collection[str], change: Change, seed: int
+) -> tuple[Tensor, dict[str, dict[str, float]]]:
+    """The gradient (B, S, D), at the last layer's output, of the log-probability of tokens drawn from the model.
+
+    Beside it the head's costs, where `nodes` has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     norm, head = stream.final_norm(), stream.head()
     leaf = hidden.detach().requires_grad_()
     normed = norm(leaf)
     rows = normed.detach().reshape(-1, normed.shape[-1])
+    differences = change(HEAD, head, rows) if HEAD in nodes else {}
+    squares = dict.fromkeys(differences, 0.0)
     gradients = []
     for part in rows.split(_ROWS):
-        probabilities = torch.softmax(part @ head.T, -1)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
-        probabilities.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))  # softmax minus the drawn token
-        gradients.append(probabilities @ head)
+        delta = torch.softmax(part @ head.T, -1)
+        drawn = torch.multinomial(delta, 1, generator=generator)
+        delta.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))  # softmax minus the drawn token
+        for variant, difference in differences.items():
+            squares[variant] += float((part @ difference.T).mul_(delta).sum(-1).square().sum())
+        gradients.append(delta @ head)
     normed.backward(torch.cat(gradients).reshape(normed.shape))
-    return _grad(leaf)
+    costs = {variant: 0.5 * square / len(rows) for variant, square in squares.items()}
+    return _grad(leaf), {HEAD: costs} if costs else {}
+
+
+def _of_lookups(stream: LayerStream, tokens: Tensor, gradient: Tensor, node: str, change: Change) -> dict[str, float]:
+    """The costs of the embedding that `tokens` (B, S) are looked up in, from the gradient (B, S, D) before layer 0."""
+    used, places = tokens.unique(return_inverse=True)
+    rows = stream.embed(used)
+    return {
+        variant: 0.5 * float((difference[places] * gradient).sum(-1).square().mean())
+        for variant, difference in change(node, rows, rows).items()
+    }
 
 
 def _grad(tensor: Tensor) -> Tensor:
@@ -107,12 +132,25 @@ def _grad(tensor: Tensor) -> Tensor:
 def place(costs: Mapping[str, tuple[float, float]], extra: Mapping[str, int], spare_bytes: int) -> list[str]:
     """Which weights to keep at 8 bits: by the divergence that each byte spares, as long as the bytes last.
 
-    `costs` are (at 4 bits, at 8 bits) in nats a token, `extra` the bytes that 8 bits take more.
+    `costs` are (at 4 bits, at 8 bits) in nats a token, `extra` the bytes that 8 bits take more. One may be as large as
+    many together (a head), and greed ends before it or because of it: what it spares is compared with what they do.
     """
     gains = {name: (four - eight) / extra[name] for name, (four, eight) in costs.items()}
+    ranked = sorted((name for name in gains if gains[name] > 0), key=lambda name: (-gains[name], name))
+    largest = max(ranked, key=lambda name: (extra[name], name), default="")
+    others = [name for name in ranked if name != largest]
+
+    def spared(chosen: list[str]) -> float:
+        return sum(costs[name][0] - costs[name][1] for name in chosen)
+
+    return max((_taken(order, extra, spare_bytes) for order in (ranked, [largest, *others], others)), key=spared)
+
+
+def _taken(order: list[str], extra: Mapping[str, int], spare_bytes: int) -> list[str]:
+    """The names of `order` that fit into the bytes, one after the other."""
     chosen = []
-    for name in sorted(gains, key=lambda name: (-gains[name], name)):
-        if gains[name] > 0 and extra[name] <= spare_bytes:
+    for name in order:
+        if name and extra[name] <= spare_bytes:
             chosen.append(name)
             spare_bytes -= extra[name]
     return chosen

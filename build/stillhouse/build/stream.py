@@ -68,6 +68,11 @@ class LayerStream:
         self._rotary = type(model.model.rotary_emb)(self.config)
         self.layers = int(self.config.num_hidden_layers)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's weight."""
+        return "lm_head.weight" not in self._files
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the checkpoint in float32."""
         with safe_open(str(self._files[name]), framework="pt") as file:
@@ -107,7 +112,7 @@ class LayerStream:
 
     def head(self) -> Tensor:
         """The head's weight (V, D); the embedding's where they are tied."""
-        return self.tensor("lm_head.weight" if "lm_head.weight" in self._files else "model.embed_tokens.weight")
+        return self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {name: self.tensor(prefix + name) for name in module.state_dict()}
