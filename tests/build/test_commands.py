@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.build import commands, pipeline
+from stillhouse.build import commands, picture, pipeline
 from stillhouse.build.results import Build, BuildResult
 from stillhouse.engine.errors import StillhouseError
 
@@ -104,7 +106,7 @@ def test_a_build_leaves_a_picture_and_a_table(tiny_recipe: Path, repository: Pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")  # so that something is to be built
     done = cli("build", tiny_recipe, "--repository", repository, "--output", tmp_path / "saved")
     assert done.returncode == 0, done.stderr
-    assert "[1/8] merge: reused" in done.stderr
+    assert re.search(r"check: \d+\.\d s\n.*\[1/8\] merge: reused", done.stderr)
     for word in ("tiny-fp16", "tiny-int8", "there already", "published", "greedy"):
         assert word in done.stdout
     log = Path(done.stdout.rpartition("log, figures and picture: ")[2].strip())
@@ -136,6 +138,26 @@ def test_what_was_built_before_an_error_is_still_shown(
     assert "tiny-int8" not in shown
 
 
+def test_a_picture_or_a_folder_that_cannot_be_written_takes_nothing_from_the_table(
+    built: Build,
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "build", lambda *_, **__: built)
+    monkeypatch.setattr(picture, "draw", full)
+    (tmp_path / "taken").write_text("", "utf-8")
+    with pytest.raises(StillhouseError, match=r"--output .*taken: cannot be written: File exists"):
+        commands.build(tiny_recipe, tmp_path / "repository", output=tmp_path / "taken")
+    assert "tiny-fp16" in capsys.readouterr().out
+    assert "the picture could not be drawn: [Errno 28] No space left on device" in caplog.text
+
+
 def test_a_line_reporter_says_how_much_is_done_and_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +182,12 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     done = cli("build", tiny_recipe, "--repository", tmp_path / "new", "--dry-run")
     assert "a new version (converter)" in done.stdout
     assert "memory: about" in done.stdout
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("", "utf-8")
+    for place, words in (("file/sub", "is a file, not a model repository"), ("n" * 300, "File name too long")):
+        done = cli("build", tiny_recipe, "--repository", tmp_path / place, "--dry-run")
+        assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "repository"] == ["file"]
 
 
 def test_the_commands_are_imported_without_torch_or_onnx_runtime() -> None:

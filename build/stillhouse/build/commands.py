@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 
 if TYPE_CHECKING:
     from stillhouse.build.results import Build, BuildResult
+
+log = logging.getLogger(__name__)
 
 Repository = Annotated[Path, typer.Option(help="The model repository, as Triton is given it.")]
 Changes = Annotated[
@@ -54,7 +57,6 @@ def build(
     if dry_run:
         _say_plan(planning.dry_run(planning.plan(asked, repository, force=force)), as_json)
         return
-    from stillhouse.build.picture import draw_build
     from stillhouse.build.progress import reporter_for_terminal
     from stillhouse.build.report import build_json, build_table, print_table, save_build
 
@@ -65,22 +67,21 @@ def build(
                 asked, repository, force=force, no_cache=no_cache, make_live=not keep_live, reporter=reporter,
                 on_result=finished.append,
             )  # fmt: skip
-    except StillhouseError:
+    except (StillhouseError, OSError):
         if finished and not as_json:  # what was done before the error stays done
             print_table(build_table(finished))
         raise
     if live:
         done = _with_live(done)
-    if done.log is not None:
-        draw_build(done, repository, asked.name)
-    if output is not None:
-        save_build(done, output)
+    _draw(done, repository, asked.name)
     if as_json:
         print(json.dumps(build_json(done), indent=2))
     else:
         print_table(build_table(done.results))
         for line in _aftermath(done):
             print(line)
+    if output is not None:
+        save_build(done, output)
     failed = [result for result in done.results if result.status == "failed"]
     if failed:
         raise StillhouseError(
@@ -101,6 +102,16 @@ def init(
     from stillhouse.build.starter import write_recipe
 
     print(write_recipe(directory, name))
+
+
+def _draw(done: Build, repository: Path, name: str) -> None:
+    """Draws the build's picture; one that cannot be written takes nothing from what was built."""
+    from stillhouse.build.picture import draw_build
+
+    try:
+        draw_build(done, repository, name)
+    except OSError as error:
+        log.warning("warning: the picture could not be drawn: %s", error)
 
 
 def _with_live(done: Build) -> Build:

@@ -77,7 +77,9 @@ def draw(points: list[Point], folder: Path, *, title: str) -> None:
 
 
 def _others(repository: Path, name: str, known: set[Path | None]) -> list[Point]:
-    points = []
+    points: list[Point] = []
+    if not repository.is_dir():  # nothing was ever published
+        return points
     for model in model_directories(repository):
         for number in version_numbers(model):
             directory = model / str(number)

@@ -18,7 +18,10 @@ EVERY_S = 10.0
 
 
 class Reporter(Protocol):
-    """Who is told how far a build is; below are one for a terminal and one for logs."""
+    """Who is told how far a build is; below are one for a terminal and one for logs.
+
+    A stage of a count of 0 is none of the build's own: it comes before they are known.
+    """
 
     def stage(self, name: str, index: int, count: int) -> None: ...
 
@@ -49,7 +52,7 @@ class BarReporter:
         self._progress.stop()
 
     def stage(self, name: str, index: int, count: int) -> None:
-        self._title = f"[{index}/{count}] {name}"
+        self._title = f"[{index}/{count}] {name}" if count else name
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(self._title.replace("[", "\\["), total=1.0)
@@ -78,7 +81,7 @@ class LineReporter:
         return None
 
     def stage(self, name: str, index: int, count: int) -> None:
-        self._title = f"[{index}/{count}] {name}"
+        self._title = f"[{index}/{count}] {name}" if count else name
         self._began = self._said = time.monotonic()
 
     def share(self, share: float) -> None:

@@ -58,22 +58,27 @@ def find_same(model_directory: Path, inputs_sha256: str) -> VersionDirectory | N
 
 
 def check_repository(repository: Path) -> None:
-    """Raises StillhouseError where nothing could be published into `repository`, before hours are spent on it."""
-    if repository.exists() and not repository.is_dir():
-        raise StillhouseError(f"{repository} is a file, not a model repository", hint="name a folder")
-    if (repository / "config.pbtxt").is_file():
-        raise StillhouseError(
-            f"{repository} is one model's directory, not a repository",
-            hint=f"name the folder above it: --repository {repository.parent}",
-        )
+    """Raises StillhouseError where nothing could be published into `repository`, before hours are spent on it.
+
+    Nothing is made: where there is no such folder yet, what counts is the nearest one above it.
+    """
     try:
-        repository.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=repository):
-            pass
+        there = next(place for place in (repository, *repository.absolute().parents) if place.exists())
+        writable = there.is_dir()
+        if writable:
+            with tempfile.TemporaryFile(dir=there):  # it has no name
+                pass
     except OSError as error:
         raise StillhouseError(
             f"cannot write into the repository {repository}: {error.strerror}", hint="name another with --repository"
         ) from None
+    if not writable:
+        raise StillhouseError(f"{there} is a file, not a model repository", hint="name a folder")
+    if (repository / CONFIG).is_file():
+        raise StillhouseError(
+            f"{repository} is one model's directory, not a repository",
+            hint=f"name the folder above it: --repository {repository.parent}",
+        )
 
 
 def publish(

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from stillhouse.build.tables import read_tables, validated
-from stillhouse.engine.errors import UsageError
+from stillhouse.engine.errors import UsageError, shown
 from stillhouse.engine.manifest import GateRecord, Precision, Target
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]*")
+_LONGEST_NAME = 200  # of the 255 that a file's name may have: a time, a precision or a process is added
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 OTHER_ROOMS = ("data", "tune", "prune", "pipeline")  # tables that other commands read of the same file
 _NOUNS = {"precisions": "precision", "quantize": "precision", "gate": "precision", "target": "target"}
@@ -36,7 +37,11 @@ DEFAULT_GATES: dict[str, GateRecord] = {
 
 def _fit_for_a_name(name: str) -> str:
     if not NAME.fullmatch(name):
-        raise ValueError(f"must be letters, digits, '_' and '-' (models and folders are called by it), got {name!r}")
+        raise ValueError(
+            f"must be letters, digits, '_' and '-' (models and folders are called by it), got {shown(name)}"
+        )
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"has {len(name)} letters; models and folders are called by it: {_LONGEST_NAME} at most")
     return name
 
 
@@ -158,9 +163,13 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 def resolve_source(source: str, folder: Path) -> str:
     """A checkpoint's folder made absolute, or `source` itself where it is no folder but looks like a hub id."""
     local = (folder / Path(source).expanduser()).resolve()
-    if local.exists() or not HUB_ID.fullmatch(source):
-        return str(local)
-    return source
+    try:
+        there = local.exists()
+    except OSError as error:  # a name that is too long, say
+        raise UsageError(
+            f"cannot look for {shown(source)}: {error.strerror}", hint="name a folder, or a hub id like owner/name"
+        ) from None
+    return str(local) if there or not HUB_ID.fullmatch(source) else source
 
 
 def _resolved(recipe: Recipe, folder: Path) -> Recipe:
@@ -198,8 +207,13 @@ def _resolved_file(key: str, name: str | None, folder: Path) -> str | None:
     if name is None:
         return None
     file = (folder / Path(name).expanduser()).resolve()
-    if not file.is_file():
-        raise UsageError(f"{key}: no such file: {file}", hint="paths in a recipe are relative to the recipe")
+    hint = "paths in a recipe are relative to the recipe"
+    try:
+        there = file.is_file()
+    except OSError as error:
+        raise UsageError(f"{key}: cannot look for {shown(name)}: {error.strerror}", hint=hint) from None
+    if not there:
+        raise UsageError(f"{key}: no such file: {file}", hint=hint)
     return str(file)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stillhouse.build.results import Build, BuildResult, result_json
 from stillhouse.engine.durable import write_text
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import GateRecord, Manifest
 
 
@@ -58,11 +59,19 @@ def build_json(build: Build) -> dict[str, Any]:
 
 
 def save_build(build: Build, folder: Path) -> None:
-    """Writes build.json into `folder`, and the build's picture beside it where it drew one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "build.json", json.dumps(build_json(build), indent=2) + "\n")
-    if build.log is not None and (picture := build.log / "quality.png").is_file():
-        shutil.copyfile(picture, folder / picture.name)
+    """Writes build.json into `folder`, and the build's picture beside it where it drew one.
+
+    Raises StillhouseError where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "build.json", json.dumps(build_json(build), indent=2) + "\n")
+        if build.log is not None and (picture := build.log / "quality.png").is_file():
+            shutil.copyfile(picture, folder / picture.name)
+    except OSError as error:
+        raise StillhouseError(
+            f"--output {folder}: cannot be written: {error.strerror}", hint="what was built stays; name another folder"
+        ) from error
 
 
 def versions_table(rows: list[dict[str, Any]], *, verified: bool) -> Table:
