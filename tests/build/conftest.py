@@ -111,24 +111,29 @@ def family_checkpoint(tiny_base: Path) -> Callable[..., Path]:
         import transformers
 
         kind = architecture.removesuffix("ForCausalLM")
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=1024,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=2048,
-            initializer_range=0.1,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-            **more,
-        )
+        shape: dict[str, Any] = {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+        config = getattr(transformers, f"{kind}Config")(**(shape | more))
         torch.manual_seed(0)
-        getattr(transformers, architecture)(config).float().save_pretrained(folder)
+        model = getattr(transformers, architecture)(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms begin as ones and biases as zeros, which could be left out unseen
+                    parameter += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(tiny_base / name, folder / name)
         return folder

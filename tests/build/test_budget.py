@@ -157,6 +157,7 @@ def test_a_tight_budget_takes_the_head_to_4_bits_unless_the_recipe_keeps_it(
         quantized(tmp_path / "kept", method=method, max_bytes=tight, keep_int8=["lm_head"])
 
 
+@pytest.mark.slow
 def test_both_ends_of_an_untied_vocabulary_go_to_4_bits(
     family_checkpoint: Callable[..., Path], calibration: Path, tmp_path: Path
 ) -> None:

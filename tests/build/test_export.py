@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillhouse.build.checkpoint import open_checkpoint
+from stillhouse.build.export import refuse_another_model
 from stillhouse.build.texts import evaluation_text, token_ids, token_windows
 from stillhouse.build.verify import divergence, log_softmax, read_network
 from stillhouse.build.worker import run_stage
+from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.runner import OrtRunner
 
 # FP32 on both sides; the largest logits are about 40, so this is 7 parts in a million.
@@ -147,17 +152,50 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {},
     "Qwen3ForCausalLM": {},
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, more) for family, more in FAMILIES.items()},
+    "Llama 3.2: tied, its rope": (
+        "LlamaForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 5e5},
+        },
+    ),
+    "Llama: heads wider than the model, biases": (
+        "LlamaForCausalLM",
+        {"head_dim": 64, "attention_bias": True, "mlp_bias": True},
+    ),
+    "Llama: every head its own keys": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "Mistral: heads narrower than the model, tied": (
+        "MistralForCausalLM",
+        {"sliding_window": None, "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "Qwen2: tied, another theta": (
+        "Qwen2ForCausalLM",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "Qwen2: rope scaled linearly": (
+        "Qwen2ForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "Qwen3: tied, wide heads, biases": (
+        "Qwen3ForCausalLM",
+        {"tie_word_embeddings": True, "head_dim": 64, "attention_bias": True},
+    ),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_supported_family_is_exported_as_transformers_has_it(
-    family: str, tmp_path: Path, family_checkpoint: Callable[..., Path]
+    variant: str, tmp_path: Path, family_checkpoint: Callable[..., Path]
 ) -> None:
     import torch
     import transformers
 
-    checkpoint = family_checkpoint(family, tmp_path / "base", **FAMILIES[family])
+    family, more = VARIANTS[variant]
+    checkpoint = family_checkpoint(family, tmp_path / "base", **more)
     arguments: dict[str, Any] = {"checkpoint": str(checkpoint), "destination": str(tmp_path / "model")}
     arguments |= {"precision": "fp32", "target": "cpu", "options": {}}
     run_stage("export", arguments, log=tmp_path / "log", share=lambda _: None)
@@ -205,3 +243,40 @@ def test_every_supported_family_is_quantized_as_transformers_has_it(
     for step in range(10):
         rows = log_softmax(runner.decode([tokens[0][40 + step], tokens[1][50 + step]], [40 + step, 50 + step]))
         assert float(divergence(expected[[0, 1], [40 + step, 50 + step]], rows).mean()) < 0.05
+
+
+def test_a_graph_that_is_another_model_than_the_checkpoint_is_refused(
+    graph: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """One that the builder exported without what it does not know: here other positions."""
+    refuse_another_model(tiny_base, graph / "model.onnx")
+    other = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StillhouseError, match=r"the exported graph is another model .* a logit differs by"):
+        refuse_another_model(other, graph / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ("LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 2.0}}),
+        ("Qwen2ForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 2.0}}),
+        ("MistralForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("Qwen3ForCausalLM", {"rope_parameters": {"rope_type": "longrope"}}),
+    ],
+)
+def test_positions_that_the_export_does_not_know_are_refused_by_name(
+    family: str, rope: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (base / "config.json").write_text(
+        json.dumps(config | {"architectures": [family], "model_type": family[:-11].lower()} | rope)
+    )
+    name = next(iter(rope.values())).get("rope_type", "yarn")
+    with pytest.raises(StillhouseError, match=f"scales its positions by {name} .* not supported for a {family}"):
+        open_checkpoint(str(base))

@@ -78,6 +78,18 @@ def test_merged_says_what_base_and_adapter_said_together(
     assert 1e-5 < record["relative_change_median"] <= record["relative_change_max"] < 1
 
 
+def test_a_tie_that_training_kept_is_kept(tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """One LoRA read at both ends: merged into each, the two differ by rounding alone."""
+    from transformers import AutoConfig
+
+    adapter = make_adapter(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    record = run_merge(tiny_base, tmp_path / "merged", adapter)
+    assert "model.embed_tokens" in record["modules_changed"]
+    assert AutoConfig.from_pretrained(tmp_path / "merged").tie_word_embeddings
+    difference = logits_of(tiny_base, adapter) - logits_of(tmp_path / "merged")
+    assert float(difference.abs().max()) <= 1e-4
+
+
 def test_biases_that_were_trained_are_merged_where_the_base_has_them_and_refused_where_not(
     tiny_base: Path,
     make_adapter: Callable[..., Path],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stillhouse.build.hub import folder_of
 from stillhouse.build.recipe import HUB_ID, AdapterRef
 from stillhouse.build.tensors import TensorInfo, read_header
 from stillhouse.engine.directory import sha256_of
-from stillhouse.engine.errors import StillhouseError
+from stillhouse.engine.errors import StillhouseError, shown
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,14 @@ _VOCABULARY = ("embed_tokens", "lm_head")
 _LORA = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta)(\.weight|\.bias)?$"
 )
+# What cannot be a merge into one base, by the key of adapter_config.json that asks for it.
+_UNMERGEABLE = {
+    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
+    "arrow_config": "is a router over other adapters (Arrow)",
+    "layer_replication": "stacks the base's layers anew",
+}
+# Starts that change the base by chance, by data or by another library, none of which the file holds.
+_LOST_STARTS = re.compile(r"pissa_niter_.*|corda.*|lora_ga|loftq")
 # Where peft wraps a module, the module's own weights lie one name deeper.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save|token_adapter)(?=\.|$)")
 
@@ -65,6 +73,7 @@ def open_adapter(ref: AdapterRef, base: Checkpoint) -> Adapter:
             f"adapter: {folder} is of type {config.get('peft_type')}; only LORA can be merged",
             hint="train a LoRA (rsLoRA and DoRA are LORA too), or merge this one yourself and name the result as base",
         )
+    _refuse_unmergeable(folder, config)
     if not (folder / WEIGHTS).is_file():
         if pickled := pickle_in("adapter", folder):
             raise pickled
@@ -84,6 +93,31 @@ def open_adapter(ref: AdapterRef, base: Checkpoint) -> Adapter:
             base.id,
         )
     return Adapter(own_name, folder, config, tensors, digest, ref.weight)
+
+
+def unknown_words(path: Path) -> list[str]:
+    """What the adapter's config says and the installed peft does not know, as "key = value"; runs in the merge."""
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)}
+    config = read_json(path / "adapter_config.json")
+    return [f"{key} = {shown(value)}" for key, value in sorted(config.items()) if value and key not in known]
+
+
+def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
+    """A LoRA whose change is not one of the base's own weights, or not to be had from its file."""
+    for key, what in _UNMERGEABLE.items():
+        if config.get(key):
+            raise StillhouseError(
+                f"adapter: {folder} {what}: {key} in its adapter_config.json; it cannot be merged",
+                hint="train a plain LoRA, or merge this one yourself and name the result as base",
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _LOST_STARTS.fullmatch(start.lower()):
+        raise StillhouseError(
+            f"adapter: {folder} was begun by {start}, which changes the base in a way that the file does not hold",
+            hint="save it as a plain LoRA: save_pretrained(folder, path_initial_model_for_weight_conversion=…)",
+        )
 
 
 def place_of(name: str) -> Place:

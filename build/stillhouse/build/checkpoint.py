@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 # What the model builder writes and the engine runs with tests; a new family is one row here and a test.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+# Positions that the model builder computes as transformers does: its yarn rounds otherwise, and for a Llama it knows
+# no other scaling than Llama 3's.
+_ROPES = {"LlamaForCausalLM": ("default", "llama3")}
+_OTHER_ROPES = ("default", "linear")
+
 _READ = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json",
@@ -87,6 +92,11 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
             f"base: {folder} is a {architecture}, which is not supported",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
+    if "auto_map" not in config and config.get("model_type") != architecture.removesuffix("ForCausalLM").lower():
+        raise StillhouseError(  # transformers goes by the one, all else by the other
+            f"base: {folder}/config.json says both {architecture} and model_type {config.get('model_type')!r}",
+            hint="copy or download the checkpoint again",
+        )
     tensors = _all_tensors(folder)
     if (quantization := quantization_of(folder, config, tensors)) is not None:
         refuse_unless_taken(folder, quantization)
@@ -99,6 +109,7 @@ def open_checkpoint(source: str, revision: str | None = None, *, trust_remote_co
         if (folder / name).is_file():
             read_json(folder / name)
     _hold_against_config(folder, config, tensors)
+    _refuse_odd_tokens(folder)
     named = str(config.get("_name_or_path") or "")
     own_name = source if HUB_ID.fullmatch(source) else named if HUB_ID.fullmatch(named) else folder.name
     return Checkpoint(own_name, folder, config, tensors, _folder_sha256(folder), quantization is not None)
@@ -134,7 +145,12 @@ def _architecture(folder: Path, config: dict[str, Any]) -> str:
 
 def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint, from one file or from the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise StillhouseError(
+            f"base: {folder} has both {single.name} and {index.name}: two checkpoints in one folder",
+            hint="remove the one that is not meant",
+        )
     if index.is_file():
         names = sorted(set(_weight_map(index).values()))
         files = [folder / name for name in names]
@@ -159,6 +175,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise StillhouseError(f"{index} names no weights", hint="copy or download the file again")
+    if outside := sorted(name for name in found.values() if Path(name).name != name):
+        raise StillhouseError(f"{index} names {outside[0]}, no file beside it", hint="copy the weights into its folder")
     return found
 
 
@@ -172,6 +190,13 @@ def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str
                 f"base: {folder}/config.json says {said} {key}; it is a whole number, {least} at least",
                 hint="copy or download the checkpoint again",
             )
+    rope, known = _rope_type(config), _ROPES.get(config["architectures"][0], _OTHER_ROPES)
+    if rope not in known:
+        raise StillhouseError(
+            f"base: {folder} scales its positions by {rope} (rope_scaling, rope_parameters), which is not supported "
+            f"for a {config['architectures'][0]}",
+            hint=f"supported: {', '.join(known)}; a longer context may be left out of its config.json",
+        )
     if config.get("use_sliding_window"):
         raise StillhouseError(
             f"base: {folder} attends through a sliding window (use_sliding_window), which is not supported",
@@ -180,10 +205,10 @@ def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str
     if (context := context_length_of(config)) < config["max_position_embeddings"]:
         log.warning("warning: %s has a sliding window: its context is built as that window, %d tokens", folder, context)
     if (
-        odd := next((n for n, info in tensors.items() if n.endswith(".weight") and not info.is_float), None)
+        odd := next((n for n, info in tensors.items() if n.endswith(".weight") and not info.is_whole_float), None)
     ) is not None:
         raise StillhouseError(
-            f"base: {folder} has {odd} in {tensors[odd].dtype}, not in floats",
+            f"base: {folder} has {odd} in {tensors[odd].dtype}, not in floats of 16 bits or more",
             hint="copy or download the checkpoint again",
         )
     layers = {int(found.group(1)) for name in tensors if (found := _LAYER.search(name))}
@@ -200,6 +225,27 @@ def _hold_against_config(folder: Path, config: dict[str, Any], tensors: dict[str
             f"its config.json says {list(expected)} (vocab_size, hidden_size)",
             hint="copy or download the checkpoint again",
         )
+
+
+def _refuse_odd_tokens(folder: Path) -> None:
+    """Where a generation begins and ends must be said in token ids."""
+    for name in ("config.json", "generation_config.json"):
+        said = read_json(folder / name) if (folder / name).is_file() else {}
+        for key in ("bos_token_id", "eos_token_id"):
+            ids = said.get(key)
+            single = ids if isinstance(ids, list) and key == "eos_token_id" else [] if ids is None else [ids]
+            if not all(type(token) is int and token >= 0 for token in single):
+                raise StillhouseError(
+                    f"base: {folder}/{name} has {ids!r} as {key}, no token id", hint="copy or download the file again"
+                )
+
+
+def _rope_type(config: dict[str, Any]) -> str:
+    """How the base scales its positions, under the keys of today and of before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(settings := config.get(key), dict):
+            return str(settings.get("rope_type") or settings.get("type") or "default")
+    return "default"
 
 
 def pickle_in(role: str, folder: Path) -> StillhouseError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -15,6 +16,8 @@ from stillhouse.engine.manifest import LOGITS_FROM
 
 MODEL_FILES = ("model.onnx", "model.onnx.data")
 BUILDER = "onnxruntime_genai.models.builder"
+PROBE_TOKENS = 128
+ROUNDING = 1e-3  # of the largest logit; FP32's own is 7e-6 (measured), another model's a tenth and more
 
 
 def export(
@@ -23,7 +26,7 @@ def export(
     """Builds `checkpoint` into `destination`: model.onnx, model.onnx.data and genai_config.json.
 
     `precision` and `options` are the builder's own words (`-p`, `--extra_options`). Raises StillhouseError where the
-    builder wrote no model.
+    builder wrote no model, or one in FP32 that says something else than the checkpoint.
     """
     share(0.0)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,8 +47,44 @@ def export(
         if file.name not in (*MODEL_FILES, "genai_config.json"):
             file.unlink()  # the tokenizer's files come from the checkpoint, byte for byte
     add_logits_from(Path(destination) / "model.onnx")
+    share(0.7)
+    gc.collect()  # the builder's model
+    if precision == "fp32":
+        refuse_another_model(Path(checkpoint), Path(destination) / "model.onnx")
     share(1.0)
     return {}
+
+
+def refuse_another_model(checkpoint: Path, model_path: Path) -> None:
+    """Raises StillhouseError unless the FP32 graph says what transformers' own layers say, on some tokens.
+
+    All that a version is measured against is this graph: what the builder left out would never be missed.
+    """
+    import numpy as np
+    import torch
+
+    from stillhouse.build.stream import LayerStream
+    from stillhouse.build.verify import read_network
+    from stillhouse.engine.runner import OrtRunner
+
+    network = read_network(checkpoint)
+    length = min(PROBE_TOKENS, network.context_length)
+    tokens = np.random.default_rng(0).integers(0, network.vocab_size, length).tolist()
+    stream = LayerStream(checkpoint)
+    with torch.no_grad():
+        hidden = stream.embed(torch.tensor([tokens]))
+        for index in range(stream.layers):
+            hidden = stream.run(stream.layer(index), hidden)
+            stream.release(index)
+        expected = (stream.final_norm()(hidden)[0] @ stream.head().T).numpy()
+    logits = OrtRunner(model_path, network=network, slots=1, max_len=length).prefill(0, tokens, 0)
+    difference, allowed = float(np.abs(logits - expected).max()), ROUNDING * float(np.abs(expected).max())
+    if not difference <= allowed:
+        raise StillhouseError(
+            f"the exported graph is another model than the checkpoint: a logit differs by {difference:.2g}, "
+            f"more than {allowed:.2g}",
+            hint="something in its config.json is unknown to the model builder; see the build log",
+        )
 
 
 def add_logits_from(model_path: Path) -> None:

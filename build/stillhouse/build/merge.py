@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.build import proof, vocabulary, whole
-from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of
+from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of, unknown_words
 from stillhouse.build.checkpoint import read_json
 from stillhouse.build.tensors import read_header
 from stillhouse.build.tokenizer_files import tokenizer_source, write_tokenizer
@@ -45,13 +45,15 @@ def merge(
     torch.manual_seed(0)
     folder = Path(destination)
     folder.mkdir(parents=True, exist_ok=True)
-    model = _load(Path(base), trust_remote_code)
+    model, unread = _load(Path(base), trust_remote_code)
     share(0.2)
     proof.refuse_not_finite(model, f"base: {base}")
     paths = [Path(adapter["path"]) for adapter in adapters]
     rows = model.get_input_embeddings().weight.shape[0]
     windows = _windows(Path(base), paths, folder, probe_texts, rows, trust_remote_code)
     before = merged = proof.logits_of(model, windows) if adapters else []
+    if not all(bool(rows_.isfinite().all()) for rows_ in before):
+        raise StillhouseError(f"base: {base} gives logits that are not finite", hint="is its config.json its own?")
     differences: list[tuple[float, float]] = []
     for index, adapter in enumerate(adapters):
         model, merged, own = _merge_one(
@@ -66,6 +68,10 @@ def merge(
         record |= {"max_logit_difference": nearest[0], "allowed_logit_difference": nearest[1]}
         record |= proof.changes(model, Path(base))
         record |= {"kl_from_base": proof.divergence(before, merged), "kl_tokens": sum(map(len, windows))}
+    warnings_ = [f"base: {name} has no place in the model and is left out" for name in unread]
+    warnings_ += [f"adapter {path.name}: peft does not know {word}" for path in paths for word in unknown_words(path)]
+    if warnings_:
+        record["warnings"] = warnings_
     share(0.8)
     _save(model, folder)
     if trust_remote_code:
@@ -74,8 +80,11 @@ def merge(
     return record
 
 
-def _load(base: Path, trust_remote_code: bool) -> Any:
-    """The base in FP32; a weight that its files lack would be made up, and is refused."""
+def _load(base: Path, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """The base in FP32, and what of its files has no place in it.
+
+    A weight that its files lack would be made up, a bias that the model has no place for changed what it says: refused.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -101,9 +110,16 @@ def _load(base: Path, trust_remote_code: bool) -> Any:
         raise StillhouseError(
             f"base: {base} lacks {min(report['missing_keys'])}", hint="copy or download the checkpoint again"
         )
+    unread = sorted(name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    known = {name for name, _ in model.named_modules()}
+    if bias := next((name for name in unread if name.endswith(".bias") and name.removesuffix(".bias") in known), None):
+        raise StillhouseError(
+            f"base: {base} has {bias}, for which its config.json makes no place",
+            hint="is its config.json its own? (attention_bias, mlp_bias)",
+        )
     if hasattr(model.config, "quantization_config"):  # null, which the export does not take for none
         del model.config.quantization_config
-    return model.eval()
+    return model.eval(), unread
 
 
 def _merge_one(
@@ -180,7 +196,8 @@ def _attach(model: Any, path: Path) -> Any:
     }
     for name in read_header(path / WEIGHTS):
         place = place_of(name)
-        if place.module not in adapted and not is_vocabulary(place):
+        trained = place.module in adapted or (config.bias == "all" and name.endswith(".bias"))
+        if not trained and not is_vocabulary(place):
             raise StillhouseError(
                 f"adapter: {path} has weights for {place.module}, which its adapter_config.json leaves out",
                 hint="the file and its config do not belong together; save the trained adapter again",
@@ -189,9 +206,9 @@ def _attach(model: Any, path: Path) -> Any:
 
 
 def _refuse_a_start_that_moves_the_base(attached: Any, weight: float, path: Path) -> None:
-    """PiSSA and others take their start out of the weight that they meet: it must be the base's, and whole."""
+    """PiSSA and OLoRA take their start out of the weight that they meet: it must be the base's, and whole."""
     start = attached.peft_config["default"].init_lora_weights
-    if isinstance(start, str) and start not in ("gaussian", "eva"):
+    if isinstance(start, str) and start.lower() in ("pissa", "olora"):
         raise StillhouseError(
             f"adapter: {path} was begun by {start}, whose change cannot be "
             + (f"weighted by {weight:g}" if weight != 1.0 else "added to another adapter's"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from stillhouse.build.worker import StageRun, run_stage
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.engine.manifest import ModelRecord, Precision
 
+log = logging.getLogger(__name__)
+
 
 def build(
     recipe: Recipe,
@@ -42,8 +45,13 @@ def build(
     `make_live` moves `version_policy` to a new version; the first version of a model is live in any case.
     `on_result` hears of each version as soon as it is done: a later one's error takes nothing from it.
     """
-    run = _Run(plan(recipe, repository, force=force), force, no_cache, make_live, reporter, on_result)
-    return run.build()
+    began = time.perf_counter()
+    if reporter is not None:
+        reporter.stage("check", 0, 0)  # every input is read and hashed
+    planned = plan(recipe, repository, force=force)
+    if reporter is not None:
+        reporter.done(f"{time.perf_counter() - began:.1f} s")
+    return _Run(planned, force, no_cache, make_live, reporter, on_result).build()
 
 
 class _Run:
@@ -99,6 +107,8 @@ class _Run:
 
     def _build_wanted(self, stack: ExitStack, scratch: Path) -> None:
         merged = self._entry(stack, "merge", "merge", self.plan.merge_key, self._merge_arguments())
+        for line in merged.result.get("warnings", []):
+            log.warning("warning: %s", line)
         network = read_network(merged.path)
         windows = token_windows(token_ids(self.plan.text, merged.path / "tokenizer.json"), network.context_length)
         fp32 = self._entry(stack, "export fp32", "fp32", self.plan.reference_key, _fp32_arguments(merged.path))

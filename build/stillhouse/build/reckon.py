@@ -53,7 +53,7 @@ def memory(sizes: Sizes, stages: Collection[str], methods: Collection[Method]) -
     if "fp32" in stages:
         peaks.append(sizes.weights + 3 * sizes.vocabulary // 2)
     peaks += [
-        4 * sizes.vocabulary + 6 * sizes.hessian if method.calibrated else 2 * sizes.vocabulary for method in methods
+        6 * sizes.vocabulary + 6 * sizes.hessian if method.calibrated else 2 * sizes.vocabulary for method in methods
     ]
     return RUNTIME_BYTES + max(peaks)
 

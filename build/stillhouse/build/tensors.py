@@ -28,6 +28,11 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype.startswith(("F", "BF"))
 
+    @property
+    def is_whole_float(self) -> bool:
+        """Whether it needs no scale beside it, as floats of 8 bits do."""
+        return self.is_float and not self.dtype.startswith("F8")
+
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of `file` by name (format: https://huggingface.co/docs/safetensors).

@@ -31,13 +31,17 @@ def _own_module(module: Any) -> Any:
 
 
 def tie_as_it_is(model: Any) -> None:
-    """Makes the config say whether embedding and head are one weight."""
+    """Makes the config say whether embedding and head are one weight.
+
+    A change of both that peft kept tied (ensure_weight_tying) is merged once a way, and differs by FP32's rounding.
+    """
     import torch
 
     if not model.config.tie_word_embeddings:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if torch.equal(embedding.weight, head.weight):
+    rounding = 4 * torch.finfo(torch.float32).eps * float(embedding.weight.abs().max())
+    if torch.allclose(embedding.weight, head.weight, rtol=0.0, atol=rounding):
         head.weight = embedding.weight
     else:
         model.config.tie_word_embeddings = False
