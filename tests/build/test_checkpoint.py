@@ -57,7 +57,7 @@ def test_a_sliding_window_is_the_context_or_is_refused(base: Path, caplog: pytes
     assert "its context is built as that window, 16 tokens" in caplog.text
     set_config(base, sliding_window=None)
     assert open_checkpoint(str(base)).context_length == 2048
-    set_config(base, architectures=["Qwen2ForCausalLM"], sliding_window=16, use_sliding_window=True)
+    set_config(base, architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=16, use_sliding_window=True)
     with pytest.raises(StillhouseError, match="attends through a sliding window"):
         open_checkpoint(str(base))
     set_config(base, use_sliding_window=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor
 
 from stillhouse.build.blocks import BlockWeight
+from stillhouse.build.budget import Shapes
 from stillhouse.build.calibrated import gptq_layers
 from stillhouse.build.gptq import gptq, hessian_of
 from stillhouse.build.nbits import EMBEDDING, HEAD, QuantizedGraph
 from stillhouse.build.rounding import ROUNDINGS, rounded
 from stillhouse.build.stream import LayerStream
 from stillhouse.build.worker import Share
-
-Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -66,7 +64,7 @@ def make(share: Share, job: Job, method: str, folder: Path) -> dict[str, Any]:
     for node, weight in job.taken.items():
         graph.add(node, weight)
     if method == "gptq":
-        # Of the two ends, 8 bits are rounded to nearest below; an embedding has no inputs that errors could go to.
+        # Head and embedding at 8 bits are rounded to nearest below.
         bits = {node: width for node, width in job.bits.items() if node not in (HEAD, EMBEDDING) or width == 4}
         form: dict[str, Any] = {"block_size": job.block_size, "symmetric": job.symmetric}
         errors = gptq_layers(share, job.stream, torch.tensor(job.windows), bits, graph.add, **form)
