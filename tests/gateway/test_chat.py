@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from stillhouse.engine.model import LanguageModel
@@ -118,7 +119,7 @@ def test_without_max_tokens_the_answer_may_fill_the_context(http: httpx.Client) 
 
 
 def test_content_may_come_in_parts_and_nulls_are_not_given(http: httpx.Client) -> None:
-    parts = [{"type": "text", "text": MESSAGES[0]["content"]}]
+    parts = [{"type": "text", "text": MESSAGES[0]["content"], "prompt_cache_breakpoint": {"type": "ephemeral"}}]
     in_parts = [{"role": "user", "content": parts, "name": None, "tool_calls": None}]
     whole = http.post("/v1/chat/completions", json=GREEDY).json()["choices"]
     assert (
@@ -127,8 +128,59 @@ def test_content_may_come_in_parts_and_nulls_are_not_given(http: httpx.Client) -
     )
 
 
+def test_a_developers_message_is_the_systems_to_a_template_that_knows_no_developers(http: httpx.Client) -> None:
+    def ids(role: str) -> list[int]:
+        messages = [{"role": role, "content": "Answer in French."}, *MESSAGES]
+        body = http.post("/tokenize", json={"model": "support-int4", "messages": messages}).json()
+        return list(body["tokens"])
+
+    assert ids("developer") == ids("system") != ids("user")
+
+
+def test_an_answer_of_thoughts_alone_may_be_sent_back_as_it_came(http: httpx.Client) -> None:
+    asked = {"model": "thinker-int4", "messages": MESSAGES, "max_tokens": 4}
+    message = http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["reasoning_content"]
+    again = http.post("/v1/chat/completions", json={**asked, "messages": [*MESSAGES, message, *MESSAGES]})
+    assert again.status_code == 200, again.text
+
+
+class City(pydantic.BaseModel):
+    """The form of an answer."""
+
+    city: Literal["Paris", "Rome"]
+
+
+def test_openais_helpers_parse_and_gather(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(**{**GREEDY, "max_tokens": 40}, response_format=City)
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    whole = client.chat.completions.create(**GREEDY, logprobs=True, n=2)
+    with client.chat.completions.stream(**GREEDY, logprobs=True, n=2) as stream:
+        kinds = {event.type for event in stream}
+        gathered = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done", "logprobs.content.delta"} <= kinds
+    for mine, theirs in zip(gathered.choices, whole.choices, strict=True):
+        assert mine.message.content == theirs.message.content
+        assert (mine.finish_reason, mine.logprobs) == (theirs.finish_reason, theirs.logprobs)
+
+
+def test_what_openais_package_can_ask_for_beyond_this_is_not_found_or_refused(client: openai.OpenAI) -> None:
+    for ask in (
+        lambda: client.responses.create(model="support-int4", input="Hi"),
+        lambda: client.embeddings.create(model="support-int4", input="Hi"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="Unknown request URL: POST /v1/"):
+            ask()
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(openai.BadRequestError, match="tools cannot be used"):
+        client.chat.completions.create(**GREEDY, tools=[tool])
+    assert client.models.retrieve("support-int4").to_dict()["root"] == "support-int4"
+
+
 def test_fields_without_an_effect_are_accepted(http: httpx.Client) -> None:
     idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True}
+    idle |= {"prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit"}, "moderation": None}
     idle |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
     assert http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle}).status_code == 200
 

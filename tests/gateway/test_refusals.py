@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import threading
@@ -170,8 +171,9 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client
 
 
 def test_unknown_paths_and_methods_have_their_status(http: httpx.Client) -> None:
-    assert error_of(http.get("/v2/models"))["code"] == "unknown_url"
-    assert http.get("/v2/models").status_code == 404
+    missed = http.post("/chat/completions", json=SOUND)
+    assert (missed.status_code, error_of(missed)["code"]) == (404, "unknown_url")
+    assert "Here are /v1/models, /v1/chat/completions, /v1/completions" in error_of(missed)["message"]
     wrong = http.get(CHAT)
     assert error_of(wrong)
     assert wrong.status_code == 405
@@ -179,6 +181,19 @@ def test_unknown_paths_and_methods_have_their_status(http: httpx.Client) -> None
     # No redirect either: its target would be whatever Host the request names.
     slashed = http.post(f"{CHAT}/", json=SOUND, headers={"Host": "elsewhere.example"})
     assert (slashed.status_code, error_of(slashed)["code"]) == (404, "unknown_url")
+
+
+def test_what_may_be_got_may_be_asked_for_by_head(http: httpx.Client) -> None:
+    for path in ("/", "/health", "/metrics", "/v1/models", "/v1/models/support-int4"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+
+
+def test_a_body_in_another_coding_is_refused_by_its_name(http: httpx.Client) -> None:
+    packed = gzip.compress(json.dumps(SOUND).encode())
+    refused = http.post(CHAT, content=packed, headers={"Content-Encoding": "gzip"})
+    assert refused.status_code == 415
+    assert error_of(refused)["message"] == "Content-Encoding 'gzip' is not read here: send the body as it is"
 
 
 @pytest.mark.parametrize(
@@ -281,3 +296,16 @@ async def test_pages_of_other_sites_may_not_ask_unless_they_are_named() -> None:
             asked = await http.post(CHAT, json=SOUND, headers=elsewhere)
             assert asked.status_code == status
             assert ("access-control-allow-origin" in asked.headers) == bool(origins)
+
+
+async def test_a_page_that_is_named_may_send_the_headers_of_openais_package() -> None:
+    page = "https://app.example"
+    transport = httpx.ASGITransport(create_app(Gateway(Access(("sesame",), (page,)))))
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+        allowed = await http.options(CHAT, headers={"Origin": page, **asks})
+        refused = await http.options(CHAT, headers={"Origin": "https://elsewhere.example", **asks})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == page
+    assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
+    assert "access-control-allow-origin" not in refused.headers

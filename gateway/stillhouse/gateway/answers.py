@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import EngineClosed
+from stillhouse.engine.errors import EngineClosed, QueueFull
 
 _BUFFERED = 256
+_AGAIN_S = 1.0  # when a refused stream comes again, unless one of its own request ends before
 
 T = TypeVar("T")
 Stream = AsyncGenerator[Chunk, None]
@@ -19,7 +21,8 @@ Stream = AsyncGenerator[Chunk, None]
 async def merged(streams: Sequence[Callable[[], Stream]], together: int) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of all streams, each with its stream's number; `together` of them run at a time.
 
-    The first error ends all, and is raised.
+    The first error ends all, and is raised; but once one of them has been let in, those for whom the queue is full come
+    again: a request is refused at once, or answered.
     """
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]()) as only:
@@ -27,8 +30,8 @@ async def merged(streams: Sequence[Callable[[], Stream]], together: int) -> Asyn
                 yield 0, _sound(chunk)
         return
     queue: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue(_BUFFERED)
-    gate = asyncio.Semaphore(together)
-    tasks = [asyncio.create_task(_pump(number, stream, queue, gate)) for number, stream in enumerate(streams)]
+    turns = _Turns(asyncio.Semaphore(together))
+    tasks = [asyncio.create_task(_pump(number, stream, queue, turns)) for number, stream in enumerate(streams)]
     try:
         running = len(tasks)
         while running:
@@ -62,19 +65,55 @@ async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
+@dataclass
+class _Turns:
+    """Which of a request's streams may run: `gate` bounds them, `ended` wakes one of the refused when one has ended."""
+
+    gate: asyncio.Semaphore
+    ended: asyncio.Condition = field(default_factory=asyncio.Condition)
+    inside: int = 0  # as far as is known: a stream that is refused says so a moment later
+    begun: bool = False  # one of them has been let in for sure
+
+
 async def _pump(
     number: int,
     stream: Callable[[], Stream],
     queue: asyncio.Queue[tuple[int, Chunk | Exception | None]],
-    gate: asyncio.Semaphore,
+    turns: _Turns,
 ) -> None:
     try:
-        async with gate, contextlib.aclosing(stream()) as chunks:
-            async for chunk in chunks:
-                await queue.put((number, chunk))
+        async with turns.gate:
+            while (refusal := await _run(number, stream, queue, turns)) is not None:
+                if not (turns.inside or turns.begun):
+                    raise refusal
+                async with turns.ended:
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(turns.ended.wait(), _AGAIN_S)
         await queue.put((number, None))
     except Exception as error:  # the boundary between tasks: whoever reads the queue raises it
         await queue.put((number, error))
+
+
+async def _run(
+    number: int,
+    stream: Callable[[], Stream],
+    queue: asyncio.Queue[tuple[int, Chunk | Exception | None]],
+    turns: _Turns,
+) -> QueueFull | None:
+    """Hands the chunks over; None at their end, or why there are none."""
+    turns.inside += 1
+    try:
+        async with contextlib.aclosing(stream()) as chunks:
+            async for chunk in chunks:
+                turns.begun = True
+                await queue.put((number, chunk))
+    except QueueFull as error:
+        return error
+    finally:
+        turns.inside -= 1
+    async with turns.ended:
+        turns.ended.notify()
+    return None
 
 
 def _sound(chunk: Chunk) -> Chunk:

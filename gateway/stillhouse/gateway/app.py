@@ -19,7 +19,7 @@ from stillhouse.gateway.bodies import ChatBody, CompletionBody
 from stillhouse.gateway.body import read_body
 from stillhouse.gateway.chat import chat_completion, chat_events, chat_job
 from stillhouse.gateway.completions import completion, completion_events, completion_job
-from stillhouse.gateway.doorway import Doorway, error_response
+from stillhouse.gateway.doorway import COUNTED_PATHS, Doorway, error_response
 from stillhouse.gateway.errors import ApiError, api_error, unavailable
 from stillhouse.gateway.gateway import Gateway
 from stillhouse.gateway.metrics import Meter
@@ -45,7 +45,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(gateway.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's package for browsers sends a dozen of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     for kind in (ApiError, StillhouseError):  # what else is thrown, the doorway answers
@@ -82,7 +82,7 @@ def _add_watching(app: FastAPI, gateway: Gateway) -> None:
             return error_response(unavailable(reason))
         return Response(b'{"status":"ok"}', media_type="application/json")
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(gateway.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -111,6 +111,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     # Not request.url, which fails on a broken Host; and what the path holds may be no line.
     path = f"{request.method} {ascii(request.scope['path'][:200])[1:-1]}"
     if error.status_code == 404:
-        return error_response(ApiError(404, f"Unknown request URL: {path}", code="unknown_url"))
+        here = ", ".join(known for known in COUNTED_PATHS if known.startswith("/v1/"))
+        return error_response(ApiError(404, f"Unknown request URL: {path}. Here are {here}", code="unknown_url"))
     headers = dict(error.headers or {})
     return error_response(ApiError(error.status_code, f"{error.detail}: {path}", headers=headers))

@@ -41,6 +41,8 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 
 async def _read_bytes(request: Request) -> bytes:
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise ApiError(415, f"Content-Encoding {shown(coding)} is not read here: send the body as it is")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()

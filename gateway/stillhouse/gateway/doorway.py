@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # Whoever watches over the server has no key, and the page asks for one itself.
 OPEN_PATHS = ("/", "/health")
-_COUNTED = (
+COUNTED_PATHS = (
     "/",
     "/health",
     "/metrics",
@@ -72,7 +72,7 @@ class Doorway:
         finally:
             gateway.in_flight -= 1
             gateway.metrics.in_flight.dec()
-            counted = path if path in _COUNTED else "/v1/models" if path.startswith("/v1/models/") else "other"
+            counted = path if path in COUNTED_PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
             gateway.metrics.requests.labels(counted, str(status)).inc()
             took_s = time.perf_counter() - begun_s
             gateway.metrics.request_duration.labels(counted).observe(took_s)

@@ -26,7 +26,11 @@ _PUT_IN_HERE = ("messages", "add_generation_prompt")
 
 
 def ready_messages(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> list[dict[str, Any]]:
-    """The messages with their content as one text each, without fields that are null. Raises ApiError."""
+    """The messages with their content as one text each, without fields that are null. Raises ApiError.
+
+    A developer's message is the system's to a template that does not know developers, as it is to OpenAI's own models
+    from before that role: most templates would leave it out.
+    """
     if not messages:
         raise invalid("messages must hold at least one message", "messages")
     return [_ready(message, f"messages.{index}", model) for index, message in enumerate(messages)]
@@ -74,8 +78,11 @@ def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[s
         if name in given and not model.tokenizer.template_mentions(name):
             raise invalid(f"{place}.{name}: the chat template of {model.name} does not render it", f"{place}.{name}")
     content = message.get("content")
-    if content in (None, []) and "tool_calls" not in given:
+    # An answer that was cut off in its thoughts has no content, and clients send it back as they got it.
+    if content in (None, []) and not given.keys() & {"tool_calls", "reasoning_content"}:
         raise invalid(f"{place}.content is missing", f"{place}.content")
+    if given["role"] == "developer" and not model.tokenizer.template_mentions("developer"):
+        given["role"] = "system"
     return {**given, "content": _text(content, f"{place}.content")}
 
 
@@ -92,7 +99,8 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
             raise invalid(f"{place}.{index}: only parts of text are understood here, got {kind!r}", f"{place}.{index}")
-        if unknown := sorted(name for name in part.keys() - {"type", kind} if part[name] is not None):
+        known = {"type", kind, "prompt_cache_breakpoint"}  # the last asks OpenAI's cache, and nothing of an answer
+        if unknown := sorted(name for name in part.keys() - known if part[name] is not None):
             raise invalid(
                 f"unknown field {place}.{index}.{unknown[0]}", f"{place}.{index}.{unknown[0]}", "unknown_field"
             )

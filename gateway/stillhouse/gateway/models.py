@@ -21,11 +21,11 @@ def router(gateway: Gateway) -> APIRouter:
     """The paths over `gateway`."""
     routes = APIRouter()
 
-    @routes.get("/v1/models")
+    @routes.api_route("/v1/models", methods=["GET", "HEAD"])
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [_entry(model) for model in gateway.models()]})
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.api_route("/v1/models/{name:path}", methods=["GET", "HEAD"])
     async def one_model(name: str) -> Response:
         return JSONResponse(_entry(gateway.model(name)))
 
@@ -74,11 +74,14 @@ async def _tokenized(model: ServedModel, body: TokenizeBody) -> list[int]:
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:
+    """OpenAI's fields, and vLLM's (`root`, `parent`, `max_model_len`), which its benchmark asks for."""
     return {
         "id": model.name,
         "object": "model",
         "created": model.created_s,
         "owned_by": "stillhouse",
+        "root": model.name,
+        "parent": None,
         "max_model_len": model.max_model_len,
         "version": model.version,
     }

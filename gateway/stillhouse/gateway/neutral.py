@@ -14,7 +14,7 @@ from stillhouse.gateway.errors import invalid
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's
-    **dict.fromkeys(("audio", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "tools": ([],),

@@ -42,6 +42,7 @@ EFFORT_TOKENS: dict[str, int | None] = {
     "medium": 2048,
     "high": None,
     "xhigh": None,
+    "max": None,
 }
 
 

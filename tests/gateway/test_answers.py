@@ -1,0 +1,63 @@
+"""Several answers at once: those of a request that has been let in are all made, the others are refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
+
+import pytest
+
+from stillhouse.engine.answer import Chunk
+from stillhouse.engine.errors import QueueFull
+from stillhouse.gateway import answers
+
+
+class Engine:
+    """Has room for so many answers, and refuses more, both a moment after it is asked."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.refused = 0
+
+    async def stream(self, number: int) -> AsyncGenerator[Chunk, None]:
+        await asyncio.sleep(0.001)
+        if not self.room:
+            self.refused += 1
+            raise QueueFull("it is full")
+        self.room -= 1
+        try:
+            await asyncio.sleep(0.02)
+            yield Chunk(f"{number}", (5,), 1, 1, "stop")
+        finally:
+            self.room += 1
+
+
+async def ask(engine: Engine, count: int, together: int = 32) -> list[tuple[int, str]]:
+    streams = [partial(engine.stream, number) for number in range(count)]
+    return sorted([(number, chunk.text) async for number, chunk in answers.merged(streams, together)])
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+async def test_a_request_of_which_a_part_was_let_in_is_answered_whole(room: int) -> None:
+    engine = Engine(room)
+    assert await ask(engine, 5) == [(number, f"{number}") for number in range(5)]
+    assert bool(engine.refused) is (room < 5)
+
+
+async def test_two_requests_share_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_AGAIN_S", 0.01)
+    engine = Engine(2)
+    both = await asyncio.gather(ask(engine, 4), ask(engine, 4), return_exceptions=True)
+    whole = [(number, f"{number}") for number in range(4)]
+    # Whoever was let in with none of its answers is refused.
+    assert whole in both
+    assert all(of == whole or isinstance(of, QueueFull) for of in both)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+async def test_a_request_of_which_nothing_is_let_in_is_refused_at_once(count: int) -> None:
+    engine = Engine(0)
+    with pytest.raises(QueueFull):
+        await asyncio.wait_for(ask(engine, count), 0.5)
+    assert engine.refused == count
