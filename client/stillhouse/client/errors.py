@@ -81,6 +81,7 @@ def from_server(message: str, where: str, default: type[ClientError] = RequestRe
 
 # What stillhouse's backend begins an error with (serve/errors.py).
 _KINDS: dict[str, type[ClientError]] = {
+    "Error generating stream": RequestRejected,
     "invalid request": RequestRejected,
     "prompt too long": RequestRejected,
     "queue full": Overloaded,

@@ -20,9 +20,16 @@ from stillhouse.engine.errors import (
 )
 
 _LONGEST_ERROR = 1000  # in characters
+
+
+class VllmRefusal(InvalidRequest):
+    """What Triton's vLLM backend refuses too: it is told in that backend's very words, which its clients look for."""
+
+
 # What an error that the backend sends begins with, the narrower class first: inside a stream Triton sends a text alone,
 # and what follows may hold whatever the request has said. stillhouse.client reads them.
 KINDS: dict[type[StillhouseError], str] = {
+    VllmRefusal: "Error generating stream",
     PromptTooLong: "prompt too long",
     InvalidRequest: "invalid request",
     QueueFull: "queue full",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stillhouse.engine.errors import InvalidRequest, shown
 from stillhouse.engine.sampling import SamplingParams, parse_params, read_bool, read_number
+from stillhouse.serve.errors import VllmRefusal
 from stillhouse.serve.vllm_words import engine_words
 
 # The outputs that come only when their `return_…` input is true.
@@ -143,8 +144,7 @@ def _repeats_prompt(exclude: bool | None, stream: bool, *, has_text: bool) -> bo
     if exclude is None:
         return has_text and not stream
     if stream and not exclude:
-        # The words of Triton's vLLM backend, which its clients look for.
-        raise InvalidRequest("When streaming, `exclude_input_in_output` = False is not allowed.")
+        raise VllmRefusal("When streaming, `exclude_input_in_output` = False is not allowed.")
     return not exclude
 
 
