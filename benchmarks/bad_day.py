@@ -63,10 +63,16 @@ def main() -> int:
         "machine": describe(),
         "threads": len(os.sched_getaffinity(0)),
         "model": options.model,
-        "figures": {part: of for part, of in before.get("figures", {}).items() if part in PARTS} | measure(options),
+        "figures": merged(before.get("figures", {}), measure(options)),
     }
     publish(report, markdown(report), options.out, [DOCS] if options.write_docs else [], BEGIN, END)
     return 0
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What is measured now beside what was before: by part, and of clients that go by their way to go."""
+    kept = {part: of for part, of in before.items() if part in PARTS}
+    return kept | {part: kept.get(part, {}) | of if part in CROWDS else of for part, of in now.items()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +98,10 @@ def markdown(report: dict[str, Any]) -> str:
     figures, rows = report["figures"], list[tuple[str, str]]()
     for of in (figures[part] for part in CROWDS if part in figures):
         where = "" if of["slots"] == 1 else f", of {of['slots']} slots taken"
-        rows += [(f"slot free after {WAYS[way]}{where}", _spread(of[way])) for way in WAYS if way in of]
+        for way in (way for way in WAYS if way in of):
+            rows.append((f"slot free after {WAYS[way]}{where}", _spread(of[way])))
+            if first := of[way].get("first_token"):  # not in figures from before the two were told apart
+                rows.append((f"first token of who waited for it{where}", _spread(first)))
         rows.append((f"the same request to a free slot{where}", f"{of['idle_ttft_ms']:,.0f} ms"))
     if of := figures.get("overload"):
         clients, over = of["over"]["clients"], of["over"]

@@ -1,20 +1,24 @@
 """Clients that go away, in four ways: when the slot is free again that they had. Part of bad_day.py.
 
 All slots but one are taken by streams that stay, and the last one by a stream that does not end either, while another
-request waits. The figure is the time from its client's going to the other's first token, so it holds that one's prefill
-too, and what is left of the running step: `idle_ttft_ms` is what the same request takes where a slot is free.
+request waits. Two times count from its client's going: until the slot was free, and until the other's first token came
+out of it. The second is the client's; the first is the same less what the server says that the other took from its
+slot to its token (the sums of two of its histograms), so it still holds the token's way to the client.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -35,6 +39,8 @@ PROMPT = "Count: one, two,"
 _ENDLESS: dict[str, Any] = {"max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 _SHORT: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 _IDLE_TRIES = 10
+_PUBLISHED_S = 0.6  # by then the metrics page has what has happened
+_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Clients in a process of their own, which can be killed: a line once each of them has its first token.
 _CLIENTS = """
 import asyncio, sys
@@ -68,8 +74,11 @@ def gone(server: Server, repository: Path, model: str, tries: int, ways: Sequenc
         }
         idle = [first_token_s(server, model) for _ in range(_IDLE_TRIES)]
         figures: dict[str, Any] = {"slots": slots, "idle_ttft_ms": round(1000 * median(idle), 1)}
+        time.sleep(_PUBLISHED_S)
         for way in ways:
-            figures[way] = milliseconds([slot_free_s(server, model, take[way]) for _ in range(tries)])
+            times_s = [slot_free_s(server, model, take[way]) for _ in range(tries)]
+            figures[way] = milliseconds([free_s for free_s, _ in times_s])
+            figures[way]["first_token"] = milliseconds([first_s for _, first_s in times_s])
             print(slots, way, figures[way], file=sys.stderr, flush=True)
     return figures
 
@@ -100,9 +109,29 @@ def clients(server: Server, model: str, count: int) -> subprocess.Popen[bytes]:
     return process
 
 
-def slot_free_s(server: Server, model: str, take: Callable[[], Leave]) -> float:
-    """From the going of who has the slot to the first token of who waits for it."""
-    leave, came_s = take(), list[float]()
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the server's metrics page says of all answers that have come to their end, in seconds."""
+
+    count: int
+    queue_s: float
+    e2e_s: float
+
+    @staticmethod
+    def by(server: Server) -> Answered:
+        with _LOCAL.open(server.metrics_url, timeout=10) as response:
+            page = response.read().decode()
+
+        def total(name: str) -> float:
+            return sum(map(float, re.findall(rf"^stillhouse_{name}{{.*}} (\S+)$", page, re.M)))
+
+        queue, e2e = "request_queue_time_seconds", "e2e_request_latency_seconds"
+        return Answered(int(total(f"{queue}_count")), total(f"{queue}_sum"), total(f"{e2e}_sum"))
+
+
+def slot_free_s(server: Server, model: str, take: Callable[[], Leave]) -> tuple[float, float]:
+    """From the going of who has the slot: until it is free, and until the first token of who waits for it."""
+    before, leave, came_s = Answered.by(server), take(), list[float]()
 
     def wait() -> None:
         first_token_s(server, model)
@@ -116,7 +145,20 @@ def slot_free_s(server: Server, model: str, take: Callable[[], Leave]) -> float:
     left_s = time.perf_counter()
     leave()
     waiting.join()
-    return came_s[0] - left_s
+    first_s = came_s[0] - left_s
+    return first_s - in_its_slot_s(server, before), first_s
+
+
+def in_its_slot_s(server: Server, before: Answered) -> float:
+    """What the one answer since `before` took from its slot to its end, once the server has told."""
+    deadline_s = time.monotonic() + 10
+    while (after := Answered.by(server)).count == before.count:
+        if time.monotonic() > deadline_s:
+            raise SystemExit("the metrics page does not count the answer")
+        time.sleep(0.05)
+    if after.count != before.count + 1:
+        raise SystemExit("another answer has ended meanwhile")
+    return after.e2e_s - before.e2e_s - (after.queue_s - before.queue_s)
 
 
 def first_token_s(server: Server, model: str) -> float:
