@@ -160,3 +160,8 @@ def test_an_unknown_or_ill_typed_request_parameter_is_refused_by_name() -> None:
         read({"colour": "red"}, text_input="a")
     with pytest.raises(InvalidRequest, match="stream must be true or false, got 3"):
         read({"stream": 3}, text_input="a")
+
+
+def test_the_number_of_a_request_is_no_sampling_parameter() -> None:
+    tensors = {"text_input": np.array([b"Hi"], np.object_)}
+    assert read_question(tensors.get, '{"id": "7", "max_tokens": 3}').params.max_tokens == 3

@@ -103,6 +103,7 @@ def read_question(tensor: TensorReader, parameters_json: str, timeout_us: int = 
     flags = {name: _read_flag(tensor, name, parameters.pop(name, None)) for name in FLAGS}
     text, messages, input_ids = _read_prompt(tensor)
 
+    parameters.pop("id", None)  # a request's number in /generate's form, which Triton hands on as a parameter
     timeout_us = parameters.pop("timeout", None) or timeout_us  # that of /generate; no sampling parameter
     given = _read_string(tensor, "sampling_parameters")
     sampling = parameters | (_json_object("sampling_parameters", given) if given else {})
