@@ -45,8 +45,8 @@ def divergence_by_weight(
         share(1 - 0.7 * index / stream.layers)
     read = EMBEDDING if EMBEDDING in nodes else HEAD if HEAD in nodes and stream.tied else None
     if read is not None:
-        own = _of_lookups(stream, tokens, gradient, read, change)
-        costs[read] = {variant: cost + costs.get(read, {}).get(variant, 0.0) for variant, cost in own.items()}
+        lookups, as_head = _of_lookups(stream, tokens, gradient, read, change), costs.get(read, {})
+        costs[read] = {variant: cost + as_head.get(variant, 0.0) for variant, cost in lookups.items()}
     return costs, hidden
 
 
