@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
-# Tests wait half of their time: two processes of them. The slow ones compute: together they would take longer.
+# Tests wait a good part of their time: two processes of them.
 TOGETHER := -n 2 --dist worksteal
 # How long make soak lasts.
 SECONDS := 600
@@ -25,7 +25,7 @@ test: $(READY)  ## run the tests that take minutes (test-slow: the others)
 	@$(BIN)/pytest -q $(TOGETHER) -m "not slow"
 
 test-slow: $(READY)  ## run the slow ones (those on an emulated aarch64: make arm64)
-	@$(BIN)/pytest -q -m "slow and not aarch64"
+	@$(BIN)/pytest -q $(TOGETHER) -m "slow and not aarch64"
 
 test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
 	@$(BIN)/pytest -q
