@@ -131,7 +131,7 @@ def _merge_one(
     adapter was merged into `model` before.
     """
     before = proof.fingerprints(model)
-    tokens = model.get_input_embeddings().weight.shape[0]
+    tokens, tied = model.get_input_embeddings().weight.shape[0], bool(model.config.tie_word_embeddings)
     vocabulary.grow_vocabulary(model, path, weight, rows)
     alone = first and weight == 1.0
     own = {} if alone else whole.weights_before(model, path)
@@ -151,7 +151,8 @@ def _merge_one(
         ) from error
     if hasattr(merged, "peft_config"):
         del merged.peft_config
-    vocabulary.tie_as_it_is(merged)
+    if tied:
+        vocabulary.tie_as_it_is(merged)
     if before == proof.fingerprints(merged):
         raise StillhouseError(
             f"adapter: {path} changes nothing: its delta is zero" + ("" if weight else " (its weight is 0)"),

@@ -31,20 +31,18 @@ def _own_module(module: Any) -> Any:
 
 
 def tie_as_it_is(model: Any) -> None:
-    """Makes the config say whether embedding and head are one weight.
+    """Makes the config of what was tied before say whether embedding and head are one weight still.
 
     A change of both that peft kept tied (ensure_weight_tying) is merged once a way, and differs by FP32's rounding.
     """
     import torch
 
-    if not model.config.tie_word_embeddings:
-        return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rounding = 4 * torch.finfo(torch.float32).eps * float(embedding.weight.abs().max())
-    if torch.allclose(embedding.weight, head.weight, rtol=0.0, atol=rounding):
+    tied = torch.allclose(embedding.weight, head.weight, rtol=0.0, atol=rounding)
+    if tied:
         head.weight = embedding.weight
-    else:
-        model.config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = tied  # peft's merge may have said no
 
 
 def grow_vocabulary(model: Any, path: Path, weight: float, base_rows: int) -> None:
