@@ -23,6 +23,7 @@ pytestmark = pytest.mark.triton
 Command = Any
 Serving = Callable[..., contextlib.AbstractContextManager[Command]]
 ProcessesBelow = Callable[[Path], list[int]]
+BACK_S = 60  # a server beside other work: that it comes back is what is tested
 LONG = {
     "text_input": "Count: one, two,",
     "stream": True,
@@ -69,8 +70,8 @@ def test_a_models_process_that_is_killed_is_repaired(
         server = int((command.run_directory / "server.pid").read_text())
         kill_model(server)
         wait_until(lambda: status_of(f"{command.gateway_url}/health") == 503)
-        wait_until(answers)
-        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200)
+        wait_until(answers, BACK_S)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200, BACK_S)
         assert int((command.run_directory / "server.pid").read_text()) == server
 
         with open_stream(command, "support-int4", endless, enable_empty_final_response=True) as opened:
@@ -78,8 +79,8 @@ def test_a_models_process_that_is_killed_is_repaired(
             kill_model(server)
             with pytest.raises(InferenceServerException):
                 list(opened.until_final())
-        wait_until(answers)
-        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200)
+        wait_until(answers, BACK_S)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200, BACK_S)
         command.process.terminate()
         assert command.process.wait(30) == 0
         assert processes_below(command.home) == []
