@@ -43,6 +43,7 @@ def test_a_server_that_ends_by_itself_is_an_error_with_its_log(
         assert processes_below(command.home) == []
 
 
+@pytest.mark.slow
 def test_a_models_process_that_is_killed_is_repaired(
     support_repository: Path,
     tmp_path: Path,

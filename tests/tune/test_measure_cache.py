@@ -68,6 +68,7 @@ def evaluated(recipe: Path, caplog: pytest.LogCaptureFixture) -> Evaluate:
     return run
 
 
+@pytest.mark.slow
 def test_killed_after_the_first_model_it_measures_the_rest_to_the_figures_of_an_uninterrupted_run(
     recipe: Path, evaluated: Evaluate, own_cache: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_killed_after_the_first_model_it_measures_the_rest_to_the_figures_of_an_
     assert evaluated() == (rows, ["measured before: tuned", "measured before: base"])
 
 
+@pytest.mark.slow
 def test_only_what_was_changed_is_measured_again(
     recipe: Path, evaluated: Evaluate, tuned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

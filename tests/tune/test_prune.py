@@ -159,6 +159,7 @@ def pruned(
         return prune(load_evaluation(recipe), load_tune_recipe(recipe), options)
 
 
+@pytest.mark.slow
 def test_what_evaluate_or_an_earlier_prune_measured_is_not_measured_again(
     pruned: tuple[Path, dict[str, Any]],
     tmp_path: Path,
