@@ -8,7 +8,8 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
-# Tests wait a good part of their time: two processes of them.
+# Tests wait a good part of their time: two processes of them, whose threads do not spin while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q
 TOGETHER := -n 2 --dist worksteal
 # How long make soak lasts.
 SECONDS := 600
@@ -22,17 +23,17 @@ demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 	@$(BIN)/python examples/demo.py
 
 test: $(READY)  ## run the tests that take minutes (test-slow: the others)
-	@$(BIN)/pytest -q $(TOGETHER) -m "not slow"
+	@$(PYTEST) $(TOGETHER) -m "not slow"
 
 test-slow: $(READY)  ## run the slow ones (those on an emulated aarch64: make arm64)
-	@$(BIN)/pytest -q $(TOGETHER) -m "slow and not aarch64"
+	@$(PYTEST) $(TOGETHER) -m "slow and not aarch64"
 
 test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
-	@$(BIN)/pytest -q
+	@$(PYTEST)
 
 arm64: $(READY)  ## the engine and the edge on an emulated aarch64, against this machine (Debian; no board is needed)
 	@PYTHON=$(BIN)/python deploy/arm64.sh
-	@$(BIN)/pytest -q -m aarch64
+	@$(PYTEST) -m aarch64
 
 lint: $(READY)  ## ruff (format and lint) and mypy --strict
 	@$(BIN)/ruff format --check .
