@@ -44,6 +44,7 @@ from stillhouse.engine.sampling import SamplingParams
 VERSION = ROOT / "model_repository/support-int4/1"
 DOCS, BEGIN, END = ROOT / "docs/benchmarks.md", "<!-- behaviour: begin -->", "<!-- behaviour: end -->"
 LONG_PROMPT_TOKENS, SHARED_TOKENS = 2000, 1000
+MOST_WAITING = 128  # all requests of the linear cost are there at once
 
 
 class Streams:
@@ -82,7 +83,9 @@ class Streams:
 
 def load(version: Path, threads: int, **options: Any) -> LanguageModel:
     options = {"max_num_seqs": 32, "max_model_len": 2304} | options
-    return LanguageModel.load(version, EngineOptions(threads=threads, **options), verify=False)
+    return LanguageModel.load(
+        version, EngineOptions(threads=threads, max_waiting=MOST_WAITING, **options), verify=False
+    )
 
 
 def outside_runtime_share(version: Path, threads: int, workload: Workload, rows: int = 16, steps: int = 96) -> float:
