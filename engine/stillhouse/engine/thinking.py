@@ -47,11 +47,10 @@ class Thinking:
         self._tail: list[int] = []
         self._forced: list[int] = []
         self.tokens = 0
-        opened, closed = _last(prompt_ids, tags.start), _last(prompt_ids, tags.end)
-        self.inside = opened > closed
+        self.inside = opens_thinking(prompt_ids, tags)
         # The token by which the model may open its thoughts itself; None: the prompt has opened them, or ends behind
         # a closed tag, as templates do that switch thinking off.
-        shut = closed >= 0 and len(prompt_ids) - closed - len(tags.end) <= _LINE_BREAKS_TOKENS
+        shut = _last(prompt_ids[-len(tags.end) - _LINE_BREAKS_TOKENS :], tags.end) >= 0
         self.opening_id = None if self.inside or shut else tags.start[0]
 
     def open(self) -> None:
