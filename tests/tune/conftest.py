@@ -78,13 +78,13 @@ def tuned(one_thread: None, write_tune_recipe: Recipe) -> tuple[Path, dict[str, 
 
 @pytest.fixture
 def write(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
-    """Writes a recipe of a whole pipeline beside its files; `more` are its tables."""
+    """Writes a recipe of a whole pipeline beside its files: its `tables`, and `more` of them behind these."""
     for name in ("raw", "heldout", "train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(ROW * 3, "utf-8")
 
-    def write_recipe(more: str = PIPELINE, *, top: str = 'precisions = ["fp16", "int8"]\n') -> Path:
+    def write_recipe(tables: str = PIPELINE, *, more: str = "", top: str = 'precisions = ["fp16", "int8"]\n') -> Path:
         file = tmp_path / "recipe.toml"
-        file.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n{top}{more}', "utf-8")
+        file.write_text(f'name = "tiny"\nbase = "{tiny_base}"\n{top}{tables}{more}', "utf-8")
         return file
 
     return write_recipe

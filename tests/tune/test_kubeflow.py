@@ -13,16 +13,6 @@ from stillhouse.engine.errors import StillhouseError, UsageError
 from stillhouse.tune.stages import Stage, pipeline_options, stages_of
 
 Write = Callable[..., Path]
-TABLES = """
-[data]
-[[data.sources]]
-path = "raw.jsonl"
-[tune]
-r = 4
-epochs = 1
-[evaluate]
-records = "heldout.jsonl"
-"""
 CLUSTER = '[pipeline]\nimage = "registry/stillhouse:1"\nvolume = "support"\n'
 
 
@@ -36,7 +26,7 @@ def compiled(write: Write) -> tuple[Path, dict[str, Any]]:
     from kfp.components import load_component_from_file
 
     more = "[prune]\nheads = 0.5\n" + CLUSTER + "prune = true\npromote = 'grpc://triton:8001'\n"
-    recipe = write(TABLES + more)
+    recipe = write(more=more)
     file = recipe.parent / "out" / "pipeline.yaml"
     assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
     loaded = load_component_from_file(str(file))  # which checks it against kfp's own description
@@ -75,7 +65,7 @@ def test_what_a_stage_reads_is_a_parameter_of_it_so_that_kubeflows_cache_asks_ag
 
     values, row = [], '{"instruction": "What is six?", "output": "The number 6."}\n'
     for rows, repository in ((3, "here"), (4, "there")):  # where this machine has its models is nothing to a cluster
-        recipe = write(TABLES + CLUSTER)
+        recipe = write(more=CLUSTER)
         (recipe.parent / "heldout.jsonl").write_text(row * rows, "utf-8")
         file = recipe.parent / "pipeline.yaml"
         assert command(["pipeline", str(recipe), "--compile", str(file), "--repository", repository]) == 0
@@ -94,7 +84,7 @@ def test_kubeflows_cache_never_stands_for_what_moves_the_live_version(
     """Back from recipe B to A every hash is known to it; A must go live all the same."""
     import yaml
 
-    recipe = write(TABLES + CLUSTER + more)
+    recipe = write(more=CLUSTER + more)
     file = recipe.parent / "pipeline.yaml"
     assert command(["pipeline", str(recipe), "--compile", str(file)]) == 0
     spec = next(yaml.safe_load_all(file.read_text("utf-8")))
@@ -111,10 +101,10 @@ def test_what_cannot_be_compiled_is_one_line(write: Write, tmp_path: Path) -> No
     table = list(stages(recipe).values())
     with pytest.raises(UsageError, match="the recipe names none"):
         compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
-    recipe = write(TABLES + '[pipeline]\nimage = "i"\n')
+    recipe = write(more='[pipeline]\nimage = "i"\n')
     with pytest.raises(UsageError, match="from a volume"):
         compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.yaml")
-    recipe = write(TABLES + CLUSTER)
+    recipe = write(more=CLUSTER)
     with pytest.raises(UsageError, match=r"is no \.yaml file"):
         compile_pipeline("tiny", table, recipe, pipeline_options(recipe), tmp_path / "out.json")
 
@@ -125,7 +115,7 @@ def test_without_kfp_it_says_what_to_install(write: Write, monkeypatch: pytest.M
     from stillhouse.tune.kubeflow import compile_pipeline
 
     monkeypatch.setitem(sys.modules, "kfp", None)
-    recipe = write(TABLES + CLUSTER)
+    recipe = write(more=CLUSTER)
     with pytest.raises(StillhouseError, match="needs kfp") as missing:
         compile_pipeline("tiny", list(stages(recipe).values()), recipe, pipeline_options(recipe), tmp_path / "a.yaml")
     assert missing.value.hint == "pip install 'stillhouse[pipeline]'"

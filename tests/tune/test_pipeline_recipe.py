@@ -45,7 +45,7 @@ def test_the_tables_of_a_recipe_say_which_stages_there_are(write: Write) -> None
     own = TUNE + 'train = "train.jsonl"\nvalidation = "validation.jsonl"\n' + EVALUATE
     assert list(stages(write(own))) == ["tune", "evaluate", "build", "precisions"]
     more = "[prune]\nheads = 0.5\n[pipeline]\nprune = true\npromote = 'grpc://127.0.0.1:1'\n"
-    whole = stages(write(DATA + TUNE + EVALUATE + more))
+    whole = stages(write(more=more))
     named = ["data", "tune", "evaluate", "prune", "build", "precisions", "promote-tiny-fp16", "promote-tiny-int8"]
     assert list(whole) == named
     assert whole["build"].after == ("prune",)
@@ -59,7 +59,7 @@ def test_whatever_moves_the_live_version_is_done_only_while_nothing_else_moved_i
     table = stages(write())
     assert {name for name, stage in table.items() if stage.moves} == {"build"}
     assert "--live" in table["build"].arguments
-    table = stages(write(DATA + TUNE + EVALUATE + "[pipeline]\npromote = 'grpc://127.0.0.1:1'\n"))
+    table = stages(write(more="[pipeline]\npromote = 'grpc://127.0.0.1:1'\n"))
     assert {name for name, stage in table.items() if stage.moves} == {"promote-tiny-fp16", "promote-tiny-int8"}
 
 
@@ -88,7 +88,7 @@ def test_another_version_of_a_tool_makes_a_stage_run_again(write: Write, monkeyp
 def test_another_revision_of_the_code_makes_what_it_comes_to_anew(
     kind: str, touched: set[str], write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(DATA + TUNE + EVALUATE + "[prune]\nheads = 0.5\n[pipeline]\nprune = true\n")
+    recipe = write(more="[prune]\nheads = 0.5\n[pipeline]\nprune = true\n")
     before = stages(recipe)
     monkeypatch.setitem(revisions.REVISIONS, kind, revisions.REVISIONS[kind] + 1)
     after = stages(recipe)
