@@ -12,6 +12,7 @@ depths at which it was. "ask" and "publish" open the sessions that "verify" open
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -102,20 +103,26 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.peaks: dict[int, int] = {}  # by the worker's process id, in the order of the stages
         self._build = build
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
         self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
 
     def run(self) -> None:
-        children = Path(f"/proc/{self._build}/task/{self._build}/children")
-        while True:
-            try:
-                for child in map(int, children.read_text().split()):
-                    if b"stillhouse.build.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                        now = _anonymous_bytes(Path(f"/proc/{child}/status").read_text())
-                        self.peaks[child] = max(self.peaks.get(child, 0), now)
-            except (FileNotFoundError, ProcessLookupError):
-                if not children.exists():
-                    return
-            time.sleep(0.1)
+        while not self._ended.wait(0.1):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that ended between two looks
+                self._look()
+
+    def _look(self) -> None:
+        for child in map(int, Path(f"/proc/{self._build}/task/{self._build}/children").read_text().split()):
+            if b"stillhouse.build.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                now = _anonymous_bytes(Path(f"/proc/{child}/status").read_text())
+                self.peaks[child] = max(self.peaks.get(child, 0), now)
 
 
 def _anonymous_bytes(status: str) -> int:
@@ -158,24 +165,24 @@ def stages(folder: Path, precisions: list[Precision], int4: str) -> Iterator[tup
 
 def measure(folder: Path, run: Run, precisions: list[Precision]) -> Iterator[Run]:
     """Runs the stages, and gives `run` after each with the stage's peaks; what `folder` holds is not made again."""
-    watch = Watch(os.getpid())
-    for title, stage, arguments in stages(folder, precisions, run["int4"]):
-        destination = arguments.get("destination")
-        if destination is not None and Path(destination).is_dir():
-            continue
-        began = time.perf_counter()
-        if destination is not None:  # what a killed run left is not taken for whole
-            arguments |= {"destination": f"{destination}.part"}
-            shutil.rmtree(f"{destination}.part", ignore_errors=True)
-        done = run_stage(stage, arguments, log=folder / f"{title.replace(' ', '-')}.log", share=lambda _: None)
-        if destination is not None:
-            Path(f"{destination}.part").rename(destination)
-        anonymous = list(watch.peaks.values())[-1]
-        seconds = time.perf_counter() - began
-        print(f"{title}: {done.peak_rss_bytes / 2**30:.2f} GiB, {seconds:.0f} s", file=sys.stderr, flush=True)
-        figures = {"rss": done.peak_rss_bytes, "anonymous": anonymous, "seconds": seconds}
-        run["stages"].append({"name": title} | figures)
-        yield run
+    with Watch(os.getpid()) as watch:
+        for title, stage, arguments in stages(folder, precisions, run["int4"]):
+            destination = arguments.get("destination")
+            if destination is not None and Path(destination).is_dir():
+                continue
+            began = time.perf_counter()
+            if destination is not None:  # what a killed run left is not taken for whole
+                arguments |= {"destination": f"{destination}.part"}
+                shutil.rmtree(f"{destination}.part", ignore_errors=True)
+            done = run_stage(stage, arguments, log=folder / f"{title.replace(' ', '-')}.log", share=lambda _: None)
+            if destination is not None:
+                Path(f"{destination}.part").rename(destination)
+            anonymous = list(watch.peaks.values())[-1]
+            seconds = time.perf_counter() - began
+            print(f"{title}: {done.peak_rss_bytes / 2**30:.2f} GiB, {seconds:.0f} s", file=sys.stderr, flush=True)
+            figures = {"rss": done.peak_rss_bytes, "anonymous": anonymous, "seconds": seconds}
+            run["stages"].append({"name": title} | figures)
+            yield run
 
 
 def parameters(shape: dict[str, Any]) -> int:

@@ -58,9 +58,10 @@ def test_the_anonymous_memory_of_a_stages_process_is_seen(memory: ModuleType, wa
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        watch = memory.Watch(os.getpid())
-        wait_until(lambda: watch.peaks.get(child.pid, 0) > 60_000_000)
-        child.communicate(b"\n")
+        with memory.Watch(os.getpid()) as watch:
+            wait_until(lambda: watch.peaks.get(child.pid, 0) > 60_000_000)
+            child.communicate(b"\n")
+    assert not watch.is_alive()
     assert watch.peaks[child.pid] < 200_000_000
 
 

@@ -123,11 +123,16 @@ def test_no_reading_crashes_whatever_a_file_holds_or_is(
 def test_what_may_not_be_read_is_unknown(
     orin_nano: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def denied(*_: object, **__: object) -> Any:
-        raise PermissionError(13, "Permission denied")
+    def denied_below(open_it: Callable[..., Any]) -> Callable[..., Any]:
+        def denied(file: str | Path, *arguments: Any, **named: Any) -> Any:
+            if Path(file).is_relative_to(orin_nano):  # what else runs in this process may read what it likes
+                raise PermissionError(13, "Permission denied")
+            return open_it(file, *arguments, **named)
 
-    monkeypatch.setattr(Path, "open", denied)
-    monkeypatch.setattr(os, "open", denied)
+        return denied
+
+    monkeypatch.setattr(Path, "open", denied_below(Path.open))
+    monkeypatch.setattr(os, "open", denied_below(os.open))
     found = every_reading(orin_nano, monkeypatch)
     monkeypatch.undo()
     assert found["doctor"]["memory_bytes"] is None and found["doctor"]["model"] is None
