@@ -122,6 +122,14 @@ def test_messages_of_another_form_are_refused_by_place(chat_tokenizer: Tokenizer
         chat_tokenizer.render_chat(messages)  # type: ignore[arg-type]
 
 
+def test_a_developers_message_is_the_systems_to_a_template_that_knows_no_developers(chat_tokenizer: Tokenizer) -> None:
+    def rendered(role: str) -> str:
+        messages = [{"role": role, "content": "Be short."}, {"role": "user", "content": "Hello"}]
+        return chat_tokenizer.render_chat(messages)
+
+    assert rendered("developer") == rendered("system") != rendered("user")
+
+
 def test_text_that_is_no_unicode_is_refused(chat_tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="UTF-8"):
         chat_tokenizer.encode("caf\udce9")

@@ -110,11 +110,15 @@ class Tokenizer:
     ) -> str:
         """The conversation as the chat template writes it; `variables` are what else the template is to see.
 
-        Raises InvalidRequest when a message is no {"role": …, "content": …} or the template refuses it.
+        A developer's message is the system's to a template that does not know developers, as it is to OpenAI's models
+        from before that role: most templates would leave it out. Raises InvalidRequest when a message is no
+        {"role": …, "content": …} or the template refuses it.
         """
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
+        if not self.template_mentions("developer"):
+            messages = [{**said, "role": "system"} if said["role"] == "developer" else said for said in messages]
         special = {name: text for name, text in self.special_texts.items() if text is not None}
         try:
             return self._template.render(

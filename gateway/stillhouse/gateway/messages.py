@@ -26,11 +26,7 @@ _PUT_IN_HERE = ("messages", "add_generation_prompt")
 
 
 def ready_messages(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> list[dict[str, Any]]:
-    """The messages with their content as one text each, without fields that are null. Raises ApiError.
-
-    A developer's message is the system's to a template that does not know developers, as it is to OpenAI's own models
-    from before that role: most templates would leave it out.
-    """
+    """The messages with their content as one text each, without fields that are null. Raises ApiError."""
     if not messages:
         raise invalid("messages must hold at least one message", "messages")
     return [_ready(message, f"messages.{index}", model) for index, message in enumerate(messages)]
@@ -81,8 +77,6 @@ def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[s
     # An answer that was cut off in its thoughts has no content, and clients send it back as they got it.
     if content in (None, []) and not given.keys() & {"tool_calls", "reasoning_content"}:
         raise invalid(f"{place}.content is missing", f"{place}.content")
-    if given["role"] == "developer" and not model.tokenizer.template_mentions("developer"):
-        given["role"] = "system"
     return {**given, "content": _text(content, f"{place}.content")}
 
 
