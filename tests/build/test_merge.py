@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.build import proof
 from stillhouse.build.merge import merge
 from stillhouse.engine.errors import StillhouseError
 
@@ -262,3 +263,52 @@ def test_with_large_logits_more_is_allowed_and_written_down(
     largest = float(logits_of(tmp_path / "merged").abs().max())
     assert record["max_logit_difference"] <= record["allowed_logit_difference"]
     assert record["allowed_logit_difference"] == pytest.approx(5e-6 * largest, rel=0.5)
+
+
+def test_where_fp32_rounds_too_much_both_are_computed_in_fp64(
+    tiny_base: Path,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The allowance is what FP32 cannot hold here, rather than the model one that FP32 cannot compute."""
+    in_fp32 = run_merge(tiny_base, tmp_path / "fp32", tiny_adapter)
+    monkeypatch.setattr(proof, "MAX_LOGIT_DIFFERENCE", in_fp32["max_logit_difference"] / 4)
+    for rounding in ("ROUNDING", "ROUNDING_IN_FP64"):
+        monkeypatch.setattr(proof, rounding, 0.0)
+    in_fp64 = run_merge(tiny_base, tmp_path / "fp64", tiny_adapter)
+    assert "once more in FP64" in caplog.text
+    assert in_fp64["logits_in"] == "fp64" and "logits_in" not in in_fp32
+    assert in_fp64["max_logit_difference"] <= in_fp32["max_logit_difference"] / 4
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fp32", "fp64"))
+    assert one == other
+
+
+def test_a_wrong_merge_is_refused_in_fp64_too(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    def without_it(self: Any, **_: Any) -> Any:
+        core = self.unload()
+        core.model.layers[0].mlp.up_proj.weight.data *= 1.01
+        return core
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", without_it, raising=False)
+    with pytest.raises(StillhouseError, match="merged and attached differ by"):
+        run_merge(tiny_base, tmp_path / "merged", tiny_adapter)
+
+
+def test_a_layer_at_a_time_in_fp64_says_what_the_whole_in_fp64_says(tiny_base: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    windows = [torch.arange(40)]
+    (narrow,) = proof.logits_of(model, windows)
+    (streamed,) = proof.logits_of(model, windows, in_fp64=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    (whole,) = proof.logits_of(model.double(), windows)
+    assert torch.equal(streamed, whole) and not torch.equal(streamed, narrow)

@@ -5,7 +5,9 @@ Runs in a worker process; the merging itself is peft's.
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,14 @@ from typing import Any
 from stillhouse.build import proof, vocabulary, whole
 from stillhouse.build.adapter import WEIGHTS, is_vocabulary, place_of, unknown_words
 from stillhouse.build.checkpoint import read_json
+from stillhouse.build.loading import load_base, reason_of
 from stillhouse.build.tensors import read_header
 from stillhouse.build.tokenizer_files import tokenizer_source, write_tokenizer
 from stillhouse.build.worker import Share
 from stillhouse.engine.errors import StillhouseError
 
-# FP32 logits, adapter attached against merged. Rounding alone is about 2e-6 of the largest logit (measured), so a
-# model with large logits gets a little more room; a wrong merge is off by a thousand times that.
-MAX_LOGIT_DIFFERENCE = 1e-4
-ROUNDING = 5e-6
+log = logging.getLogger(__name__)
+
 PROBE_TOKENS = 64  # of each excerpt of the text
 
 
@@ -37,27 +38,53 @@ def merge(
     """Writes the merged FP32 checkpoint of `base` (a folder) to `destination` and returns the manifest's record.
 
     `adapters` are {"path", "weight"} in the order of merging. `probe_texts` are what attached and merged, and base and
-    merged, are compared on. Raises StillhouseError for NaN, a fine-tune that changes nothing, or a merge that does not
-    say the same.
+    merged, are compared on: in FP32, and where they differ there, in FP64. A model whose activations are huge (a pruned
+    one's, say) may say in FP32 what its rounding makes of it. Raises StillhouseError for NaN, a fine-tune that changes
+    nothing, or a merge that does not say the same.
     """
+    given = (Path(base), adapters, probe_texts, Path(destination), trust_remote_code)
+    try:
+        return _merge(share, *given)
+    except proof.LogitsDiffer as error:
+        log.warning("%s: once more in FP64, which tells rounding from another model", error)
+    gc.collect()  # the first try's model
+    return _merge(share, *given, in_fp64=True)
+
+
+def _merge(
+    share: Share,
+    base: Path,
+    adapters: list[dict[str, Any]],
+    probe_texts: list[str],
+    folder: Path,
+    trust_remote_code: bool,
+    *,
+    in_fp64: bool = False,
+) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
-    folder = Path(destination)
     folder.mkdir(parents=True, exist_ok=True)
-    model, unread = _load(Path(base), trust_remote_code)
+    model, unread = load_base(base, trust_remote_code)
     share(0.2)
     proof.refuse_not_finite(model, f"base: {base}")
     paths = [Path(adapter["path"]) for adapter in adapters]
     rows = model.get_input_embeddings().weight.shape[0]
-    windows = _windows(Path(base), paths, folder, probe_texts, rows, trust_remote_code)
+    windows = _windows(base, paths, folder, probe_texts, rows, trust_remote_code)
     before = merged = proof.logits_of(model, windows) if adapters else []
     if not all(bool(rows_.isfinite().all()) for rows_ in before):
         raise StillhouseError(f"base: {base} gives logits that are not finite", hint="is its config.json its own?")
     differences: list[tuple[float, float]] = []
     for index, adapter in enumerate(adapters):
         model, merged, own = _merge_one(
-            model, Path(base), Path(adapter["path"]), float(adapter["weight"]), windows, rows, first=index == 0
+            model,
+            base,
+            Path(adapter["path"]),
+            float(adapter["weight"]),
+            windows,
+            rows,
+            first=index == 0,
+            in_fp64=in_fp64,
         )
         differences.append(own)
         share(0.2 + 0.5 * (index + 1) / len(adapters))
@@ -66,7 +93,8 @@ def merge(
     if adapters:
         nearest = max(differences, key=lambda pair: pair[0] / pair[1])
         record |= {"max_logit_difference": nearest[0], "allowed_logit_difference": nearest[1]}
-        record |= proof.changes(model, Path(base))
+        record |= {"logits_in": "fp64"} if in_fp64 else {}
+        record |= proof.changes(model, base)
         record |= {"kl_from_base": proof.divergence(before, merged), "kl_tokens": sum(map(len, windows))}
     warnings_ = [f"base: {name} has no place in the model and is left out" for name in unread]
     warnings_ += [f"adapter {path.name}: peft does not know {word}" for path in paths for word in unknown_words(path)]
@@ -75,55 +103,13 @@ def merge(
     share(0.8)
     _save(model, folder)
     if trust_remote_code:
-        _drop_own_code(model, windows, Path(base), folder)
+        _drop_own_code(model, windows, base, folder)
     share(1.0)
     return record
 
 
-def _load(base: Path, trust_remote_code: bool) -> tuple[Any, list[str]]:
-    """The base in FP32, and what of its files has no place in it.
-
-    A weight that its files lack would be made up, a bias that the model has no place for changed what it says: refused.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, where they can be named
-        )
-    except Exception as error:  # what a config may say is endless, and so is what transformers raises for it
-        raise StillhouseError(f"base: {base} cannot be loaded: {_reason(error)}", hint="see the build log") from error
-    if report["mismatched_keys"]:
-        name, found, wanted = min(report["mismatched_keys"])
-        raise StillhouseError(
-            f"base: {base} has {name} as {list(found)}, its config.json makes it {list(wanted)}",
-            hint="copy or download the checkpoint again",
-        )
-    if report["missing_keys"]:
-        raise StillhouseError(
-            f"base: {base} lacks {min(report['missing_keys'])}", hint="copy or download the checkpoint again"
-        )
-    unread = sorted(name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
-    known = {name for name, _ in model.named_modules()}
-    if bias := next((name for name in unread if name.endswith(".bias") and name.removesuffix(".bias") in known), None):
-        raise StillhouseError(
-            f"base: {base} has {bias}, for which its config.json makes no place",
-            hint="is its config.json its own? (attention_bias, mlp_bias)",
-        )
-    if hasattr(model.config, "quantization_config"):  # null, which the export does not take for none
-        del model.config.quantization_config
-    return model.eval(), unread
-
-
 def _merge_one(
-    model: Any, base: Path, path: Path, weight: float, windows: list[Any], rows: int, *, first: bool
+    model: Any, base: Path, path: Path, weight: float, windows: list[Any], rows: int, *, first: bool, in_fp64: bool
 ) -> tuple[Any, list[Any], tuple[float, float]]:
     """The model with one adapter merged into it, its logits, and their largest difference to the adapter attached.
 
@@ -141,13 +127,13 @@ def _merge_one(
     if not alone:
         _refuse_a_start_that_moves_the_base(attached, weight, path)
         whole.add_up(attached, path, weight, own, base, tokens)
-    with_adapter = proof.logits_of(attached, windows)
+    with_adapter = proof.logits_of(attached, windows, in_fp64=in_fp64)
     vocabulary.untie(attached.get_base_model())
     try:
         merged = attached.merge_and_unload(safe_merge=True)
     except Exception as error:  # peft's kinds of LoRA raise what they like
         raise StillhouseError(
-            f"adapter: {path} cannot be merged: {_reason(error)}", hint="see the build log"
+            f"adapter: {path} cannot be merged: {reason_of(error)}", hint="see the build log"
         ) from error
     if hasattr(merged, "peft_config"):
         del merged.peft_config
@@ -158,15 +144,8 @@ def _merge_one(
             f"adapter: {path} changes nothing: its delta is zero" + ("" if weight else " (its weight is 0)"),
             hint="a fine-tune that changes nothing is never published; was the adapter trained and saved?",
         )
-    logits = proof.logits_of(merged, windows)
-    difference = proof.largest_difference(with_adapter, logits)
-    allowed = max(MAX_LOGIT_DIFFERENCE, ROUNDING * max(float(rows.abs().max()) for rows in with_adapter))
-    if not difference <= allowed:
-        raise StillhouseError(
-            f"adapter: {path}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
-            hint="an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log",
-        )
-    return merged, logits, (difference, allowed)
+    logits = proof.logits_of(merged, windows, in_fp64=in_fp64)
+    return merged, logits, proof.difference_of(with_adapter, logits, path, in_fp64=in_fp64)
 
 
 def _attach(model: Any, path: Path) -> Any:
@@ -183,7 +162,7 @@ def _attach(model: Any, path: Path) -> Any:
             attached = PeftModel.from_pretrained(model, str(path), config=config).eval()
     except Exception as error:  # a config with a pattern that is none, a list for a table, …
         raise StillhouseError(
-            f"adapter: {path} cannot be attached: {_reason(error)}", hint="was it trained on this base?"
+            f"adapter: {path} cannot be attached: {reason_of(error)}", hint="was it trained on this base?"
         ) from error
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise StillhouseError(
@@ -254,7 +233,7 @@ def _windows(
         raise
     except Exception as error:  # transformers reads a tokenizer's files without checking them
         raise StillhouseError(
-            f"tokenizer: {tokenizer_source(base, adapters)} has one that cannot be read: {_reason(error)}",
+            f"tokenizer: {tokenizer_source(base, adapters)} has one that cannot be read: {reason_of(error)}",
             hint="save it again: tokenizer.save_pretrained(folder)",
         ) from error
     windows = [[token for token in window if token < vocabulary] for window in ids]
@@ -284,16 +263,8 @@ def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path) -> 
         file.unlink()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     difference = proof.largest_difference(proof.logits_of(model, windows), proof.logits_of(plain, windows))
-    if not difference <= MAX_LOGIT_DIFFERENCE:
+    if not difference <= proof.MAX_LOGIT_DIFFERENCE:
         raise StillhouseError(
             f"base: {base} computes something else than a plain {architecture} (a logit differs by {difference:.2g})",
             hint="its own code cannot be exported",
         )
-
-
-def _reason(error: Exception) -> str:
-    """The line of an error that says what is wrong; torch's own first line only says where."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if lines[0].endswith(":") and len(lines) > 1:
-        return lines[1]
-    return lines[0] if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {lines[0]}"

@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from stillhouse.build.checkpoint import read_json
+from stillhouse.build.fp64 import computing_in_fp64
 from stillhouse.engine.errors import StillhouseError
 
+# FP32 logits, adapter attached against merged. Rounding alone is about 2e-6 of the largest logit (measured), so a
+# model with large logits gets a little more room; a wrong merge is off by a thousand times that.
+MAX_LOGIT_DIFFERENCE = 1e-4
+ROUNDING = 5e-6
+# A model that needs FP64 makes much of the merged weights' own rounding to FP32, which is left there (3e-6, measured).
+ROUNDING_IN_FP64 = 5e-5
 # Below this norm of the delta over norm of the weight nothing was changed: FP32's own rounding is 6e-8.
 LEAST_CHANGE = 1e-6
 _AT_ONCE = 2**22  # values that are summed up at a time: they are copied twice on the way
 
 
-def logits_of(model: Any, windows: list[Any]) -> list[Any]:
-    """FP32 logits (S, V) of each window of tokens (S,)."""
+class LogitsDiffer(StillhouseError):
+    """A merged model does not say what it said with the adapter attached."""
+
+
+def logits_of(model: Any, windows: list[Any], *, in_fp64: bool = False) -> list[Any]:
+    """Logits (S, V) of each window of tokens (S,): FP32, computed in FP32 or in FP64."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), computing_in_fp64(model) if in_fp64 else nullcontext():
         return [model(input_ids=window[None], use_cache=False).logits[0].float() for window in windows]
 
 
 def largest_difference(one: list[Any], other: list[Any]) -> float:
     """The largest difference of a logit."""
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def difference_of(
+    attached: list[Any], merged: list[Any], adapter: Path, *, in_fp64: bool = False
+) -> tuple[float, float]:
+    """The largest difference of a logit, and what was allowed. Raises LogitsDiffer beyond it."""
+    difference = largest_difference(attached, merged)
+    rounding = ROUNDING_IN_FP64 if in_fp64 else ROUNDING
+    allowed = max(MAX_LOGIT_DIFFERENCE, rounding * max(float(rows.abs().max()) for rows in attached))
+    if not difference <= allowed:
+        raise LogitsDiffer(
+            f"adapter: {adapter}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
+            hint="an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log",
+        )
+    return difference, allowed
 
 
 def divergence(reference: list[Any], other: list[Any]) -> float:

@@ -126,6 +126,7 @@ def manifest_table(path: Path, manifest: Manifest) -> Table:
                 f"(median {100 * merge.relative_change_median:.3g}%), "
                 f"attached against merged {merge.max_logit_difference:.2g}"
                 + (f" of {allowed:.2g} allowed" if (allowed := merge.allowed_logit_difference) is not None else "")
+                + (" in FP64" if merge.logits_in == "fp64" else "")
                 + (f", KL from base {merge.kl_from_base:.2g}" if merge.kl_from_base is not None else ""),
             )
         )

@@ -5,6 +5,7 @@ Layout of raw tensors: KServe v2 "binary tensor data" (BYTES: each element after
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from typing import Any
@@ -100,9 +101,7 @@ def read_index(response: Any) -> list[ModelEntry]:
 def read_error(error: Any, authority: str, model: str | None = None) -> ClientError:
     """The client's error for a grpc.RpcError."""
     code, details = error.code(), error.details() or ""
-    # "Error received from peer" stands in what the server itself answered; the rest is the library's own words.
-    from_peer = "from peer" in (error.debug_error_string() or "")
-    if code is grpc.StatusCode.UNAVAILABLE and not from_peer:
+    if code is grpc.StatusCode.UNAVAILABLE and _OF_THE_LINE.search(details):
         return cannot_reach(authority, details.rsplit(": ", 1)[-1])  # the innermost reason
     return error_of(code, details, authority, model)
 
@@ -121,6 +120,12 @@ def cannot_reach(authority: str, reason: str) -> ConnectionFailed:
     )
 
 
+# gRPC's own words where it has no answer of a server: since 1.8x nothing else tells the two apart.
+_OF_THE_LINE = re.compile(
+    r"\bconnect|socket|\bdns\b|name resolution|goaway|keepalive|broken pipe|reset by peer|transport|stream removed"
+    r"|endpoint|handshake|certificate|\bping timeout",
+    re.IGNORECASE,
+)
 _KINDS: dict[Any, type[ClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestRejected,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,

@@ -108,9 +108,11 @@ class QualityRecord(_Record):
 
 
 class MergeRecord(_Record):
-    """What the merge did to the base, and the proof that merged equals attached (FP32 logits).
+    """What the merge did to the base, and the proof that merged equals attached, by their logits.
 
     `allowed_logit_difference` is the larger of 1e-4 and 5e-6 of the largest logit: FP32's own rounding grows with it.
+    Where a model's FP32 is further off than that, the logits of both are computed in FP64 (`logits_in`); 5e-5 of the
+    largest is allowed then, as such a model makes much of the merged weights' own rounding.
     A relative change is the norm of a weight's delta over the norm of the weight; `kl_from_base` is
     KL(base ‖ merged) in nats a token, over `kl_tokens` tokens of the evaluation text.
     """
@@ -120,6 +122,7 @@ class MergeRecord(_Record):
     relative_change_median: float = 0.0
     max_logit_difference: float = 0.0
     allowed_logit_difference: float | None = None
+    logits_in: Literal["fp32", "fp64"] = "fp32"
     kl_from_base: float | None = None
     kl_tokens: int = 0
 
