@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import stillhouse.client
+from stillhouse.client import grpc_wire
 from stillhouse.client.address import parse_url
 from stillhouse.client.errors import (
     ClientError,
@@ -135,3 +138,22 @@ def test_importing_the_client_loads_no_transport_and_no_runtime() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:2] == ["[]", "False"]
+
+
+def test_a_server_that_says_unavailable_itself_was_reached() -> None:
+    def busy(_: bytes, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the server is draining")
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    handler = {"ServerReady": grpc.unary_unary_rpc_method_handler(busy)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference", handler)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    errors = []
+    for _ in range(2):  # asked once while it runs, once when it is gone
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/inference/ServerReady")(b"")
+        errors.append(grpc_wire.read_error(caught.value, "host:8001"))
+        server.stop(None).wait()
+    assert type(errors[0]) is Unavailable and "draining" in str(errors[0])
+    assert type(errors[1]) is ConnectionFailed
