@@ -22,12 +22,17 @@ import queue
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Asks one prompt for so many tokens, and calls back at the first of them.
-Ask = Callable[[str, int, Callable[[], None]], Awaitable[None]]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bare_grpc
+
+# Asks one prompt for so many tokens; starts the watch as it sends, and stops it at the first of them.
+Ask = Callable[[str, int, Callable[[], Callable[[], None]]], Awaitable[None]]
 
 
 def over_network(ask: Ask) -> Callable[[list[str], int, int], dict[str, Any]]:
@@ -39,7 +44,7 @@ def over_network(ask: Ask) -> Callable[[list[str], int, int], dict[str, Any]]:
 
         async def worker(left: Iterator[str]) -> None:
             for prompt in left:
-                await ask(prompt, tokens, stopwatch(ttft_s))
+                await ask(prompt, tokens, partial(stopwatch, ttft_s))
 
         await asyncio.gather(*(worker(left) for _ in range(concurrent)))
         return ttft_s
@@ -67,33 +72,30 @@ def timed(work: Callable[[], list[float]], tokens: int) -> dict[str, Any]:
 
 
 def triton(address: str, model: str) -> Ask:
-    """Triton's streaming gRPC; responses stay bytes."""
-    import grpc.aio
-    from tritonclient.grpc import service_pb2
-
+    """Triton's streaming gRPC, over bare connections that are kept; responses stay bytes."""
     from stillhouse.client.grpc_wire import write_request
     from stillhouse.client.types import Request
 
-    channel: list[Any] = []
+    idle = list[bare_grpc.Connection]()
 
-    async def ask(prompt: str, tokens: int, first: Callable[[], None]) -> None:
-        if not channel:
-            channel.append(grpc.aio.insecure_channel(address))
-        call = channel[0].stream_stream(
-            "/inference.GRPCInferenceService/ModelStreamInfer", lambda message: message.SerializeToString()
-        )
+    async def ask(prompt: str, tokens: int, watch: Callable[[], Callable[[], None]]) -> None:
         sampling = json.dumps({"max_tokens": tokens, "temperature": 0, "ignore_eos": True})
         inputs = {"text_input": prompt, "stream": True, "sampling_parameters": sampling, "return_finish_reason": True}
-        request = Request(model, "", inputs, stream=True)
-        last, before = b"", b""
-        async for response in call(iter([write_request(request)])):
-            if not last:
+        message = write_request(Request(model, "", inputs, stream=True)).SerializeToString()
+        if idle:
+            connection = idle.pop()
+        else:
+            connection = bare_grpc.Connection(address, "/inference.GRPCInferenceService/ModelStreamInfer")
+            await connection.open()
+        first, tail = watch(), b""
+        async for data in connection.call(message):
+            if not tail:
                 first()
-            last, before = response, last
-        # An end mark may follow the last token in a response of its own.
-        ends = map(service_pb2.ModelStreamInferResponse.FromString, (before, last))
-        if not any(b"length" in raw for end in ends for raw in end.infer_response.raw_output_contents):
-            raise RuntimeError(f"the answer did not come whole: {last!r}")
+            tail = (tail + data)[-2048:]
+        idle.append(connection)
+        # The finish reason as it stands in a raw tensor; an end mark may follow in a response of its own.
+        if b"\6\0\0\0length" not in tail:
+            raise RuntimeError(f"the answer did not come whole: {tail!r}")
 
     return ask
 
@@ -102,12 +104,13 @@ def gateway(url: str, model: str) -> Ask:
     """OpenAI's API as a stream of events, over bare HTTP connections that are kept."""
     address, idle = urlsplit(url), list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
 
-    async def ask(prompt: str, tokens: int, first: Callable[[], None]) -> None:
+    async def ask(prompt: str, tokens: int, watch: Callable[[], Callable[[], None]]) -> None:
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         data = json.dumps(body).encode()
         head = f"POST {address.path}/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         reader, writer = idle.pop() if idle else await asyncio.open_connection(address.hostname, address.port)
+        first = watch()
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         tail, begun = b"", False
         while not tail.endswith(b"\r\n0\r\n\r\n"):
