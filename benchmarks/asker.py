@@ -80,7 +80,8 @@ def triton(address: str, model: str) -> Ask:
 
     async def ask(prompt: str, tokens: int, watch: Callable[[], Callable[[], None]]) -> None:
         sampling = json.dumps({"max_tokens": tokens, "temperature": 0, "ignore_eos": True})
-        inputs = {"text_input": prompt, "stream": True, "sampling_parameters": sampling, "return_finish_reason": True}
+        inputs: dict[str, str | bool | list[int]] = {"text_input": prompt, "sampling_parameters": sampling}
+        inputs |= {"stream": True, "return_finish_reason": True}
         message = write_request(Request(model, "", inputs, stream=True)).SerializeToString()
         if idle:
             connection = idle.pop()
