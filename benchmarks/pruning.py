@@ -52,12 +52,14 @@ examples = 24
 ROWS = (
     ("weights, MB", "bytes", 1e-6, 0),
     ("KV cache, KB a token (FP32)", "kv_bytes_per_token", 1e-3, 1),
-    ("prefill, tokens/s (torch)", "prefill_tokens_per_s", 1.0, 0),
-    ("decode, tokens/s (torch)", "decode_tokens_per_s", 1.0, 1),
+    ("prefill, tokens/s (torch), of the whole's", "prefill_tokens_per_s", 1.0, 2),
+    ("decode, tokens/s (torch), of the whole's", "decode_tokens_per_s", 1.0, 2),
     ("perplexity of the shop's held-out answers", "records_perplexity", 1.0, 2),
     ("perplexity of general answers", "general_perplexity", 1.0, 2),
     ("perplexity of general text", "text_perplexity", 1.0, 2),
 )
+
+TIMED = ("prefill_tokens_per_s", "decode_tokens_per_s")  # in rounds by turns with the whole model of the same way
 
 
 def measure(way: str, base: Path, heldout: int) -> dict[str, Any]:
@@ -111,18 +113,20 @@ def _lines(file: Path) -> list[str]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    columns = [("whole", next(iter(report["ways"].values()))["models"][0])]
+    one = next(iter(report["ways"].values()))["models"][0]
+    columns = [("whole", one, one)]
     for way in report["ways"].values():
         cut = way["cut"]
         gone = (
             [f"{len(cut['layers'])} of {len(cut['layers']) + len(cut['kept_heads'])} layers"] if cut["layers"] else []
         )
         gone += [f"{100 * cut['heads_share']:.0f}% of the heads"] if cut["heads_share"] else []
-        _, pruned, healed = way["models"]
-        columns += [(f"without {' and '.join(gone)}", pruned), ("the same, healed", healed)]
-    lines = [f"| | {' | '.join(name for name, _ in columns)} |", "|---|" + "--:|" * len(columns)]
+        whole, pruned, healed = way["models"]
+        columns += [(f"without {' and '.join(gone)}", pruned, whole), ("the same, healed", healed, whole)]
+    lines = [f"| | {' | '.join(name for name, _, _ in columns)} |", "|---|" + "--:|" * len(columns)]
     for title, key, scale, digits in ROWS:
-        cells = (f"{_figure(model, key) * scale:,.{digits}f}" for _, model in columns)
+        figures = (_figure(model, key) / (_figure(whole, key) if key in TIMED else 1.0) for _, model, whole in columns)
+        cells = (f"{figure * scale:,.{digits}f}" for figure in figures)
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append("")
     for name, way in report["ways"].items():
