@@ -13,6 +13,7 @@ import pytest
 from workload import Workload
 
 
+@pytest.mark.slow
 def test_a_step_is_partly_the_runtime_and_partly_python(support_repository: Path) -> None:
     version = support_repository / "support-int4/1"
     workload = Workload.of_manual(version / "tokenizer.json", seed=1)

@@ -85,6 +85,7 @@ def test_models_and_ready(client: Client) -> None:
     assert not client.ready("nobody")
 
 
+@pytest.mark.slow
 def test_locust_measures_the_real_server(triton: Server) -> None:
     from stillhouse.loadtest.load import Load
     from stillhouse.loadtest.run import run_locust

@@ -46,7 +46,7 @@ def listens(url: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_everything(
     support_repository: Path, tmp_path: Path, number: signal.Signals, serving: Serving, processes_below: ProcessesBelow
 ) -> None:

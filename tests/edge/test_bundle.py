@@ -67,6 +67,7 @@ def test_a_bundle_takes_the_versions_that_the_project_is_tested_with(repo_root: 
     assert "exceptiongroup" in pinned(Target("3.10", "aarch64"))
 
 
+@pytest.mark.slow
 def test_pip_takes_the_pinned_version_for_the_boards_python_and_the_newest_of_what_is_not_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

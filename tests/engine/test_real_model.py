@@ -31,7 +31,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["support-int4", "support-int8"])
+@pytest.fixture(scope="module", params=["support-int4", pytest.param("support-int8", marks=pytest.mark.slow)])
 def directory(request: pytest.FixtureRequest, support_repository: Path) -> Path:
     return support_repository / request.param / "1"
 

@@ -97,6 +97,7 @@ def test_the_figures_are_the_servers_known_delays(server: Any, locust: Locust, t
     assert "support-int4" in done.stdout
 
 
+@pytest.mark.slow
 def test_fifty_users_over_grpc_ask_side_by_side(server: Any, locust: Locust, tmp_path: Path) -> None:
     """One stalls for ever, the others' first tokens come in time: a user never blocks the others."""
     slow = {"stall_after": 1}
@@ -148,6 +149,7 @@ def test_what_nobody_foresaw_is_a_failure_too_and_not_asked_again_in_a_tight_loo
     assert "LookupError" in done.stderr, "in Locust's own table of failures"
 
 
+@pytest.mark.slow
 def test_stages_of_users_are_followed(server: Any, locust: Locust, tmp_path: Path) -> None:
     stages = "".join(f"[[stage]]\nduration_s = 2\nlevel = {level}\n" for level in (1, 4))
     (tmp_path / "users.toml").write_text(f'unit = "users"\n{stages}')
@@ -199,6 +201,7 @@ def test_bad_input_gets_one_line_and_a_hint(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_web_page_starts_a_test_with_our_options(server: Any, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

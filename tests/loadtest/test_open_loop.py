@@ -65,6 +65,7 @@ def test_a_server_that_stalls_cannot_hide_it(server: Any, locust: Locust, tmp_pa
     assert summary["ttft"]["p90_ms"] > 1000
 
 
+@pytest.mark.slow
 def test_a_master_and_two_workers_send_one_plan_and_their_histograms_are_one(
     server: Any, locust: Locust, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from stillhouse.loadtest.show import show
 from stillhouse.loadtest.tally import Summary, summarize, tally_up
 
 
+@pytest.mark.slow
 def test_a_comparison_has_throughput_latencies_memory_and_size(server: Any, tmp_path: Path) -> None:
     version = tmp_path / "support-int4" / "2"
     version.mkdir(parents=True)
@@ -94,7 +95,7 @@ def test_the_table_is_printed_before_it_is_saved_and_a_name_that_will_not_do_is_
     assert isinstance(done.exception, BadInput) and f"cannot write {nowhere}" in str(done.exception)
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_an_interrupt_ends_a_run_whose_figures_are_shown(shared_server: Any, processes: str) -> None:
     words = ["run", shared_server.openai_host, "--users", "2", "--duration", "60s", "--processes", processes]
     # As a terminal does it: the whole group is told. A shell's background job would not hear it by default.
@@ -213,6 +214,7 @@ def test_the_command_prints_the_table_alone_on_stdout(server: Any) -> None:
     assert "ignore_eos" not in server.log()[-1]["inputs"]["sampling_parameters"], "strict servers refuse it"
 
 
+@pytest.mark.slow
 def test_an_edge_servers_memory_is_read_with_the_key_which_nobody_else_gets(
     guarded_server: Any, server: Any, http_answers: Callable[..., str]
 ) -> None:

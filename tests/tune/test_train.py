@@ -128,11 +128,10 @@ def test_forced_the_same_recipe_is_trained_again_to_the_same_adapter(write_tune_
     "moments",
     [
         ("checkpoint-20/*",),  # while a checkpoint is being written
-        pytest.param(
-            ("checkpoint-5/*", "checkpoint-15/whole", "checkpoint-48/trainer_state.json"), marks=pytest.mark.slow
-        ),
+        ("checkpoint-5/*", "checkpoint-15/whole", "checkpoint-48/trainer_state.json"),
     ],
 )
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_curve_and_the_same_adapter(
     moments: tuple[str, ...], tuned: tuple[Path, dict[str, Any]], write_tune_recipe: Recipe
 ) -> None:
@@ -216,7 +215,7 @@ def test_a_run_goes_on_from_an_earlier_adapter(tuned: tuple[Path, dict[str, Any]
         "packing = true\nmax_length = 128",
         "rslora = true\ndora = true",
         'targets = "all-linear"\naccumulation = 2',
-        'mixed_precision = "bf16"\ngradient_checkpointing = true\ndevice = "cpu"',
+        pytest.param('mixed_precision = "bf16"\ngradient_checkpointing = true\ndevice = "cpu"', marks=pytest.mark.slow),
     ],
 )
 def test_other_kinds_of_lora_learn_too(kind: str, write_tune_recipe: Recipe) -> None:

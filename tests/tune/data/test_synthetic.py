@@ -54,6 +54,7 @@ def tables(server: GatewayServer, tmp_path: Path, made: Any, tools: Any, monkeyp
     )
 
 
+@pytest.mark.slow
 def test_our_own_server_makes_records_that_are_marked_and_only_in_train(tables: str, run: Any, tools: Any) -> None:
     done = run(tables)
     card = done.card["synthetic"]
