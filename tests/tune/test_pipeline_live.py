@@ -24,7 +24,7 @@ NAME = "tiny-fp16"
 def recipe(tmp_path: Path, tiny_base: Path, dataset: Path) -> Path:
     file = tmp_path / "recipe.toml"
     file.write_text(
-        f'name = "tiny"\nbase = "{tiny_base}"\nprecisions = ["fp16"]\n[tune]\ndata = "{dataset}"\nepochs = 4\n'
+        f'name = "tiny"\nbase = "{tiny_base}"\nprecisions = ["fp16"]\n[tune]\ndata = "{dataset}"\nepochs = 2\n'
         'batch_size = 4\nlearning_rate = 5e-3\nr = 4\nalpha = 8\ndevice = "cpu"\n[pipeline]\npromote = "grpc://127.0.0.1:9"\n',
         "utf-8",
     )
@@ -68,7 +68,7 @@ def test_what_was_built_goes_live_on_a_running_triton_without_a_failed_request(r
 
         asking = threading.Thread(target=ask)
         asking.start()
-        recipe.write_text(recipe.read_text("utf-8").replace("epochs = 4", "epochs = 3"), "utf-8")
+        recipe.write_text(recipe.read_text("utf-8").replace("epochs = 2", "epochs = 1"), "utf-8")
         code, ends, said = pipeline(recipe)
         over.set()
         asking.join()
