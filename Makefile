@@ -9,9 +9,9 @@ EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
 # Tests wait a good part of their time: two processes of them, whose threads do not spin while they wait for each other.
-# The slow ones compute: two at a time they take no less.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q
-TOGETHER := -n 2 --dist worksteal
+# The slow ones compute: two at a time they take no less, and without spinning a quarter more.
+PYTEST := $(BIN)/pytest -q
+TOGETHER := OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n 2 --dist worksteal
 # How long make soak lasts.
 SECONDS := 600
 
@@ -24,7 +24,7 @@ demo: $(READY)  ## set everything up; build, serve, ask and measure a real model
 	@$(BIN)/python examples/demo.py
 
 test: $(READY)  ## run the tests that take minutes (test-slow: the others)
-	@$(PYTEST) $(TOGETHER) -m "not slow"
+	@$(TOGETHER) -m "not slow"
 
 test-slow: $(READY)  ## run the slow ones (those on an emulated aarch64: make arm64)
 	@$(PYTEST) -m "slow and not aarch64"
