@@ -9,7 +9,7 @@ EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
 # Tests wait a good part of their time: two processes of them, whose threads do not spin while they wait for each other.
-# The slow ones compute: two at a time they take no less, and without spinning a quarter more.
+# The slow ones compute: two at a time they take no less, and without spinning a fifth more.
 PYTEST := $(BIN)/pytest -q
 TOGETHER := OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n 2 --dist worksteal
 # How long make soak lasts.
