@@ -15,7 +15,7 @@ import pytest
 from stillhouse.client import Client
 from stillhouse.serve.launcher import running_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.triton]
+pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.timeout(900)]
 
 NAME = "tiny-fp16"
 
