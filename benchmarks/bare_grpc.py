@@ -11,17 +11,20 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from hpack import Encoder
+from hyperframe.frame import (
+    DataFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    PingFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM = _ACK = 1
-_END_HEADERS = 4
+_FRAME_HEADER_BYTES = 9
 _LARGEST_WINDOW, _FIRST_WINDOW = 2**31 - 1, 2**16 - 1
-_ENABLE_PUSH, _INITIAL_WINDOW_SIZE = 2, 4
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return b"%b%c%c%b%b" % (len(payload).to_bytes(3, "big"), kind, flags, stream.to_bytes(4, "big"), payload)
 
 
 class Connection:
@@ -38,27 +41,33 @@ class Connection:
 
     async def open(self) -> None:
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
-        settings = ((_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _LARGEST_WINDOW))
-        payload = b"".join(key.to_bytes(2, "big") + value.to_bytes(4, "big") for key, value in settings)
-        wider = (_LARGEST_WINDOW - _FIRST_WINDOW).to_bytes(4, "big")
-        self._writer.write(_PREFACE + _frame(_SETTINGS, 0, 0, payload) + _frame(_WINDOW_UPDATE, 0, 0, wider))
+        settings = {SettingsFrame.ENABLE_PUSH: 0, SettingsFrame.INITIAL_WINDOW_SIZE: _LARGEST_WINDOW}
+        wider = WindowUpdateFrame(0, window_increment=_LARGEST_WINDOW - _FIRST_WINDOW)
+        self._writer.write(_PREFACE + SettingsFrame(settings=settings).serialize() + wider.serialize())
 
     async def call(self, message: bytes) -> AsyncIterator[bytes]:
         """Sends one message, and gives the data that comes, frame by frame. Raises RuntimeError where it breaks."""
         self._stream += 2
         data = b"\0" + len(message).to_bytes(4, "big") + message
-        self._writer.write(
-            _frame(_HEADERS, _END_HEADERS, self._stream, self._headers) + _frame(_DATA, _END_STREAM, self._stream, data)
-        )
+        head = HeadersFrame(self._stream, self._headers, flags=["END_HEADERS"])
+        self._writer.write(head.serialize() + DataFrame(self._stream, data, flags=["END_STREAM"]).serialize())
         while True:
-            head = await self._reader.readexactly(9)
-            payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
-            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
-            if kind in (_SETTINGS, _PING) and not flags & _ACK:
-                self._writer.write(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
-            if kind in (_RST_STREAM, _GOAWAY):
-                raise RuntimeError(f"the server ended the stream or its connection: {payload!r}")
-            if stream == self._stream and kind == _DATA and payload:
-                yield payload
-            if stream == self._stream and kind in (_DATA, _HEADERS) and flags & _END_STREAM:
+            frame = await self._next_frame()
+            if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
+                self._writer.write(SettingsFrame(flags=["ACK"]).serialize())
+            if isinstance(frame, PingFrame) and "ACK" not in frame.flags:
+                self._writer.write(PingFrame(opaque_data=frame.opaque_data, flags=["ACK"]).serialize())
+            if isinstance(frame, RstStreamFrame | GoAwayFrame):
+                raise RuntimeError(f"the server ended the stream or its connection: {frame!r}")
+            if frame.stream_id != self._stream:
+                continue
+            if isinstance(frame, DataFrame) and frame.data:
+                yield frame.data
+            if "END_STREAM" in frame.flags:
                 return
+
+    async def _next_frame(self) -> Frame:
+        header = await self._reader.readexactly(_FRAME_HEADER_BYTES)
+        frame, size = Frame.parse_frame_header(memoryview(header))
+        frame.parse_body(memoryview(await self._reader.readexactly(size)))
+        return frame
