@@ -56,11 +56,20 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+@pytest.hookimpl(trylast=True)  # once those that do not run are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test asks for the example first waits until it is built."""
-    for item in items:
-        if "support_repository" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+    """Whichever test asks for the example first waits until it is built: of two processes, one has others meanwhile.
+
+    With `-n 2` each begins with a half of the list, in order: the second half begins with the files that need it.
+    """
+    asking = [item for item in items if "support_repository" in getattr(item, "fixturenames", ())]
+    for item in asking:
+        if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1800))
+    files = {item.path for item in asking}
+    others = [item for item in items if item.path not in files]
+    half = len(items) // 2
+    items[:] = [*others[:half], *(item for item in items if item.path in files), *others[half:]]
 
 
 @pytest.fixture

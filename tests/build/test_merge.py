@@ -296,7 +296,7 @@ def test_a_wrong_merge_is_refused_in_fp64_too(
         return core
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", without_it, raising=False)
-    with pytest.raises(StillhouseError, match="merged and attached differ by"):
+    with pytest.raises(StillhouseError, match="attached and merged do not say the same"):
         run_merge(tiny_base, tmp_path / "merged", tiny_adapter)
 
 

@@ -103,7 +103,7 @@ def _merge(
     share(0.8)
     _save(model, folder)
     if trust_remote_code:
-        _drop_own_code(model, windows, base, folder)
+        _drop_own_code(model, windows, base, folder, in_fp64=in_fp64)
     share(1.0)
     return record
 
@@ -145,7 +145,9 @@ def _merge_one(
             hint="a fine-tune that changes nothing is never published; was the adapter trained and saved?",
         )
     logits = proof.logits_of(merged, windows, in_fp64=in_fp64)
-    return merged, logits, proof.difference_of(with_adapter, logits, path, in_fp64=in_fp64)
+    said = f"adapter: {path}: attached and merged do not say the same"
+    hint = "an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log"
+    return merged, logits, proof.difference_of(with_adapter, logits, said, hint, in_fp64=in_fp64)
 
 
 def _attach(model: Any, path: Path) -> Any:
@@ -249,7 +251,7 @@ def _save(model: Any, folder: Path) -> None:
     proof.check_saved(model, folder)
 
 
-def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path) -> None:
+def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path, *, in_fp64: bool) -> None:
     """Makes the merged checkpoint one that is loaded without the base's own code, and checks that it says the same."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -262,9 +264,6 @@ def _drop_own_code(model: Any, windows: list[Any], base: Path, folder: Path) -> 
     for file in folder.glob("*.py"):
         file.unlink()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    difference = proof.largest_difference(proof.logits_of(model, windows), proof.logits_of(plain, windows))
-    if not difference <= proof.MAX_LOGIT_DIFFERENCE:
-        raise StillhouseError(
-            f"base: {base} computes something else than a plain {architecture} (a logit differs by {difference:.2g})",
-            hint="its own code cannot be exported",
-        )
+    own, others = (proof.logits_of(which, windows, in_fp64=in_fp64) for which in (model, plain))
+    said = f"base: {base} computes something else than a plain {architecture}"
+    proof.difference_of(own, others, said, "its own code cannot be exported", in_fp64=in_fp64)

@@ -24,7 +24,7 @@ _AT_ONCE = 2**22  # values that are summed up at a time: they are copied twice o
 
 
 class LogitsDiffer(StillhouseError):
-    """A merged model does not say what it said with the adapter attached."""
+    """A model does not say what it said in another form."""
 
 
 def logits_of(model: Any, windows: list[Any], *, in_fp64: bool = False) -> list[Any]:
@@ -41,17 +41,14 @@ def largest_difference(one: list[Any], other: list[Any]) -> float:
 
 
 def difference_of(
-    attached: list[Any], merged: list[Any], adapter: Path, *, in_fp64: bool = False
+    one: list[Any], other: list[Any], said: str, hint: str, *, in_fp64: bool = False
 ) -> tuple[float, float]:
-    """The largest difference of a logit, and what was allowed. Raises LogitsDiffer beyond it."""
-    difference = largest_difference(attached, merged)
+    """The largest difference of a logit, and what was allowed. Beyond it LogitsDiffer, which begins as `said`."""
+    difference = largest_difference(one, other)
     rounding = ROUNDING_IN_FP64 if in_fp64 else ROUNDING
-    allowed = max(MAX_LOGIT_DIFFERENCE, rounding * max(float(rows.abs().max()) for rows in attached))
+    allowed = max(MAX_LOGIT_DIFFERENCE, rounding * max(float(rows.abs().max()) for rows in one))
     if not difference <= allowed:
-        raise LogitsDiffer(
-            f"adapter: {adapter}: merged and attached differ by {difference:.2g} in a logit, more than {allowed:.2g}",
-            hint="an adapter that depends on its input (aLoRA, a router) cannot be merged; see the build log",
-        )
+        raise LogitsDiffer(f"{said}: a logit differs by {difference:.2g}, more than {allowed:.2g}", hint=hint)
     return difference, allowed
 
 
