@@ -39,6 +39,12 @@ DOCS, BEGIN, END = ROOT / "docs/serve.md", "<!-- hostile: begin -->", "<!-- host
 PROMPT = "The capital of France is"
 CLIENTS, CONTROL_EVERY = 8, 250
 _SETTLE_S = 1.0
+# What a process may still take in the second half of the requests: RSS as a share, and descriptors.
+_RSS_GROWTH, _MORE_DESCRIPTORS = 0.1, 2
+
+
+State = dict[str, dict[str, int]]  # by process: rss_bytes, descriptors
+_WHEN = ("before", "halfway", "after")
 
 
 # The requests
@@ -59,10 +65,18 @@ class Seen:
 
 
 def attack_all(
-    generator: Generator, numbers: range, targets: Targets, expected: dict[str, str], limit_s: float = 600.0
+    generator: Generator,
+    numbers: range,
+    targets: Targets,
+    expected: dict[str, str],
+    limit_s: float = 600.0,
+    seen: Seen | None = None,
 ) -> Seen:
-    """Sends the requests of these numbers, several at a time, and the control between them; none after `limit_s`."""
-    seen, lock, waiting = Seen(), threading.Lock(), queue.SimpleQueue[int]()
+    """Sends the requests of these numbers, several at a time, and the control between them; none after `limit_s`.
+
+    What comes of them is added to `seen`, where it is given.
+    """
+    seen, lock, waiting = seen or Seen(), threading.Lock(), queue.SimpleQueue[int]()
     end_s = time.monotonic() + limit_s
     for number in numbers:
         waiting.put(number)
@@ -130,13 +144,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         expected = control_answers(warm, running.targets)
         attack_all(warm, range(1, options.warm_up + 1), running.targets, expected, options.seconds)
         time.sleep(_SETTLE_S)
-        before, begun_s = state(running), time.perf_counter()
+        states, seen, begun_s = [state(running)], Seen(), time.perf_counter()
         numbers = range(options.first, options.first + options.requests)
-        generator = Generator(options.seed, options.model, doors)
-        seen = attack_all(generator, numbers, running.targets, expected, options.seconds)
-        took_s = time.perf_counter() - begun_s
-        time.sleep(_SETTLE_S)
-        after, used = state(running), in_use(running)
+        generator, half = Generator(options.seed, options.model, doors), len(numbers) // 2
+        for part in (numbers[:half], numbers[half:]):
+            attack_all(generator, part, running.targets, expected, options.seconds / 2, seen)
+            time.sleep(_SETTLE_S)
+            states.append(state(running))
+        took_s, used = time.perf_counter() - begun_s - 2 * _SETTLE_S, in_use(running)
+    before, halfway, after = states
     return {
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": describe(),
@@ -153,9 +169,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "crashed": sorted(set(running.processes) - set(after)),
         "control": {"asked": seen.controls, "changed": seen.changed[:10]},
         "before": before,
+        "halfway": halfway,
         "after": after,
+        "grew": grown(halfway, after),
         "in_use_afterwards": used,
     }
+
+
+def grown(halfway: State, after: State) -> list[str]:
+    """Which processes took notably more between the two."""
+    return [
+        f"{name}: {what} grew from {was[key] / scale:,.0f} to {after[name][key] / scale:,.0f}"
+        for name, was in halfway.items()
+        if name in after
+        for what, key, scale, most in (
+            ("RSS (MB)", "rss_bytes", 1e6, (1 + _RSS_GROWTH) * was["rss_bytes"]),
+            ("descriptors", "descriptors", 1, was["descriptors"] + _MORE_DESCRIPTORS),
+        )
+        if after[name][key] > most
+    ]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -170,18 +202,19 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|",
         *(_row(total, kind) for kind in (*kinds, "**all**")),
         "",
-        "| | RSS before (MB) | afterwards | descriptors before | afterwards |",
-        "|---|--:|--:|--:|--:|",
-        *(_process_row(name, was, report["after"].get(name)) for name, was in report["before"].items()),
+        "| | RSS before (MB) | halfway | afterwards | descriptors before | halfway | afterwards |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(_process_row(name, [report[when].get(name) for when in _WHEN]) for name in report["before"]),
     ]
     used, asked, machine = report["in_use_afterwards"], report["control"], report["machine"]
     return (
         "\n".join(lines)
         + f"""
 
-Processes that died: {len(report["crashed"])}. A good request was asked {asked["asked"]} times between them, and
-{len(asked["changed"])} times its answer was another one. Afterwards {used["num_requests_running"]:.0f} requests held a
-slot, {used["num_requests_waiting"]:.0f} waited, and {used["kv_cache_usage_perc"]:.0%} of the KV cache was in use.
+Processes that died: {len(report["crashed"])}; that grew in the second half: {len(report["grew"])}. A good request
+was asked {asked["asked"]} times between them, and {len(asked["changed"])} times its answer was another one. Afterwards
+{used["num_requests_running"]:.0f} requests held a slot, {used["num_requests_waiting"]:.0f} waited, and
+{used["kv_cache_usage_perc"]:.0%} of the KV cache was in use.
 
 Machine: {machine["processor"]}, {machine["cores"]} cores; {report["requests"]:,} requests of seed {report["seed"]} in
 {report["seconds"]:,.0f} s, {CLIENTS} at a time, the slowest {report["slowest_s"]:.1f} s. Measured {report["measured"]}.
@@ -189,9 +222,9 @@ Machine: {machine["processor"]}, {machine["cores"]} cores; {report["requests"]:,
     )
 
 
-def _process_row(name: str, was: dict[str, int], now: dict[str, int] | None) -> str:
-    rss = [f"{each['rss_bytes'] / 1e6:,.0f}" if each else "died" for each in (was, now)]
-    descriptors = [str(each["descriptors"]) if each else "–" for each in (was, now)]
+def _process_row(name: str, states: list[dict[str, int] | None]) -> str:
+    rss = [f"{each['rss_bytes'] / 1e6:,.0f}" if each else "died" for each in states]
+    descriptors = [str(each["descriptors"]) if each else "–" for each in states]
     return f"| {name} | {' | '.join([*rss, *descriptors])} |"
 
 
@@ -205,7 +238,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--model", default="support-int4")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--warm-up", type=int, default=600, help="requests before memory is read for the first time")
+    parser.add_argument("--warm-up", type=int, default=2_500, help="requests before memory is read for the first time")
     parser.add_argument("--first", type=int, default=0, help="the number of the first one, to send some of them again")
     parser.add_argument("--seconds", type=float, default=900.0, help="after these, no new ones are sent")
     parser.add_argument("--seed", type=int, default=0)
@@ -215,7 +248,9 @@ def main() -> int:
     options = parser.parse_args()
     report = measure(options)
     publish(report, markdown(report), options.out, [DOCS] if options.write_docs else [], BEGIN, END)
-    return 1 if report["bad"] or report["crashed"] or report["control"]["changed"] else 0
+    for line in report["grew"]:
+        print(line, file=sys.stderr)
+    return 1 if report["bad"] or report["crashed"] or report["control"]["changed"] or report["grew"] else 0
 
 
 if __name__ == "__main__":

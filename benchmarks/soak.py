@@ -40,7 +40,7 @@ from vitals import MB, look_at
 
 MODEL = ROOT / "model_repository/support-int4"
 DOCS, BEGIN, END = ROOT / "docs/serve.md", "<!-- soak: begin -->", "<!-- soak: end -->"
-QUESTION = "How do I return a pair of boots that do not fit?"
+QUESTION = "Question: How many days do I have to return an item to Brindlecove?\nAnswer:"
 LONGEST, LONGEST_TOGETHER = "one two three four " * 480, 2  # nearly the 2,048 tokens of the context
 CLIENTS = 8
 FILLERS = 8  # more than there are places for prompts to be kept
@@ -137,6 +137,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     at_rest = {"num_requests_running": 0, "num_requests_waiting": 0}
     at_rest |= {what: first[what] for what in ("kv_cache_usage_perc", "shm")}
     wrong += [f"{what} should be {was} at rest, is {last[what]}" for what, was in at_rest.items() if last[what] != was]
+    if not first["answers"][0]:
+        wrong.append("the known question has an empty answer, which shows nothing")
     for at, answers in ((one["at_s"], one["answers"]) for one in found["rests"]):
         if set(answers) != {first["answers"][0]}:
             wrong.append(f"after {at} s the known question had another answer: {answers}")

@@ -86,8 +86,10 @@ def test_the_table_has_a_row_for_each_kind_and_one_for_all() -> None:
     report = {
         "outcomes": [dict(zip(("kind", "door", "outcome", "requests"), row, strict=True)) for row in rows],
         "before": {"tritonserver": {"rss_bytes": 10**8, "descriptors": 9}, "gone": {"rss_bytes": 1, "descriptors": 1}},
+        "halfway": {"tritonserver": {"rss_bytes": 10**8, "descriptors": 9}},
         "after": {"tritonserver": {"rss_bytes": 11 * 10**7, "descriptors": 9}},
         "crashed": ["gone"],
+        "grew": [],
         "control": {"asked": 3, "changed": []},
         "in_use_afterwards": dict.fromkeys(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), 0),
         "machine": {"processor": "p", "cores": 2},
@@ -100,5 +102,16 @@ def test_the_table_has_a_row_for_each_kind_and_one_for_all() -> None:
     table = hostile.markdown(report)
     assert "| a | 2 | 0 | 0 | 1 |" in table
     assert "| **all** | 2 | 3 | 0 | 1 |" in table
-    assert "| tritonserver | 100 | 110 | 9 | 9 |" in table
-    assert "| gone | 0 | died | 1 | – |" in table
+    assert "| tritonserver | 100 | 100 | 110 | 9 | 9 | 9 |" in table
+    assert "| gone | 0 | died | died | 1 | – | – |" in table
+
+
+def test_a_process_that_grows_in_the_second_half_is_named_with_what_it_took() -> None:
+    halfway = {name: {"rss_bytes": 10**8, "descriptors": 50} for name in ("flat", "fat", "leaky", "gone")}
+    after = {
+        "flat": {"rss_bytes": 109 * 10**6, "descriptors": 52},
+        "fat": {"rss_bytes": 111 * 10**6, "descriptors": 50},
+        "leaky": {"rss_bytes": 10**8, "descriptors": 53},
+    }
+    grew = hostile.grown(halfway, after)
+    assert grew == ["fat: RSS (MB) grew from 100 to 111", "leaky: descriptors grew from 50 to 53"]

@@ -78,6 +78,13 @@ def test_a_process_that_holds_more_is_named(what: str, value: int, words: list[s
     assert len(soak.verdict(found)) == len(words)
 
 
+def test_a_known_question_without_an_answer_is_named() -> None:
+    found = _found()
+    for rest in found["rests"]:
+        rest["answers"] = [""] * 3
+    assert [wrong.split(",")[0] for wrong in soak.verdict(found)] == ["the known question has an empty answer"]
+
+
 def test_a_failure_or_a_process_that_is_gone_is_named() -> None:
     found = copy.deepcopy(_found())
     found["failures"].append("grpc, short: StreamBroken: …")
