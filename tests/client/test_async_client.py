@@ -87,6 +87,43 @@ async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, sm
     assert (await client.generate(MODEL, plan(tokens=1))).text == "word0 "
 
 
+@pytest.mark.parametrize("wishes", [{"stall_after": 0}, {"stall_after": 1}])
+async def test_closing_the_client_ends_its_streams_as_nobody_cancelled(
+    client: AsyncClient, small_server: Any, scheme: str, wishes: dict[str, Any]
+) -> None:
+    mark = plan(**wishes, mark=f"closed async {scheme}")
+
+    async def ask() -> None:
+        async for _ in client.stream(MODEL, mark):
+            begun.set()
+
+    begun = asyncio.Event()
+    task = asyncio.create_task(ask())
+    if wishes["stall_after"]:
+        await asyncio.wait_for(begun.wait(), 5)
+    else:
+        while not any(e["inputs"].get("text_input") == mark for e in await asyncio.to_thread(small_server.log)):
+            await asyncio.sleep(0.02)
+    await client.close()
+    with pytest.raises(StreamBroken if wishes["stall_after"] else ConnectionFailed):
+        await asyncio.wait_for(task, 5)
+    assert not task.cancelled()
+
+
+async def test_a_task_that_is_cancelled_as_its_client_closes_stays_so(client: AsyncClient) -> None:
+    async def ask() -> None:
+        async for _ in client.stream(MODEL, plan(stall_after=1)):
+            begun.set()
+
+    begun = asyncio.Event()
+    task = asyncio.create_task(ask())
+    await asyncio.wait_for(begun.wait(), 5)
+    task.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 @pytest.mark.parametrize(
     ("wishes", "error"),
     [

@@ -250,6 +250,25 @@ def test_a_server_that_dies_breaks_the_stream(mortal_server: Any, scheme: str) -
         client.generate(MODEL, "x")
 
 
+def test_closing_the_client_ends_its_grpc_streams_and_what_comes_then_is_refused(small_server: Any) -> None:
+    client, mark = Client(small_server.url("grpc")), plan(stall_after=0, mark="closed")
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(client.generate, MODEL, mark)
+        while not any(entry["inputs"].get("text_input") == mark for entry in small_server.log()):
+            time.sleep(0.02)
+        client.close()
+        with pytest.raises(ConnectionFailed, match="was closed before the answer came"):
+            answer.result(5)
+    for ask in (
+        client.ready,
+        client.models,
+        lambda: client.generate(MODEL, "x"),
+        lambda: next(client.stream(MODEL, "x")),
+    ):
+        with pytest.raises(InvalidCall, match="is closed"):
+            ask()
+
+
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [

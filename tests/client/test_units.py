@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2
 
 import stillhouse.client
 from stillhouse.client import grpc_wire
@@ -21,11 +24,13 @@ from stillhouse.client.errors import (
     ModelNotFound,
     Overloaded,
     RequestRejected,
+    StreamBroken,
     TimedOut,
     Unavailable,
     from_server,
 )
-from stillhouse.client.http_wire import EventReader, read_error
+from stillhouse.client.grpc_sync import GrpcStream
+from stillhouse.client.http_wire import EventReader, read_error, read_reply
 from stillhouse.client.request import build_request
 
 
@@ -46,11 +51,63 @@ def test_the_url_says_the_transport(url: str, base_url: str) -> None:
     assert parse_url(url).base_url == base_url
 
 
-@pytest.mark.parametrize("url", ["ftp://host:1", "host:port", "host:99999", "", "grpc://host:1/path", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host:1", "host:port", "host:99999", "", "grpc://host:1/path", "http://"),
+        *("grpc://[::1", "http://[a]:1", "grpc://\u2100"),
+    ],
+)
 def test_a_bad_url_is_refused_with_a_hint(url: str) -> None:
     with pytest.raises(InvalidCall) as caught:
         parse_url(url)
     assert "http://host:port" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("token", [2**31, -1, 1.5, "a", None])
+def test_a_token_id_that_the_tensor_cannot_hold_is_refused(token: Any) -> None:
+    with pytest.raises(InvalidCall, match="input_ids must be"):
+        build_request("m", None, None, [1, token], None, {}, stream=True)
+    assert build_request("m", None, None, [0, 2**31 - 1], None, {}, stream=True).inputs["input_ids"] == [0, 2**31 - 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "raw"),
+    [
+        ("num_output_tokens", "UINT32", b"\1"),
+        ("text_output", "BYTES", b"\1"),
+        ("details", "BYTES", b"\1\0\0\0{"),
+        ("details", "BYTES", b"\2\0\0\0{}"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_breaks_its_stream(name: str, datatype: str, raw: bytes) -> None:
+    message = service_pb2.ModelStreamInferResponse()
+    message.infer_response.outputs.add(name=name, datatype=datatype, shape=[1])
+    message.infer_response.raw_output_contents.append(raw)
+    with pytest.raises(StreamBroken, match="m: the server's answer cannot be read"):
+        grpc_wire.read_response(message, build_request("m", "Hi", None, None, None, {}, stream=True))
+
+
+def test_details_that_are_none_are_refused_over_http() -> None:
+    request = build_request("m", "Hi", None, None, None, {}, stream=True, details=True)
+    with pytest.raises(RequestRejected, match="details cannot be read"):
+        read_reply(b'{"text_output": "a", "details": "{"}', request)
+
+
+class Strange:
+    """A call of grpc's that throws what is none of its errors."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise KeyError("strange")
+
+    def cancel(self) -> None: ...
+
+
+def test_whatever_the_reading_thread_meets_its_reader_hears_of() -> None:
+    stream = GrpcStream(Strange(), build_request("m", "Hi", None, None, None, {}, stream=True), "host:8001")
+    with pytest.raises(StreamBroken, match="m: the server's answer cannot be read: KeyError"):
+        stream.next(5)
+    assert stream.next(5) is None
 
 
 def test_several_answers_in_one_call_are_refused_for_only_one_would_be_read() -> None:

@@ -24,7 +24,7 @@ def test_beyond_the_queue_a_request_is_refused_at_once() -> None:
     engine = make_engine(1, max_waiting=2)
     for _ in range(3):
         engine.submit([1], GREEDY, Collected())
-    with pytest.raises(QueueFull, match="holds 2"):
+    with pytest.raises(QueueFull, match="3 requests are waiting, the queue holds 3 now"):
         engine.submit([1], GREEDY, Collected())
     run_until_idle(engine)
     engine.submit([1], GREEDY, Collected())

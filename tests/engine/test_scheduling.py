@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
+import pytest
 from counting_engine import (
     CONTEXT,
     GREEDY,
@@ -17,6 +19,7 @@ from counting_engine import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stillhouse.engine.errors import QueueFull
 from stillhouse.engine.request import Request, Token
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.scheduler import Limits, Scheduler, chunk_size
@@ -150,3 +153,38 @@ def test_a_shared_beginning_is_prefilled_once() -> None:
     # The third has one token of its own; two are left to prefill, since one alone is another kernel.
     assert engine._runner.prefill_sizes == [43, 2, 2]  # type: ignore[attr-defined]
     assert engine.stats().prefix_tokens_total == 40 + 39
+
+
+def test_where_the_cache_holds_less_than_the_slots_who_is_let_in_waits_no_longer_than_with_all_of_them() -> None:
+    def longest_wait(prompt_tokens: int, capacity: int) -> int:
+        """In steps, under constant offers of more than is let in, once the first of those have ended."""
+        engine, requests = make_engine(32, chunk=CONTEXT, capacity=capacity, max_waiting=32), list[Request]()
+        params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        came, waited = dict[str, int](), dict[str, int]()
+        for step in range(300):
+            with contextlib.suppress(QueueFull):
+                while True:
+                    requests.append(engine.submit([1] * prompt_tokens, params, Collected()))
+                    came[requests[-1].id] = step
+            engine.step()
+            for request in requests:
+                if request.output_ids:
+                    waited.setdefault(request.id, step - came[request.id])
+        return max(wait for request, wait in waited.items() if came[request] > 100)
+
+    full = longest_wait(40, 32 * CONTEXT)
+    assert longest_wait(40, 4 * CONTEXT) <= 2 * full
+    assert longest_wait(8, 4 * CONTEXT) <= 2 * full
+
+
+@pytest.mark.parametrize(("prompt_tokens", "let_in"), [(2, 64), (40, 2 * 7)])
+def test_a_burst_onto_an_idle_engine_is_refused_only_where_the_cache_does_not_hold_it(
+    prompt_tokens: int, let_in: int
+) -> None:
+    engine = make_engine(32, capacity=5 * CONTEXT + 40, max_waiting=32)
+    for _ in range(let_in):
+        engine.submit([1] * prompt_tokens, GREEDY, Collected())
+    with pytest.raises(QueueFull, match=f"the queue holds {let_in} now"):
+        engine.submit([1] * prompt_tokens, GREEDY, Collected())
+    run_until_idle(engine)
+    assert_nothing_is_held(engine)

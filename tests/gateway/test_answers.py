@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from functools import partial
+from typing import Any
 
 import pytest
 
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import QueueFull
 from stillhouse.gateway import answers
+from stillhouse.gateway.generator import ServedModel
 
 
 class Engine:
@@ -61,3 +63,15 @@ async def test_a_request_of_which_nothing_is_let_in_is_refused_at_once(count: in
     with pytest.raises(QueueFull):
         await asyncio.wait_for(ask(engine, count), 0.5)
     assert engine.refused == count
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "together"), [(10, 6, 32), (60, 40, 20), (60, 2000, 4), (490, 12, 4)]
+)
+def test_one_request_asks_for_as_many_answers_at_a_time_as_find_a_slot_and_room_in_the_cache(
+    prompt_tokens: int, max_tokens: int, together: int
+) -> None:
+    other: Any = dict.fromkeys(["tokenizer", "default_params", "thinking_tags"])
+    numbers = {"created_s": 0, "max_prompt_bytes": 1, "vocab_size": 1}
+    model = ServedModel("m", 1, max_model_len=500, slots=32, kv_capacity_tokens=2000, **numbers, **other)
+    assert model.answers_together(prompt_tokens, max_tokens) == together

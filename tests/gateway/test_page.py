@@ -97,6 +97,16 @@ def test_an_error_is_shown_and_the_question_given_back(page: Page) -> None:
     assert page.run("messages.length") == 0
 
 
+def test_a_question_that_failed_while_the_next_was_typed_is_no_part_of_the_conversation(page: Page) -> None:
+    choose(page, "support-int4")
+    page.run("sent = fetch; fetch = async () => { question.value = 'The next one'; throw new Error('busy'); }; 1")
+    ask(page, "The first one")
+    page.wait("!running && !!document.querySelector('.fault')")
+    page.run("fetch = sent; 1")
+    assert page.run("question.value") == "The next one"
+    assert page.run("messages.length") == 0
+
+
 def test_nothing_came_from_elsewhere_and_nothing_complained(page: Page, server: GatewayServer) -> None:
     page.run("1")
     elsewhere = [url for url in page.requested if not url.startswith((server.url, "data:", "about:"))]

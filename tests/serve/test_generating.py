@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stillhouse.gateway.errors import ModelUnknown, Unavailable
 from stillhouse.gateway.gateway import Gateway
+from stillhouse.serve import live
 from stillhouse.serve.generating import TritonGenerator
 from stillhouse.serve.live import LiveModel
 
@@ -37,3 +39,33 @@ async def test_a_model_without_a_ready_version_is_refused_alone(support_reposito
         gateway.model("other")
     assert gateway.fault() == "support-int8 cannot answer now: no version of it is ready"
     await generator.close()
+
+
+class Ready:
+    async def ready(self, *_: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("target", "provider", "slots"),
+    [("cpu", "auto", 32), ("cuda", "auto", 5), ("cpu", "cuda", 5), ("cuda", "tensorrt", 5), ("cuda", "cpu", 32)],
+)
+async def test_the_gateway_knows_as_many_slots_as_the_engine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, provider: str, slots: int
+) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "tokenizer.json").write_text("{}")
+    manifest = SimpleNamespace(
+        model="m-int4",
+        target=target,
+        network=SimpleNamespace(context_length=4096),
+        memory=SimpleNamespace(kv_bytes_per_token=1000),
+    )
+    monkeypatch.setattr(live, "live_versions", lambda _: [1])
+    monkeypatch.setattr(live, "open_version", lambda path, **_: SimpleNamespace(path=path, manifest=manifest))
+    monkeypatch.setattr(live, "Tokenizer", lambda _: None)
+    monkeypatch.setattr(live, "describe", lambda *given: SimpleNamespace(version=1, slots=given[-1].slots))
+    model = LiveModel(tmp_path, {"provider": provider, "max_model_len": 1000, "kv_cache_bytes": 5_500_000})
+    client: Any = Ready()
+    await model.follow(client)
+    assert model.live.slots == slots

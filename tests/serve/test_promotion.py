@@ -50,6 +50,7 @@ class Server:
     def __init__(self, model: Path, loaded: list[int], broken: tuple[int, ...] = ()) -> None:
         self.model, self.loaded, self.broken = model, loaded, broken
         self.calls: list[str] = []
+        self.failures: dict[int, BaseException] = {}  # by the number of the load, from 1
 
     def must_listen(self) -> None:
         pass
@@ -59,6 +60,8 @@ class Server:
 
     def load(self, _: str) -> None:
         self.calls.append("load")
+        if len(self.calls) in self.failures:
+            raise self.failures[len(self.calls)]
         self.loaded = live_versions(self.model)
 
     def unload(self, _: str) -> None:
@@ -99,6 +102,55 @@ def test_what_does_not_come_up_on_a_server_without_the_model_leaves_it_so(
     with pytest.raises(PromotionFailed, match=f"{version} does not answer"):
         promote(repository, "tiny-int4", version, NOBODY, on_server=True)
     assert (server.loaded, live_versions(repository / "tiny-int4")) == ([], [1])
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"), [(ServeError("no answer"), PromotionFailed), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_a_rollback_whose_last_load_fails_changes_nothing_and_can_be_repeated(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, said: type[BaseException]
+) -> None:
+    model = repository / "tiny-int4"
+    promote(repository, "tiny-int4", 2, NOBODY)
+    server = serving(repository, monkeypatch, [2])
+    server.failures = {2: failure}
+    with pytest.raises(said):
+        rollback(repository, "tiny-int4", NOBODY)
+    assert (server.loaded, live_versions(model), previous_version(model)) == ([2], [2], 1)
+    assert rollback(repository, "tiny-int4", NOBODY).version == 1
+    assert (server.loaded, live_versions(model), previous_version(model)) == ([1], [1], 2)
+
+
+def test_a_failed_move_remembers_nothing_where_nothing_was_remembered(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serving(repository, monkeypatch, [1])
+    server.failures = {2: ServeError("no answer")}
+    with pytest.raises(PromotionFailed, match="no answer"):
+        promote(repository, "tiny-int4", 2, NOBODY)
+    assert (server.loaded, live_versions(repository / "tiny-int4")) == ([1], [1])
+    assert previous_version(repository / "tiny-int4") is None
+
+
+@pytest.mark.parametrize("policy", [[1], [1, 2]])
+def test_a_rollback_that_was_killed_on_its_last_step_is_finished_by_the_next_one(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, policy: list[int]
+) -> None:
+    model = repository / "tiny-int4"
+    set_live_versions(model, policy, previous=2)
+    server = serving(repository, monkeypatch, [1, 2])
+    assert rollback(repository, "tiny-int4", NOBODY).version == 1
+    assert (server.loaded, live_versions(model), previous_version(model)) == ([1], [1], 2)
+    assert rollback(repository, "tiny-int4", NOBODY).version == 2
+
+
+def test_a_promotion_that_was_killed_on_its_last_step_can_be_rolled_back(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_live_versions(repository / "tiny-int4", [2], previous=1)
+    server = serving(repository, monkeypatch, [1, 2])
+    assert rollback(repository, "tiny-int4", NOBODY).version == 1
+    assert server.loaded == live_versions(repository / "tiny-int4") == [1]
 
 
 @pytest.mark.parametrize("version", [1, 2])

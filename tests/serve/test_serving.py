@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +41,7 @@ class Triton:
 class Gateway:
     url = "http://127.0.0.1:9000/v1"
 
-    def drain(self, grace_s: float) -> None:
+    def drain(self, grace_s: float, *, hurry: threading.Event | None = None) -> None:
         """It ends at once."""
 
 
@@ -53,6 +55,8 @@ class Generator:
 
     def suspect(self, name: str) -> None:
         raise AssertionError(f"{name} has not come back")
+
+    def rest(self) -> None: ...
 
 
 Serve = Callable[[list[list[str] | int]], tuple[list[str], list[list[str]]]]
@@ -103,3 +107,46 @@ def test_what_has_died_meanwhile_is_repaired_with_the_one_that_was_put_off(
     monkeypatch.setattr(serving, "time", types.SimpleNamespace(monotonic=lambda: float(next(now_s))))
     _, repairs = serve([["a"], ["a"], ["a", "b"], *([["a", "b"]] * 5), 137])
     assert repairs == [["a"], ["a", "b"]]
+
+
+class Draining(Triton):
+    """One that is told to end at the first look."""
+
+    hurried = False
+
+    def exit_status(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def drain(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def hurry(self) -> None:
+        self.hurried = True
+
+
+class Held(Gateway):
+    """One with a request that does not end; a second Ctrl-C comes meanwhile."""
+
+    waited = False
+
+    def refuse(self) -> None: ...
+
+    def drain(self, grace_s: float, *, hurry: threading.Event | None = None) -> None:
+        if grace_s:
+            assert hurry is not None
+            assert not hurry.is_set()
+            signal.raise_signal(signal.SIGINT)
+            self.waited = hurry.wait(5)
+
+
+def test_a_second_signal_ends_the_gateways_grace_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, gateway, generator = Draining(iter(())), Held(), Generator()
+    monkeypatch.setattr(serving, "_LOOK_S", 0.0)
+    monkeypatch.setattr(serving, "start_gateway", lambda *_: gateway)
+    monkeypatch.setattr(serving, "start_server", lambda *_, **__: triton)
+    monkeypatch.setattr(serving, "plug_triton", lambda *_: generator)
+    monkeypatch.setattr(serving, "Processes", lambda server: server)
+    assert serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None) == 0
+    assert gateway.waited
+    assert triton.hurried

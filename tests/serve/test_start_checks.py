@@ -162,6 +162,13 @@ def test_the_servers_environment_puts_this_python_first(tmp_path: Path) -> None:
     assert environment["STILLHOUSE_ENGINE_OPTIONS"] == '{"max_num_seqs": 4}'
 
 
+def test_the_servers_environment_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_API_KEY", "sesame")
+    environment = server_environment(tmp_path, "{}", tmp_path / "drain")
+    assert not [name for name, value in environment.items() if "sesame" in value]
+    assert os.environ["STILLHOUSE_API_KEY"] == "sesame", "a repair starts another server, not another gateway"
+
+
 @pytest.mark.parametrize(
     ("engine", "words"),
     [({"max_num_seqs": 0}, "engine option max_num_seqs"), ({"max_sequences": 4}, "unknown engine option")],

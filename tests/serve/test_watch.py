@@ -46,6 +46,13 @@ class Lasting(Request):
         self.reasons.append(reason)
 
 
+class Failing(Lasting):
+    """One of which the server cannot say whether its client is there."""
+
+    def is_abandoned(self) -> bool:
+        raise RuntimeError("no such sender")
+
+
 def test_a_request_is_cancelled_once_its_client_has_gone() -> None:
     request, ended = Request(), threading.Event()
     watcher = Watcher(lambda: False, Ending(None), ended.set)
@@ -60,6 +67,21 @@ def test_an_engine_that_has_failed_ends_its_process() -> None:
     failed, ended = threading.Event(), threading.Event()
     watcher = Watcher(failed.is_set, Ending(None), ended.set)
     assert not ended.wait(0.2)
+    failed.set()
+    assert ended.wait(5)
+    watcher.close()
+
+
+def test_one_that_cannot_be_asked_keeps_no_other_from_being_cancelled_nor_the_process_from_its_end(
+    wait_until: Callable[..., float],
+) -> None:
+    failing, other, failed, ended = Failing(), Request(), threading.Event(), threading.Event()
+    watcher = Watcher(failed.is_set, Ending(None), ended.set)
+    watcher.add(failing)
+    wait_until(lambda: failing.asked)
+    watcher.add(other)
+    assert other.cancelled.wait(5)
+    assert not failing.cancelled.is_set()
     failed.set()
     assert ended.wait(5)
     watcher.close()

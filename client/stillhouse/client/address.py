@@ -34,7 +34,10 @@ class Address:
 def parse_url(url: str) -> Address:
     """The address in `url`; `host:port` alone is gRPC. Raises InvalidCall."""
     text = url.strip()
-    parts = urlsplit(text if "://" in text else f"grpc://{text}")
+    try:
+        parts = urlsplit(text if "://" in text else f"grpc://{text}")
+    except ValueError as error:  # brackets without an IPv6 address between them, odd letters
+        raise InvalidCall(f"a server's URL names a host, got {url!r}: {error}", hint=_HINT) from None
     if parts.scheme not in _DEFAULT_PORTS:
         raise InvalidCall(f"a server's URL begins with grpc:// or http://, got {url!r}", hint=_HINT)
     try:

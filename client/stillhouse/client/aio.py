@@ -122,7 +122,7 @@ class AsyncClient:
             return False
 
     async def close(self) -> None:
-        """Closes the connections, and with them the streams that still run."""
+        """Closes the connections; streams that still run end with ConnectionFailed or StreamBroken."""
         if self._opened is not None:
             opened, self._opened = self._opened, None
             await opened.close()

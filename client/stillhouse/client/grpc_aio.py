@@ -26,13 +26,14 @@ class GrpcTransport:
             self._channel = grpc.aio.secure_channel(address.authority, credentials, options=grpc_wire.CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.insecure_channel(address.authority, options=grpc_wire.CHANNEL_OPTIONS)
+        self._closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def open(self, request: Request) -> GrpcStream:
         # An open stream pins every version that it ever used (Triton): one stream a request, half-closed at once.
         message = grpc_wire.write_request(request)
         call = self._stub.ModelStreamInfer(iter([message]))
-        return GrpcStream(call, request, self._authority)
+        return GrpcStream(self, call, request)
 
     async def models(self) -> list[ModelEntry]:
         response = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
@@ -45,22 +46,29 @@ class GrpcTransport:
         return bool((await self._ask(self._stub.ModelReady, message, model)).ready)
 
     async def close(self) -> None:
+        self._closed = True
         await self._channel.close()
+
+    def failure(self, error: BaseException, model: str | None = None) -> BaseException:
+        """What to raise for an error of grpc's. It ends a closed channel's calls as if their tasks were cancelled."""
+        if isinstance(error, grpc.RpcError):
+            return grpc_wire.read_error(error, self._authority, model)
+        return grpc_wire.closed_meanwhile(self._authority) if self._closed and not _task_is_cancelled() else error
 
     async def _ask(self, method: Any, message: Any, model: str | None = None) -> Any:
         try:
             return await method(message, timeout=self._connect_timeout_s)
-        except grpc.RpcError as error:
-            raise grpc_wire.read_error(error, self._authority, model) from None
+        except (grpc.RpcError, asyncio.CancelledError) as error:
+            raise self.failure(error, model) from None
 
 
 class GrpcStream:
     """The replies of one request."""
 
-    def __init__(self, call: Any, request: Request, authority: str) -> None:
+    def __init__(self, transport: GrpcTransport, call: Any, request: Request) -> None:
+        self._transport = transport
         self._call = call
         self._request = request
-        self._authority = authority
         self._replies: deque[Reply] = deque()
 
     async def next(self, wait_s: float | None) -> Reply | None:
@@ -70,8 +78,8 @@ class GrpcStream:
                 message = await asyncio.wait_for(self._call.read(), wait_s)
             except asyncio.TimeoutError:
                 raise TimeoutError from None
-            except grpc.RpcError as error:
-                raise grpc_wire.read_error(error, self._authority, self._request.model) from None
+            except (grpc.RpcError, asyncio.CancelledError) as error:
+                raise self._transport.failure(error, self._request.model) from None
             if message is grpc.aio.EOF:
                 return None
             self._replies.extend(grpc_wire.read_response(message, self._request))
@@ -80,3 +88,9 @@ class GrpcStream:
     async def close(self) -> None:
         """Cancels what still runs; the server sees it within milliseconds."""
         self._call.cancel()
+
+
+def _task_is_cancelled() -> bool:
+    """Whether this task itself was asked to end; Python 3.10 cannot tell."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is not None and bool(cancelling())

@@ -31,7 +31,10 @@ class GrpcTransport:
     def open(self, request: Request) -> GrpcStream:
         # An open stream pins every version that it ever used (Triton): one stream a request, half-closed at once.
         message = grpc_wire.write_request(request)
-        call = self._stub.ModelStreamInfer(iter([message]))
+        try:
+            call = self._stub.ModelStreamInfer(iter([message]))
+        except ValueError:  # grpc's word for a closed channel
+            raise grpc_wire.closed(self._authority) from None
         return GrpcStream(call, request, self._authority)
 
     def models(self) -> list[ModelEntry]:
@@ -52,6 +55,8 @@ class GrpcTransport:
             return method(message, timeout=self._connect_timeout_s)
         except grpc.RpcError as error:
             raise grpc_wire.read_error(error, self._authority, model) from None
+        except ValueError:  # grpc's word for a closed channel
+            raise grpc_wire.closed(self._authority) from None
 
 
 class GrpcStream:
@@ -87,4 +92,7 @@ class GrpcStream:
             self._replies.put(error)
         except grpc.RpcError as error:
             self._replies.put(grpc_wire.read_error(error, self._authority, self._request.model))
-        self._replies.put(None)
+        except Exception as error:  # the boundary of a thread: whoever waits for its replies hears of it
+            self._replies.put(grpc_wire.unreadable(self._request.model, error))
+        finally:
+            self._replies.put(None)

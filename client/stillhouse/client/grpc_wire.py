@@ -16,8 +16,10 @@ from tritonclient.grpc import service_pb2
 from stillhouse.client.errors import (
     ClientError,
     ConnectionFailed,
+    InvalidCall,
     ModelNotFound,
     RequestRejected,
+    StreamBroken,
     TimedOut,
     Unavailable,
     from_server,
@@ -64,7 +66,7 @@ def read_response(message: Any, request: Request, received_s: float | None = Non
     """The replies in one ModelStreamInferResponse: its outputs, and the end marker.
 
     `received_s` is when it came, of time.perf_counter; by default now. Raises ClientError where the response is an
-    error that came as text.
+    error that came as text, or cannot be read.
     """
     if received_s is None:
         received_s = time.perf_counter()
@@ -74,8 +76,11 @@ def read_response(message: Any, request: Request, received_s: float | None = Non
     replies = []
     if response.outputs:
         pairs = zip(response.outputs, response.raw_output_contents, strict=False)
-        values = {output.name: _first(output.datatype, raw) for output, raw in pairs}
-        replies.append(reply_from(values, received_s))
+        try:
+            values = {output.name: _first(output.datatype, raw) for output, raw in pairs}
+            replies.append(reply_from(values, received_s))
+        except (struct.error, ValueError, LookupError, TypeError) as error:
+            raise unreadable(request.model, error) from None
     if response.parameters["triton_final_response"].bool_param:
         replies.append(Reply("", None, None, None, None, received_s, ends=True))
     return replies
@@ -101,6 +106,8 @@ def read_index(response: Any) -> list[ModelEntry]:
 def read_error(error: Any, authority: str, model: str | None = None) -> ClientError:
     """The client's error for a grpc.RpcError."""
     code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.CANCELLED:
+        return closed_meanwhile(authority)
     if code is grpc.StatusCode.UNAVAILABLE and _OF_THE_LINE.search(details):
         return cannot_reach(authority, details.rsplit(": ", 1)[-1])  # the innermost reason
     return error_of(code, details, authority, model)
@@ -111,6 +118,18 @@ def error_of(code: Any, details: str, authority: str, model: str | None = None) 
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"{authority}: no answer in time", hint="raise timeout_s, or look at the server's log")
     return from_server(details or code.name, model or authority, _KINDS.get(code, Unavailable))
+
+
+def unreadable(model: str, error: Exception) -> StreamBroken:
+    return StreamBroken(f"{model}: the server's answer cannot be read: {error!r}")
+
+
+def closed(authority: str) -> InvalidCall:
+    return InvalidCall(f"the client of {authority} is closed", hint="make another, or close it later")
+
+
+def closed_meanwhile(authority: str) -> ConnectionFailed:
+    return ConnectionFailed(f"{authority}: the connection was closed before the answer came")
 
 
 def cannot_reach(authority: str, reason: str) -> ConnectionFailed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 
 import aiohttp
@@ -21,6 +22,7 @@ class HttpTransport:
         self._base_url = address.base_url
         self._connect_timeout_s = connect_timeout_s
         timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
+        self._answering = weakref.WeakSet[aiohttp.ClientResponse]()
         # No limit on open connections: a hundred open streams are a hundred connections.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=http_wire.HEADERS
@@ -39,6 +41,9 @@ class HttpTransport:
         return (await self._ask("GET", http_wire.ready_path(model, version)))[0] == 200
 
     async def close(self) -> None:
+        # aiohttp closes the connections without a word to who reads from one.
+        for response in self._answering:
+            response.content.set_exception(aiohttp.ClientConnectionError("the connection was closed"))
         await self._session.close()
 
     async def _ask(self, method: str, path: str) -> tuple[int, bytes]:
@@ -52,7 +57,9 @@ class HttpTransport:
     async def post(self, request: Request) -> aiohttp.ClientResponse:
         """Sends the request and waits for the head of the answer."""
         url = self._base_url + http_wire.generate_path(request)
-        return await self._session.post(url, data=http_wire.write_body(request))
+        response = await self._session.post(url, data=http_wire.write_body(request))
+        self._answering.add(response)
+        return response
 
     def failure(self, error: Exception) -> ClientError:
         if isinstance(error, asyncio.TimeoutError):

@@ -80,7 +80,10 @@ def read_reply(data: bytes, request: Request) -> Reply:
         raise _not_triton(f"{request.model}: the answer is not a JSON object: {data[:80]!r}")
     if "error" in values:
         raise from_server(str(values["error"]), request.model)
-    reply = reply_from(values, received_s)
+    try:
+        reply = reply_from(values, received_s)
+    except (ValueError, LookupError, TypeError) as error:
+        raise _not_triton(f"{request.model}: the answer's details cannot be read: {error!r}") from None
     counts = (reply.num_input_tokens, reply.num_output_tokens)
     if not isinstance(reply.text, str) or not all(count is None or isinstance(count, int) for count in counts):
         raise _not_triton(f"{request.model}: the answer's text is no text, or its counts no numbers: {data[:80]!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +21,7 @@ _ALWAYS = {
     "return_num_input_tokens": True,
     "return_num_output_tokens": True,
 }
-
+_LARGEST_TOKEN_ID = 2**31 - 1  # the tensor's type is INT32
 
 # A stillhouse server's own: one output that has all of these and more, at the cost of one.
 _DETAILS = {"exclude_input_in_output": True, "return_details": True}
@@ -98,7 +99,7 @@ def build_request(
             raise InvalidCall(f'a message is {{"role": "…", "content": "…"}}, got {strange[0]!r:.60}')
         inputs["messages"] = _to_json("messages", [dict(message) for message in messages])
     if input_ids is not None:
-        inputs["input_ids"] = [int(token) for token in input_ids]
+        inputs["input_ids"] = _token_ids(input_ids)
     inputs["stream"] = stream
     if sampling:
         inputs["sampling_parameters"] = _to_json("sampling parameters", dict(sampling))
@@ -140,6 +141,16 @@ def _detailed_reply(values: dict[str, Any], received_s: float) -> Reply:
         received_s=received_s,
         details=details,
     )
+
+
+def _token_ids(given: Sequence[int]) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in given]
+    except TypeError as error:
+        raise InvalidCall(f"input_ids must be whole numbers: {error}") from None
+    if wrong := [token for token in ids if not 0 <= token <= _LARGEST_TOKEN_ID]:
+        raise InvalidCall(f"input_ids must be from 0 to {_LARGEST_TOKEN_ID}, got {wrong[0]}")
+    return ids
 
 
 def _is_unicode(text: str) -> bool:

@@ -141,7 +141,10 @@ class Client:
             return False
 
     def close(self) -> None:
-        """Closes the connections; streams that still run end with ConnectionFailed or StreamBroken."""
+        """Closes the connections.
+
+        Streams that still run end with ConnectionFailed or StreamBroken; over HTTP they keep their own and go on.
+        """
         self._transport.close()
 
     def __enter__(self) -> Client:

@@ -112,10 +112,11 @@ class Engine:
             raise self._failure or EngineClosed("the engine is shut down")
         if self._thread and not self._thread.is_alive():
             raise EngineClosed("the engine's thread is not in this process", hint="load the model after a fork")
-        waiting = len(self._scheduler.waiting) + coming
-        if waiting >= self.limits.max_waiting + self._scheduler.free_slots:
+        with self._wake:
+            waiting, most = len(self._scheduler.waiting) + coming, self._scheduler.most_waiting()
+        if waiting >= most:
             raise QueueFull(
-                f"{waiting} requests are waiting, the queue holds {self.limits.max_waiting}",
+                f"{waiting} requests are waiting, the queue holds {max(0, most)} now",
                 hint="try again later, or serve with a larger --max-waiting",
             )
 

@@ -8,7 +8,7 @@ import os
 from stillhouse.engine.errors import UsageError
 from stillhouse.engine.manifest import Manifest
 from stillhouse.engine.options import EngineOptions
-from stillhouse.engine.scheduler import Limits
+from stillhouse.engine.scheduler import LEAST_WAITING, Limits
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 DEFAULT_MODEL_LEN_TOKENS = 4096
 LEAST_MODEL_LEN_TOKENS = 2048
 KV_SHARE_OF_MEMORY = 0.1
-LEAST_WAITING = 4
 
 
 def limits_of(manifest: Manifest, options: EngineOptions, *, allocated_whole: bool = False) -> Limits:

@@ -51,14 +51,17 @@ def named_versions(text: str) -> list[int] | None:
     return sorted({int(number) for number in re.findall(r"\d+", specific.group(1))}) if specific else None
 
 
-def set_live_versions(model_directory: Path, versions: list[int], *, previous: int | None = None) -> None:
+def set_live_versions(
+    model_directory: Path, versions: list[int], *, previous: int | None = None, text: str | None = None
+) -> None:
     """Writes the policy `specific` with `versions` into config.pbtxt, atomically; the other lines stay.
 
-    `previous` is remembered as the version that was live before; None leaves what is remembered.
+    `previous` is remembered as the version that was live before; None leaves what is remembered. `text` takes the place
+    of what the file holds: an earlier one puts back what was remembered then.
     """
     config = model_directory / CONFIG
     lines = f"version_policy: {{ specific: {{ versions: [{', '.join(map(str, sorted(versions)))}] }} }}\n"
-    _, rest = _split_policy(config.read_text("utf-8"))
+    _, rest = _split_policy(config.read_text("utf-8") if text is None else text)
     if previous is not None:
         rest, lines = _PREVIOUS.sub("", rest), f"# live before: {previous}\n{lines}"
     write_atomically(config, rest.rstrip("\n") + "\n" + lines)

@@ -11,6 +11,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from stillhouse.engine.request import Request
 
 # A request is admitted only if every row could go on for so many tokens: less, and it would be preempted at once.
 HEADROOM_TOKENS = 8
+LEAST_WAITING = 4  # where no number is said
 
 
 class Runner(Protocol):
@@ -94,6 +96,29 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         return self._limits.slots - len(self.decoding) - (self.prefilling is not None)
+
+    def most_waiting(self) -> int:
+        """How many may wait now: those who come in at once, and `max_waiting` behind them.
+
+        Where the KV cache holds fewer requests than there are slots, as much fewer may wait: the last of them waits
+        for as long as with all slots. One that was preempted waits, too.
+        """
+        limits, at_once = self._limits, self._coming_in()
+        together = limits.slots - self.free_slots + at_once
+        behind = min(limits.max_waiting, max(LEAST_WAITING, limits.max_waiting * together // limits.slots))
+        return at_once + behind - len(self._preempted)
+
+    def _coming_in(self) -> int:
+        """How many find a slot and room in the cache as things are: every free slot, if it holds all that wait."""
+        if self._preempted:
+            return 0
+        rows = self._limits.slots - self.free_slots
+        tokens = self.kv_tokens - self._prefixes.tokens + 1  # kept prompts give way
+        for count, request in enumerate(islice(self.waiting, self.free_slots)):
+            tokens += request.num_prompt_tokens
+            if tokens + HEADROOM_TOKENS * (rows + count) > self._limits.kv_capacity_tokens:
+                return count
+        return self.free_slots
 
     def wait(self, request: Request) -> None:
         """Puts `request` among those who wait: behind all that are of its priority or a lower one."""

@@ -23,12 +23,18 @@ class ServedModel:
     version: int
     created_s: int  # since the epoch
     max_model_len: int
-    slots: int  # answers that are generated at the same time
+    slots: int  # answers that are generated at the same time, as far as the KV cache holds them
+    kv_capacity_tokens: int
     max_prompt_bytes: int  # of UTF-8: more text than this is surely more than the context
     vocab_size: int
     tokenizer: Tokenizer
     default_params: SamplingParams
     thinking_tags: ThinkingTags | None
+
+    def answers_together(self, num_prompt_tokens: int, max_tokens: int) -> int:
+        """How many answers of `max_tokens` to the longest prompt run together, whatever comes of them."""
+        longest = min(num_prompt_tokens + max_tokens, self.max_model_len)
+        return max(1, min(self.slots, self.kv_capacity_tokens // longest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ def describe(version: VersionDirectory, tokenizer: Tokenizer, limits: Limits) ->
         created_s=int(manifest.created.timestamp()),
         max_model_len=limits.max_model_len,
         slots=limits.slots,
+        kv_capacity_tokens=limits.kv_capacity_tokens,
         max_prompt_bytes=limits.max_model_len * tokenizer.longest_token_bytes,
         vocab_size=manifest.network.vocab_size,
         tokenizer=tokenizer,

@@ -75,8 +75,9 @@ class Job:
         ]
         self.meter.begin(self.model, tally.num_prompt_tokens)
         # Closed by hand: an async generator that is left open is ended some time later.
-        # As many as there are slots, so that one request does not fill the engine's queue alone.
-        source = merged(streams, self.model.slots)
+        # As many as run together, so that one request does not fill the engine's queue alone.
+        together = self.model.answers_together(max(map(len, self.prompts)), self.params.max_tokens)
+        source = merged(streams, together)
         try:
             async for number, chunk in source:
                 tally.add(number, chunk)

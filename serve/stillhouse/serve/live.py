@@ -60,4 +60,7 @@ class LiveModel:
         version = open_version(self._directory / str(number), verify=False)
         options = read_options(self._directory, dict(self._engine_options))
         self._tokenizers[number] = hashlib.sha256((version.path / "tokenizer.json").read_bytes()).hexdigest()
-        return describe(version, Tokenizer(version.path), limits_of(version.manifest, options))
+        # As the engine has them; where it has fallen back to the CPU, it has more slots than are made use of here.
+        provider = version.manifest.target if options.provider == "auto" else options.provider
+        limits = limits_of(version.manifest, options, allocated_whole=provider != "cpu")
+        return describe(version, Tokenizer(version.path), limits)

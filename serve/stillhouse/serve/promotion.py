@@ -17,7 +17,7 @@ from pathlib import Path
 from stillhouse.client import ClientError
 from stillhouse.engine.directory import locked, model_directories, open_version, version_numbers
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
-from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
+from stillhouse.engine.policy import CONFIG, live_versions, previous_version, set_live_versions
 from stillhouse.serve.control import TritonControl
 from stillhouse.serve.errors import PromotionFailed
 
@@ -61,6 +61,9 @@ def rollback(repository: Path, name: str, url: str) -> Promoted:
     directory = _directory_of(repository, name)
     with locked(directory), contextlib.closing(TritonControl(url)) as server:
         previous = previous_version(directory)
+        if previous is not None and previous in server.live_versions(name)[-1:]:
+            # It has never stopped to answer: a move away from it was killed on its last step, and is finished now.
+            previous = next((version for version in reversed(_policy_of(directory)) if version != previous), None)
         if previous is None:
             raise UsageError(f"{name}: there is nothing to roll back to", hint="no version was live before this one")
         if previous not in version_numbers(directory):
@@ -82,14 +85,17 @@ def _move(
     settled = before == policy and (bool(served) or not on_server)
     _check(name, version, there=version_numbers(directory), live=live, before=before, settled=settled)
     open_version(directory / str(version), verify=True)
+    remembered = current if current != version else None
     if served or on_server:
         with _put_back_on_failure(directory, before, server, f"{name}/{version}", served=bool(served)):
             set_live_versions(directory, sorted({*served, *live}))
             server.load(name)
             server.ask(name, version)
-    set_live_versions(directory, live, previous=current if current != version else None)
-    if served:
-        server.load(name)
+            set_live_versions(directory, live, previous=remembered)
+            if served:
+                server.load(name)
+    else:
+        set_live_versions(directory, live, previous=remembered)
     previous = current if served or current != version else None  # a version that nobody had loaded was not live before
     return Promoted(name, version, previous, live, bool(served) or on_server)
 
@@ -111,12 +117,16 @@ def _check(name: str, version: int, *, there: list[int], live: list[int], before
 def _put_back_on_failure(
     directory: Path, before: list[int], server: TritonControl, what: str, *, served: bool
 ) -> Iterator[None]:
-    """Whatever goes wrong within, Ctrl-C too: what was live before is what the policy and the server have again."""
+    """Whatever goes wrong within, Ctrl-C too: what was live before is what the policy and the server have again.
+
+    And what was live before that one is remembered again.
+    """
+    text = (directory / CONFIG).read_text("utf-8")
     try:
         yield
     except BaseException as error:
         if before:
-            set_live_versions(directory, before)
+            set_live_versions(directory, before, text=text)
         with contextlib.suppress(StillhouseError, ClientError):
             (server.load if served else server.unload)(directory.name)
         if not isinstance(error, (StillhouseError, ClientError)):

@@ -31,11 +31,13 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
     if the server ended by itself, or does not come up again after a model's process has died under its requests.
     """
-    asked, servers = threading.Event(), list[Server]()
+    asked, hurry, servers = threading.Event(), threading.Event(), list[Server]()
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if asked.is_set() and servers:
-            servers[0].hurry()
+        if asked.is_set():
+            hurry.set()
+            for server in servers:
+                server.hurry()
         asked.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -76,7 +78,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                     for model in set(dead) - set(down):
                         generator.suspect(model)
         log.info("ending: running requests have %g s to finish", options.grace_s)
-        _drain(gateway, generator, server, options.grace_s)
+        _drain(gateway, generator, server, options.grace_s, hurry)
         return 0
     except ServeError:
         # Told to stop while a server was being started.
@@ -100,13 +102,19 @@ def unguarded(options: ServeOptions) -> str | None:
     )
 
 
-def _drain(gateway: GatewayServer | None, generator: TritonGenerator | None, server: Server, grace_s: float) -> None:
-    """Both refuse what is new at once, and what runs has one grace time in both."""
+def _drain(
+    gateway: GatewayServer | None,
+    generator: TritonGenerator | None,
+    server: Server,
+    grace_s: float,
+    hurry: threading.Event,
+) -> None:
+    """Both refuse what is new at once, and what runs has one grace time in both; `hurry` cuts the gateway's short."""
     if gateway is not None:
         gateway.refuse()
     if generator is not None:
         generator.rest()
     server.drain()
     if gateway is not None:
-        gateway.drain(grace_s)
+        gateway.drain(grace_s, hurry=hurry)
     server.stop()

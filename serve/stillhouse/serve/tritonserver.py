@@ -122,8 +122,13 @@ _GIVE_BACK = {"MALLOC_ARENA_MAX": "4", "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
 
 
 def server_environment(libpython: Path, engine_options_json: str, drain_file: Path) -> dict[str, str]:
-    """This process's environment, so changed that the stub finds this Python, its packages and its library."""
-    environment = dict(os.environ)
+    """This process's environment, so changed that the stub finds this Python, its packages and its library.
+
+    The gateway's key is not in it: Triton and the models' processes have no use for it.
+    """
+    from stillhouse.gateway.gateway import KEY_VARIABLE  # here, since it loads NumPy
+
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     libraries = [str(libpython), os.environ.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))

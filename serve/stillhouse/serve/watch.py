@@ -75,8 +75,13 @@ class Watcher:
         for number in itertools.count(1):
             if self._closing.wait(_EVERY_S):
                 return
-            self._ending.look()
-            self._look_after(number, self._ending.cut)
+            try:
+                self._ending.look()
+                self._look_after(number, self._ending.cut)
+            except (
+                Exception
+            ):  # the boundary of a thread that must not end: whoever is next in turn is asked all the same
+                log.exception("looking after the requests failed")
             if self._failed():
                 # Time for the errors to be sent that the engine has handed out.
                 self._closing.wait(_LAST_WORDS_S)
