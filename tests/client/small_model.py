@@ -19,6 +19,7 @@ class Plan:
     tokens: int = 5
     first_s: float = 0.02
     gap_s: float = 0.01
+    end_s: float = 0.0  # from the last token to the stream's end
     stall_after: int = -1  # after so many tokens: neither error nor end
     break_after: int = -1  # after so many tokens: the connection is gone
     end_after: int = -1  # after so many tokens: a clean end, but no finish reason
@@ -124,6 +125,7 @@ class Server:
                 yield self.outputs(word, index, 1, last)
         if not inputs.get("stream"):
             yield self.outputs(text, plan.tokens - 1, plan.tokens, True)
+        await asyncio.sleep(plan.end_s)
         entry["ended"] = "done"
 
     def input_names(self) -> list[str]:

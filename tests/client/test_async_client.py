@@ -69,6 +69,19 @@ async def test_leaving_the_iterator_cancels_on_the_server(client: AsyncClient, s
     assert entry["sent"] < 20
 
 
+async def test_a_stream_that_is_left_at_its_last_token_ends_by_itself(small_server: Any) -> None:
+    """Cancelled there, Triton would keep its connection for ever."""
+    mark = plan(tokens=3, end_s=0.1, mark="async, left at the last token")
+    async with AsyncClient(small_server.url("grpc")) as client:
+        stream = client.stream(MODEL, mark)
+        async for token in stream:
+            if token.finish_reason is not None:
+                break
+        await stream.aclose()
+    log = await asyncio.to_thread(small_server.log)
+    assert next(e for e in log if e["inputs"].get("text_input") == mark)["ended"] == "done"
+
+
 async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, small_server: Any, scheme: str) -> None:
     mark = plan(stall_after=1, mark=f"task {scheme}")
 

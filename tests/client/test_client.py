@@ -91,6 +91,17 @@ def test_a_version_can_be_named(client: Client) -> None:
         client.generate(MODEL, plan(tokens=1), version=7)
 
 
+def test_a_stream_that_is_left_at_its_last_token_ends_by_itself(small_server: Any) -> None:
+    """Cancelled there, Triton would keep its connection for ever."""
+    mark = plan(tokens=3, end_s=0.1, mark="left at the last token")
+    with Client(small_server.url("grpc")) as client:
+        stream = client.stream(MODEL, mark)
+        while next(stream).finish_reason is None:
+            pass
+        stream.close()
+    assert next(e for e in small_server.log() if e["inputs"].get("text_input") == mark)["ended"] == "done"
+
+
 def test_closing_the_iterator_cancels_on_the_server(client: Client, small_server: Any, scheme: str) -> None:
     mark = plan(tokens=500, gap_s=0.02, mark=f"closing {scheme}")
     stream = client.stream(MODEL, mark)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from stillhouse.client import Client
 from stillhouse.serve.launcher import Server
 
 pytestmark = pytest.mark.triton
@@ -49,6 +51,21 @@ def test_a_waiting_request_that_is_cancelled_leaves_the_queue(
         wait_until(lambda: metric(narrow_triton, "num_requests_waiting") == 0)
         assert metric(narrow_triton, "num_requests_running") == 1
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
+
+
+def test_streams_that_are_left_at_their_last_token_leave_no_connection_behind(
+    narrow_triton: Server, wait_until: Callable[..., float]
+) -> None:
+    process = psutil.Process(narrow_triton.pid)
+    before = process.num_fds()
+    for _ in range(8):
+        with Client(narrow_triton.grpc_url) as client:
+            for _ in range(4):
+                stream = client.stream("support-int4", "Hello", temperature=0, max_tokens=2, ignore_eos=True)
+                while next(stream).finish_reason is None:
+                    pass
+                stream.close()
+    wait_until(lambda: process.num_fds() <= before)
 
 
 def test_a_closed_http_stream_frees_its_slot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -70,6 +71,7 @@ class GrpcStream:
         self._call = call
         self._request = request
         self._replies: deque[Reply] = deque()
+        self._answered = False
 
     async def next(self, wait_s: float | None) -> Reply | None:
         """The next reply; None at the end. Raises TimeoutError after `wait_s`, ClientError where it broke."""
@@ -83,11 +85,19 @@ class GrpcStream:
             if message is grpc.aio.EOF:
                 return None
             self._replies.extend(grpc_wire.read_response(message, self._request))
+            self._answered |= grpc_wire.is_last(self._replies)
         return self._replies.popleft()
 
     async def close(self) -> None:
-        """Cancels what still runs; the server sees it within milliseconds."""
+        """Cancels what still runs; the server sees it within milliseconds. What has been answered runs out."""
+        if self._answered:
+            with contextlib.suppress(asyncio.TimeoutError, grpc.RpcError):
+                await asyncio.wait_for(self._run_out(), grpc_wire.END_S)
         self._call.cancel()
+
+    async def _run_out(self) -> None:
+        while await self._call.read() is not grpc.aio.EOF:
+            pass
 
 
 def _task_is_cancelled() -> bool:

@@ -67,7 +67,9 @@ class GrpcStream:
         self._request = request
         self._authority = authority
         self._replies: queue.SimpleQueue[Reply | ClientError | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="stillhouse-client-stream", daemon=True).start()
+        self._answered = False
+        self._reader = threading.Thread(target=self._read, name="stillhouse-client-stream", daemon=True)
+        self._reader.start()
 
     def next(self, wait_s: float | None) -> Reply | None:
         """The next reply; None at the end. Raises TimeoutError after `wait_s`, ClientError where it broke."""
@@ -80,13 +82,17 @@ class GrpcStream:
         return item
 
     def close(self) -> None:
-        """Cancels what still runs; the server sees it within milliseconds."""
+        """Cancels what still runs; the server sees it within milliseconds. What has been answered runs out."""
+        if self._answered:
+            self._reader.join(grpc_wire.END_S)
         self._call.cancel()
 
     def _read(self) -> None:
         try:
             for message in self._call:
-                for reply in grpc_wire.read_response(message, self._request):
+                replies = grpc_wire.read_response(message, self._request)
+                self._answered |= grpc_wire.is_last(replies)
+                for reply in replies:
                     self._replies.put(reply)
         except ClientError as error:
             self._replies.put(error)

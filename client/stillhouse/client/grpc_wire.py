@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -39,6 +40,10 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+# A stream that is cancelled between its last response and its status is kept by Triton for ever, and the descriptor of
+# its connection with it (mended in 25.04, triton-inference-server/server#8078). So it runs out, for so long at most.
+END_S = 1.0
 
 # struct formats by Triton data type
 _NUMBERS = {"FP32": "<f", "UINT32": "<I", "INT32": "<i", "INT64": "<q", "UINT64": "<Q", "FP64": "<d"}
@@ -84,6 +89,11 @@ def read_response(message: Any, request: Request, received_s: float | None = Non
     if response.parameters["triton_final_response"].bool_param:
         replies.append(Reply("", None, None, None, None, received_s, ends=True))
     return replies
+
+
+def is_last(replies: Iterable[Reply]) -> bool:
+    """Whether one of them is the answer's last: only the stream's own end follows."""
+    return any(reply.ends or reply.finish_reason is not None for reply in replies)
 
 
 def _first(datatype: str, raw: bytes) -> str | float | None:

@@ -69,18 +69,20 @@ class TritonGenerator:
         mailbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
         pulse.begin(mailbox)
         pump = asyncio.create_task(self._pump(model, prompt_ids, params, mailbox))
+        ended = False
         try:
-            while True:
+            while not ended:
                 item = await mailbox.get()
                 if isinstance(item, Exception):
                     raise item
+                ended = item.finish_reason is not None
                 yield item
-                if item.finish_reason is not None:
-                    # The server's end mark follows at once; cut off before it, the request would count as cancelled.
-                    await asyncio.wait([pump], timeout=_END_MARK_S)
-                    return
         finally:
             pulse.streams.discard(mailbox)
+            if ended:
+                # The server's end mark follows at once. Cut off before it, the request would count as cancelled, and
+                # Triton would keep it (see the client's grpc_wire.py).
+                await asyncio.wait([pump], timeout=_END_MARK_S)
             pump.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await pump
