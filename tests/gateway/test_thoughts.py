@@ -10,12 +10,13 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import one_token_a_tag, written
+from small_tokenizers import THINKERS, one_token_a_tag, written
 
 from stillhouse.engine.answer import Chunk, TextSink
 from stillhouse.engine.request import Token
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.engine.thinking import Thinking, thinking_tags
+from stillhouse.engine.text import Tokenizer
+from stillhouse.engine.thinking import CLOSE, Thinking, thinking_tags
 from stillhouse.gateway.generator import ServedModel
 from stillhouse.gateway.thoughts import Splitter, Thoughts
 
@@ -54,6 +55,25 @@ def test_nothing_but_tags_and_line_breaks_is_lost(text: str, inside: bool) -> No
     thoughts, content = split([text], inside=inside)
     # A closing tag outside and an opening one inside are text like any other.
     assert essence(thoughts + content) == essence(text)
+
+
+@pytest.fixture(scope="module", params=THINKERS)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("thinks")
+    written(request.param(), directory)
+    (directory / "chat_template.jinja").write_text("<think></think>", "utf-8")
+    return Tokenizer(directory)
+
+
+@given(text=TEXTS, inside=st.booleans())
+def test_the_engine_follows_thoughts_by_the_same_rule(tokenizer: Tokenizer, text: str, inside: bool) -> None:
+    tags, prompt = thinking_tags(tokenizer), tokenizer.encode("<think>\n" if inside else "hi", add_special_tokens=False)
+    assert tags is not None
+    follower, thoughts = Thinking(tags, prompt, None), Thoughts(inside=inside)
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        follower.push(token_id)
+        thoughts.push(tokenizer.decode([token_id]))
+        assert follower.inside == thoughts.awaits(CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ class Thinking:
         self._forced: list[int] = []
         self._answering = False  # content has begun: there will be no more thoughts
         self.tokens = 0
-        self.inside = opens_thinking(prompt_ids, tags)
+        ending = _ending(prompt_ids, tags)
+        self.inside = ending.endswith(OPEN)
         # The token by which the model may open its thoughts itself; None: the prompt has opened them, or ends behind
         # a closed tag, as templates do that switch thinking off.
-        shut = _ending(prompt_ids, tags).endswith(CLOSE)
-        self.opening_id = None if self.inside or shut else tags.start[0]
+        self.opening_id = None if ending.endswith((OPEN, CLOSE)) else tags.start[0]
 
     @property
     def straddling_ids(self) -> Sequence[int]:
