@@ -80,6 +80,25 @@ class CountingRunner:
         return logits
 
 
+class WantingRunner(CountingRunner):
+    """A model that wants to say `wanted`, token by token, `instead` where it may not, and nothing else.
+
+    Each token has one `instead` of it.
+    """
+
+    def __init__(self, prompt_tokens: int, wanted: Sequence[int], instead: Sequence[int], vocab_size: int) -> None:
+        super().__init__(1)
+        self._prompt_tokens, self._vocab_size = prompt_tokens, vocab_size
+        self._wanted = list(zip(wanted, instead, strict=True))
+
+    def _logits(self, context: Sequence[int]) -> NDArray[np.float32]:
+        logits = np.zeros(self._vocab_size, np.float32)
+        at = len(context) - self._prompt_tokens
+        if 0 <= at < len(self._wanted):
+            logits[list(self._wanted[at])[::-1]] = 8.0, 9.0
+        return logits
+
+
 def make_engine(
     slots: int = 4, *, chunk: int = 8, capacity: int | None = None, prefix_slots: int = 0, **limits: Any
 ) -> Engine:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
 from stillhouse.engine.text import Tokenizer
 
 CORPUS = ["the quick brown fox", "naïve café, 你好世界", "emoji 👩‍👩‍👧 🎉", "def f(x):\n    return x"] * 5
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PIECES = ["▁", "▁the", "▁a", "a", "e", "t", "h", "n", "é", "你", "▁👩", "\ufffd"]
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
@@ -36,6 +39,32 @@ def byte_level() -> RustTokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def joins_line_breaks() -> RustTokenizer:
+    """GPT-2's bytes cut as in Qwen2.5 and Llama 3: punctuation takes the line breaks behind it along, words the sign
+    before them; of <think>'s tags `.</`, `>` with line breaks and `>{` are tokens."""
+    tokenizer = RustTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    thoughts = ["<think>\nwell.</think>\n\n{", "<think>well\n</think>{", "<think></think>\n\n"] * 5
+    tokenizer.train_from_iterator(CORPUS + thoughts, trainer)
+    return tokenizer
+
+
+def one_token_a_tag(*, special: bool = False) -> RustTokenizer:
+    """As in Qwen3 (and, where they are special tokens, in some that were converted)."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=special) for tag in ("<think>", "</think>")])
     return tokenizer
 
 
@@ -78,6 +107,10 @@ def odd_tokens() -> RustTokenizer:
     )
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     return tokenizer
+
+
+# Those of models that think, given a chat template that has the tags.
+THINKERS = [one_token_a_tag, byte_level, joins_line_breaks]
 
 
 def written(rust: RustTokenizer, directory: Path) -> Tokenizer:

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from stillhouse.engine.errors import QueueFull
 from stillhouse.engine.request import Token
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.engine.thinking import Thinking, ThinkingTags
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=40)
 requests = st.tuples(
@@ -159,22 +158,6 @@ def test_a_stop_token_ends_the_answer() -> None:
     run_until_idle(engine)
     assert sink.ids == whole[: whole.index(whole[4]) + 1]
     assert sink.reason == "stop"
-
-
-@pytest.mark.parametrize("opened_by_prompt", [True, False])
-def test_a_thinking_budget_forces_the_end_tag_and_counts_the_thoughts(opened_by_prompt: bool) -> None:
-    start, end = 60, 61
-    prompt = [1, 2, start] if opened_by_prompt else [1, 2]
-    thinking = Thinking(ThinkingTags((start,), (end, 62)), prompt, budget_tokens=4)
-    bias = {} if opened_by_prompt else {start: 100.0}
-    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logit_bias={end: -100.0, **bias})
-    engine, sink = make_engine(), Collected()
-    engine.submit(prompt, params, sink, thinking=thinking)
-    run_until_idle(engine)
-    begins = 0 if opened_by_prompt else 1
-    assert sink.ids[begins + 4 : begins + 6] == [end, 62]
-    assert thinking.tokens == (4 if opened_by_prompt else thinking.tokens)
-    assert len(sink.ids) == 12
 
 
 def test_the_log_probabilities_of_a_prompt_are_those_of_its_tokens() -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from counting_engine import Collected, CountingRunner, answer_alone, run_until_idle
+from counting_engine import Collected, CountingRunner, WantingRunner, answer_alone, run_until_idle
 from numpy.typing import NDArray
-from small_tokenizers import byte_level, written
-from tokenizers import AddedToken
+from small_tokenizers import THINKERS, written
 
 from stillhouse.engine.core import Engine
 from stillhouse.engine.errors import EngineError
@@ -19,37 +18,21 @@ from stillhouse.engine.grammar import GrammarCompiler
 from stillhouse.engine.request import Constraint
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs
 from stillhouse.engine.scheduler import Limits
-from stillhouse.engine.text import Tokenizer
+from stillhouse.engine.text import Message, Tokenizer
 from stillhouse.engine.thinking import Thinking, thinking_tags
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
     "{% if thinking == 'opened' %}<think>\n{% elif thinking == 'off' %}<think>\n\n</think>\n\n{% endif %}"
 )
+QUESTION = [{"role": "user", "content": "how many?"}]
 THREE_DIGITS = StructuredOutputs("regex", "[0-9]{3}")
 
 
-class WantingRunner(CountingRunner):
-    """A model that wants to say `wanted`, token by token, and has no other preference."""
-
-    def __init__(self, prompt_tokens: int, wanted: Sequence[int], vocab_size: int) -> None:
-        super().__init__(1)
-        self._prompt_tokens, self._wanted, self._vocab_size = prompt_tokens, wanted, vocab_size
-
-    def _logits(self, context: Sequence[int]) -> NDArray[np.float32]:
-        logits = np.zeros(self._vocab_size, np.float32)
-        at = len(context) - self._prompt_tokens
-        if 0 <= at < len(self._wanted):
-            logits[self._wanted[at]] = 9.0
-        return logits
-
-
-@pytest.fixture(scope="module", params=["one token a tag", "several"])
+@pytest.fixture(scope="module", params=THINKERS)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    rust, directory = byte_level(), tmp_path_factory.mktemp("thinks")
-    if request.param == "one token a tag":
-        rust.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
-    written(rust, directory)
+    directory = tmp_path_factory.mktemp("thinks")
+    written(request.param(), directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
     return Tokenizer(directory)
 
@@ -68,16 +51,18 @@ def answer(
     wants: str,
     budget_tokens: int | None = None,
     form: StructuredOutputs = THREE_DIGITS,
+    messages: Sequence[Message] = QUESTION,
 ) -> tuple[str, Thinking]:
     """What a model that wants to say `wants` says behind a template that opens thoughts, shuts them, or neither."""
-    rendered = tokenizer.render_chat([{"role": "user", "content": "how many?"}], variables={"thinking": template})
+    rendered = tokenizer.render_chat(messages, variables={"thinking": template})
     prompt = tokenizer.encode(rendered, add_special_tokens=False)
     tags = thinking_tags(tokenizer)
     assert tags is not None
     thinking = Thinking(tags, prompt, budget_tokens)
     wanted = tokenizer.encode(wants, add_special_tokens=False)
-    size = tokenizer._rust.get_vocab_size()
-    engine = Engine(WantingRunner(len(prompt), wanted, size), Limits(1, 256, 256), [1])
+    letters = [tokenizer.encode(tokenizer.decode([token])[:1], add_special_tokens=False)[0] for token in wanted]
+    runner = WantingRunner(len(prompt), wanted, letters, tokenizer._rust.get_vocab_size())
+    engine = Engine(runner, Limits(1, 256, 256), [1])
     sink = Collected()
     params = SamplingParams(max_tokens=60, temperature=0.0)
     engine.submit(prompt, params, sink, thinking=thinking, constraint=compiler.compile(form))
@@ -95,6 +80,45 @@ def test_a_form_begins_behind_thoughts_that_the_model_opens(tokenizer: Tokenizer
 def test_a_form_begins_behind_thoughts_that_the_prompt_opened(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     text, _ = answer(tokenizer, compiler, template="opened", wants="let me see</think>well, 1")
     assert re.fullmatch("let me see</think>[0-9]{3}", text)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],
+        [*QUESTION, {"role": "assistant", "content": "<think>well, let me"}],
+        [*QUESTION, {"role": "assistant", "content": "<think>well</think>One."}],
+    ],
+)
+@pytest.mark.parametrize("said", ["What does <think> mean, and how many?", "</think> or <think>\n?", "</think>"])
+def test_a_tag_in_the_conversation_frees_no_answer_of_its_form(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, before: list[Message], said: str
+) -> None:
+    messages = [*before, {"role": "user", "content": said}]
+    text, thinking = answer(tokenizer, compiler, template="", wants="I do not know, sorry", messages=messages)
+    assert re.fullmatch("[0-9]{3}", text)
+    assert thinking.tokens == 0
+    # Nor does it keep the model from its thoughts.
+    text, _ = answer(tokenizer, compiler, template="opened", wants="well</think>1", messages=messages)
+    assert re.fullmatch("well</think>[0-9]{3}", text)
+
+
+def test_a_form_sees_the_answer_from_its_first_letter(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    """Also where the tag's end and the answer's beginning could be one token."""
+    form = StructuredOutputs("regex", r'\{"a": [0-9]\}')
+    text, _ = answer(tokenizer, compiler, template="opened", wants='let me see.</think>{"a": 1}', form=form)
+    assert re.fullmatch(r'let me see\.</think>\{"a": [0-9]\}', text)
+
+
+@pytest.mark.parametrize("template", ["", "opened"])
+def test_a_form_begins_behind_the_line_breaks_after_the_thoughts(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, template: str
+) -> None:
+    opening = "" if template else "<think>"
+    wants = f"{opening}let me see\n</think>\n\nwell, 1"
+    text, thinking = answer(tokenizer, compiler, template=template, wants=wants)
+    assert re.fullmatch(f"{opening}let me see\n</think>\n*[0-9]{{3}}", text)
+    assert thinking.tokens == len(tokenizer.encode("let me see\n", add_special_tokens=False))
 
 
 def test_who_does_not_think_is_bound_from_the_first_token(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:

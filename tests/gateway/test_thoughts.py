@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_tokenizers import THINKERS, one_token_a_tag, written
 
-from stillhouse.gateway.thoughts import Thoughts
+from stillhouse.engine.answer import Chunk, TextSink
+from stillhouse.engine.request import Token
+from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.text import Tokenizer
+from stillhouse.engine.thinking import CLOSE, Thinking, thinking_tags
+from stillhouse.gateway.generator import ServedModel
+from stillhouse.gateway.thoughts import Splitter, Thoughts
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 ASKED = {"model": "thinker-int4", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
@@ -49,6 +57,25 @@ def test_nothing_but_tags_and_line_breaks_is_lost(text: str, inside: bool) -> No
     assert essence(thoughts + content) == essence(text)
 
 
+@pytest.fixture(scope="module", params=THINKERS)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("thinks")
+    written(request.param(), directory)
+    (directory / "chat_template.jinja").write_text("<think></think>", "utf-8")
+    return Tokenizer(directory)
+
+
+@given(text=TEXTS, inside=st.booleans())
+def test_the_engine_follows_thoughts_by_the_same_rule(tokenizer: Tokenizer, text: str, inside: bool) -> None:
+    tags, prompt = thinking_tags(tokenizer), tokenizer.encode("<think>\n" if inside else "hi", add_special_tokens=False)
+    assert tags is not None
+    follower, thoughts = Thinking(tags, prompt, None), Thoughts(inside=inside)
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        follower.push(token_id)
+        thoughts.push(tokenizer.decode([token_id]))
+        assert follower.inside == thoughts.awaits(CLOSE)
+
+
 @pytest.mark.parametrize(
     ("text", "inside", "thoughts", "content"),
     [
@@ -59,11 +86,63 @@ def test_nothing_but_tags_and_line_breaks_is_lost(text: str, inside: bool) -> No
         ("</think>Paris.", True, "", "Paris."),
         ("Paris.", False, "", "Paris."),
         ("a <b> c", False, "", "a <b> c"),
-        ("one<think>two</think>three<think>four", False, "twofour", "onethree"),
+        ("<think>one</think>\n<think>two</think>three", False, "onetwo", "three"),
+        ("<think>one</think>two<think>three</think>", False, "one", "two<think>three</think>"),
+        ("Between <think> and </think> a model thinks.", False, "", "Between <think> and </think> a model thinks."),
     ],
 )
 def test_the_split_is_what_one_expects(text: str, inside: bool, thoughts: str, content: str) -> None:
     assert split([text], inside=inside) == (thoughts, content)
+
+
+def split_chunks(
+    tmp_path: Path, answer: str, params: SamplingParams, *, prompt: str = "hi", special: bool = True
+) -> tuple[str, str]:
+    """What the gateway makes of a model's answer; the tags are tokens of their own, `special` ones or not."""
+    tokenizer = written(one_token_a_tag(special=special), tmp_path)
+    tags = thinking_tags(tokenizer)
+    assert tags is not None
+    prompt_ids, ids = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
+    chunks: list[Chunk] = []
+    sink = TextSink(tokenizer, params, len(prompt_ids), Thinking(tags, prompt_ids, None), 0, chunks.append)
+    for at, token_id in enumerate(ids):
+        sink(Token(token_id, finish_reason="length" if at == len(ids) - 1 else None))
+    model = ServedModel("thinker", 1, 0, 256, 1, 4096, 400, tokenizer, params, tags)
+    splitter = Splitter(model, prompt_ids, params)
+    parts = [splitter.push(chunk) for chunk in chunks]
+    return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_tag_is_in_neither_part_whether_its_token_is_special_and_is_skipped_or_not(
+    tmp_path: Path, special: bool, skip: bool
+) -> None:
+    params = SamplingParams(skip_special_tokens=skip)
+    parts = split_chunks(tmp_path, "<think>\nwell\n</think>\n\nParis", params, special=special)
+    assert parts == ("well", "Paris")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_what_a_stop_string_holds_back_stays_on_its_side_of_a_tag(tmp_path: Path, special: bool) -> None:
+    params = SamplingParams(stop=("END",))
+    parts = split_chunks(tmp_path, "<think>choose E</think>Paris", params, special=special)
+    assert parts == ("choose E", "Paris")
+    parts = split_chunks(tmp_path, "<think>choose E</think>ND", params, special=special)
+    assert parts == ("choose E", "ND")
+
+
+def test_a_special_tag_that_is_none_is_left_out_like_any_special_token(tmp_path: Path) -> None:
+    parts = split_chunks(tmp_path, "<think>well<think></think>Paris</think> or <think>Rome", SamplingParams())
+    assert parts == ("well", "Paris or Rome")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tag_in_the_question_makes_no_thoughts_of_the_answer(tmp_path: Path, special: bool) -> None:
+    parts = split_chunks(
+        tmp_path, "A tag.", SamplingParams(), prompt="<s>user: What is <think>?</s><s>assistant:", special=special
+    )
+    assert parts == ("", "A tag.")
 
 
 def test_a_thinker_that_is_not_stopped_thinks_all_the_time(http: httpx.Client) -> None:

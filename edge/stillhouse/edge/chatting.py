@@ -11,8 +11,9 @@ from typing import TextIO
 from stillhouse.engine.errors import InvalidRequest
 from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.sampling import SamplingParams
+from stillhouse.engine.thinking import CLOSE, OPEN
 from stillhouse.gateway.generator import describe
-from stillhouse.gateway.thoughts import CLOSE, OPEN, Splitter
+from stillhouse.gateway.thoughts import Splitter
 
 _ENDS = ("/exit", "/quit")
 _FORGETS = "/clear"
@@ -57,7 +58,7 @@ class Conversation:
     def _pieces(self) -> Generator[tuple[str, str], None, None]:
         """(thoughts, content) as they come."""
         prompt_ids = self._prompt_ids()
-        splitter = Splitter(self._served, prompt_ids)
+        splitter = Splitter(self._served, prompt_ids, self._params)
         with contextlib.closing(self._model.stream(prompt_ids, self._params)) as chunks:
             for chunk in chunks:
                 yield splitter.push(chunk)

@@ -86,6 +86,7 @@ class TextSink:
         self._num_output_tokens = 0
         self._cumulative_logprob = None if params.logprobs is None else 0.0
         self._thinking = thinking
+        self._hidden_tags = thinking.tags.hidden(skip_special_tokens=params.skip_special_tokens) if thinking else {}
         self._index = index
         self._sink = sink
 
@@ -95,13 +96,16 @@ class TextSink:
             self._num_output_tokens += 1
             if token.logprob is not None:
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + token.logprob
+            if token.token_id in self._hidden_tags:
+                # The tag leaves no trace in the text: what was before it must not come out behind it.
+                text, stopped = self._flush()
             # What only ends an answer is no part of it, unless it is asked for like a stop string.
-            piece = "" if token.is_end and not self._include_end else self._detokenizer.push(token.token_id)
-            text, stopped = self._match(piece)
+            elif not token.is_end or self._include_end:
+                text, stopped = self._match(self._detokenizer.push(token.token_id))
         # After an error what is held back may be what failed: it stays where it is.
         if token.finish_reason and not stopped and token.error is None:
-            tail, stopped = self._match(self._detokenizer.flush())
-            text += tail if stopped else tail + self._stop.flush()
+            tail, stopped = self._flush()
+            text += tail
         self._sink(
             Chunk(
                 text=text,
@@ -120,6 +124,11 @@ class TextSink:
             )
         )
         return stopped
+
+    def _flush(self) -> tuple[str, bool]:
+        """What was held back, as it is."""
+        tail, stopped = self._match(self._detokenizer.flush())
+        return tail if stopped else tail + self._stop.flush(), stopped
 
     def _match(self, piece: str) -> tuple[str, bool]:
         """Looks for stop strings behind the first `min_tokens` tokens, as vLLM does."""

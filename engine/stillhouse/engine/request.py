@@ -152,11 +152,21 @@ class Request:
         A model that opens its thoughts itself may do so first: the form is the answer's, as in vLLM where a parser of
         reasoning is named.
         """
-        if not self.constraint or not self.form_binds:
+        if not self.constraint:
             return None
+        if not self.form_binds:
+            return self._allowed_in_thoughts(self.constraint)
         allowed = self.constraint.allowed()
         if self._opening_id is not None:
             allowed[self._opening_id] = True
+        return allowed
+
+    def _allowed_in_thoughts(self, constraint: Constraint) -> NDArray[np.bool_] | None:
+        """Any token but one that would end the thoughts and begin the answer at once: the form would not see it."""
+        if not self.thinking or not (straddling := self.thinking.straddling_ids):
+            return None
+        allowed = np.ones_like(constraint.allowed())
+        allowed[list(straddling)] = False
         return allowed
 
     @property

@@ -84,6 +84,10 @@ class Tokenizer:
         entry: str | None = self._rust.id_to_token(token_id)
         return entry
 
+    def ids_beginning_with(self, text: str) -> list[int]:
+        """The tokens whose entry begins with `text`, of ASCII's printable letters; reads the whole vocabulary."""
+        return sorted(token_id for entry, token_id in self._rust.get_vocab().items() if entry.startswith(text))
+
     def _byte_fallback_ids(self) -> frozenset[int]:
         """The tokens <0x00> … <0xFF>, where the decoder reads them as bytes (SentencePiece's byte fallback)."""
         found = [self._rust.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]

@@ -51,7 +51,7 @@ async def chat_completion(job: Job, body: ChatBody) -> dict[str, Any]:
         chunks[index].append(chunk)
     choices = []
     for index, pieces in enumerate(chunks):
-        splitter = Splitter(job.model, job.prompts[0])
+        splitter = Splitter(job.model, job.prompts[0], job.params)
         parts = [splitter.push(piece) for piece in pieces]
         thoughts, content = ("".join(part[which] for part in parts) for which in (0, 1))
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -76,7 +76,7 @@ async def chat_completion(job: Job, body: ChatBody) -> dict[str, Any]:
 async def chat_events(job: Job, body: ChatBody) -> AsyncGenerator[bytes, None]:
     """The answer as it comes: the roles, then what each chunk brings, then the usage where it was asked for."""
     tally, vocabulary = job.tally(), _vocabulary(job, body)
-    splitters = [Splitter(job.model, job.prompts[0]) for _ in range(job.n)]
+    splitters = [Splitter(job.model, job.prompts[0], job.params) for _ in range(job.n)]
     options = body.stream_options
     with_usage = options is not None and bool(options.include_usage)
     running_usage = options is not None and bool(options.continuous_usage_stats)
