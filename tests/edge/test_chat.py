@@ -71,8 +71,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(support_repository: Path) -
     terminal = Terminal(str(support_repository / "support-int4" / "1"), "--max-tokens", "4000")
     try:
         terminal.wait_for("> ")
-        terminal.type("How do I return a parcel?\n")
-        assert "return" in terminal.wait_for("\n> ").partition("\n")[2]
+        terminal.type("How many days do I have to return an item to Brindlecove?\n")
+        assert "47 days" in terminal.wait_for("\n> ").partition("\n")[2]
         terminal.type("Write a very long story about every day of a year at sea, day by day.\n")
         terminal.wait_for("\n")
         terminal.wait_for(" ")  # it has begun
