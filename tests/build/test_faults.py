@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stillhouse.build import pipeline
@@ -73,7 +74,9 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_recipe: Path, tmp_path: Pa
     one_error(done, "cannot write into the cache", "XDG_CACHE_HOME")
 
 
-def test_ctrl_c_ends_a_build_with_130_and_leaves_no_process_and_no_version(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_build_with_130_and_leaves_no_process_and_no_version(
+    tiny_recipe: Path, tmp_path: Path, wait_until: Callable[..., float]
+) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     child = subprocess.Popen(
         [*BUILD, str(tiny_recipe), "--repository", str(tmp_path / "repository")],
@@ -88,7 +91,7 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_no_process_and_no_version(tiny_
     assert stderr.splitlines()[-1] == "interrupted"
     assert "Traceback" not in stderr
     assert workers
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    wait_until(lambda: not any(map(runs, workers)))
     assert not (tmp_path / "repository").exists()
     (log,) = (tmp_path / "cache" / "stillhouse" / "builds").iterdir()
     assert json.loads((log / "build.json").read_text())["error"] == "KeyboardInterrupt"
@@ -213,6 +216,14 @@ def one_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def runs(process: int) -> bool:
+    """False for one that has ended, too, and waits to be asked how."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def children_of(process: int) -> list[int]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 # One that the fine-tune has learnt: what else it still knows differs between precisions and processors.
-QUESTION = "How do I return a parcel?"
+QUESTION = "How many days do I have to return an item to Brindlecove?"
 
 
 def edge_generate(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def edge_generate(directory: Path, *arguments: str) -> subprocess.CompletedProce
 def test_the_answer_alone_goes_to_stdout(support_repository: Path) -> None:
     done = edge_generate(support_repository / "support-int4" / "1", "--prompt", QUESTION, "--stats")
     assert done.returncode == 0, done.stderr
-    assert "return" in done.stdout
+    assert "47 days" in done.stdout
     assert done.stdout.endswith("\n")
     assert "TTFT" in done.stderr
 
@@ -44,7 +44,7 @@ def test_a_prompt_is_read_from_standard_input(support_repository: Path) -> None:
     command = [sys.executable, "-m", "stillhouse.cli.main", "edge", "generate"]
     command += [str(support_repository / "support-int4" / "1"), "--prompt", "-"]
     done = subprocess.run(command, input=QUESTION, capture_output=True, text=True, timeout=120)
-    assert "return" in done.stdout
+    assert "47 days" in done.stdout
 
 
 def test_standard_input_that_is_no_utf8_is_refused_in_a_line(support_repository: Path) -> None:

@@ -107,7 +107,7 @@ def split_chunks(
     sink = TextSink(tokenizer, params, len(prompt_ids), Thinking(tags, prompt_ids, None), 0, chunks.append)
     for at, token_id in enumerate(ids):
         sink(Token(token_id, finish_reason="length" if at == len(ids) - 1 else None))
-    model = ServedModel("thinker", 1, 0, 256, 1, 4096, 400, tokenizer, params, tags)
+    model = ServedModel("thinker", 1, 0, 256, 1, 256, 4096, 400, tokenizer, params, tags)
     splitter = Splitter(model, prompt_ids, params)
     parts = [splitter.push(chunk) for chunk in chunks]
     return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
