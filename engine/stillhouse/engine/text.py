@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from stillhouse.engine.errors import InvalidRequest, VersionError
 
 Message = Mapping[str, Any]
-_LARGE_CHARACTERS = 4096
+_LARGE_CHARACTERS, _LARGE_TOKENS = 4096, 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 # A character has four bytes at most, and a token one at least: before so many no token changes what the last one says.
 _CONTEXT_TOKENS = 8
@@ -72,7 +72,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, at once."""
-        return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) < _LARGE_TOKENS:
+            return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        # As encode does: without Python's lock.
+        return str(self._rust.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
