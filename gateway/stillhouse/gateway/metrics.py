@@ -29,7 +29,9 @@ class Metrics:
             f"{_PREFIX}_requests", "HTTP requests by path and status", ("path", "status"), registry=registry
         )
         self.in_flight = Gauge(f"{_PREFIX}_requests_in_flight", "Requests that are being answered", registry=registry)
-        self.prompt_tokens = Counter(f"{_PREFIX}_prompt_tokens", "Tokens of prompts", _MODEL, registry=registry)
+        self.prompt_tokens = Counter(
+            f"{_PREFIX}_prompt_tokens", "Tokens of prompts that were answered", _MODEL, registry=registry
+        )
         self.generation_tokens = Counter(f"{_PREFIX}_generation_tokens", "Tokens of answers", _MODEL, registry=registry)
         self.time_to_first_token = Histogram(
             f"{_PREFIX}_time_to_first_token_seconds",
@@ -70,13 +72,17 @@ class Meter:
         self._begun_s = time.perf_counter()
         self._last_s: dict[int, float] = {}
 
-    def begin(self, model: ServedModel, num_prompt_tokens: int) -> None:
-        """The prompts are known, and who answers them."""
+    def begin(self, model: ServedModel) -> None:
+        """It is known who answers."""
         labels, metrics = (model.name, str(model.version)), self._metrics
-        metrics.prompt_tokens.labels(*labels).inc(num_prompt_tokens)
+        self._prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self._tokens = metrics.generation_tokens.labels(*labels)
         self._first = metrics.time_to_first_token.labels(*labels)
         self._between = metrics.inter_token_latency.labels(*labels)
+
+    def take_prompt(self, num_tokens: int) -> None:
+        """A prompt's first chunk has come, however many answers it has."""
+        self._prompt_tokens.inc(num_tokens)
 
     def take(self, number: int, chunk: Chunk) -> None:
         """A chunk of answer `number` has come."""
