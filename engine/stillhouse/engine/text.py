@@ -17,6 +17,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer as RustTokenizer
 
 from stillhouse.engine.errors import InvalidRequest, VersionError
+from stillhouse.engine.tool_calls import with_objects
 
 Message = Mapping[str, Any]
 _LARGE_CHARACTERS, _LARGE_TOKENS = 4096, 4096
@@ -115,11 +116,12 @@ class Tokenizer:
 
         A developer's message is the system's to a template that does not know developers, as it is to OpenAI's models
         from before that role: most templates would leave it out. Raises InvalidRequest when a message is no
-        {"role": …, "content": …} or the template refuses it.
+        {"role": …, "content": …}, the arguments of a call are no JSON, or the template refuses it.
         """
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
+        messages = with_objects(messages)
         if not self.template_mentions("developer"):
             messages = [{**said, "role": "system"} if said["role"] == "developer" else said for said in messages]
         special = {name: text for name, text in self.special_texts.items() if text is not None}
