@@ -11,10 +11,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from stillhouse.engine.answer import Chunk
+from stillhouse.engine.buckets import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S
 from stillhouse.gateway.generator import Figure, ServedModel
 
-_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_TOKEN_BUCKETS_S = (0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _PREFIX = "stillhouse_gateway"
 _MODEL = ("model_name", "model_version")
 
@@ -37,21 +36,21 @@ class Metrics:
             f"{_PREFIX}_time_to_first_token_seconds",
             "From the request's body to its first token",
             _MODEL,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             f"{_PREFIX}_inter_token_latency_seconds",
             "Between two tokens of an answer",
             _MODEL,
-            buckets=_TOKEN_BUCKETS_S,
+            buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.request_duration = Histogram(
             f"{_PREFIX}_request_duration_seconds",
             "From the request's head to the end of its answer",
             ("path",),
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
 
