@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import QueueFull
 from stillhouse.gateway import answers
+from stillhouse.gateway.app import written
 
 
 class Engine:
@@ -61,3 +63,20 @@ async def test_a_request_of_which_nothing_is_let_in_is_refused_at_once(count: in
     with pytest.raises(QueueFull):
         await asyncio.wait_for(ask(engine, count), 0.5)
     assert engine.refused == count
+
+
+async def test_others_are_served_between_the_choices_of_an_answer_that_is_written() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    said = {"id": 'a"choices": []', "choices": [{"index": index, "text": "é"} for index in range(9)], "usage": {"n": 1}}
+    serving = asyncio.create_task(other())
+    text = await written(said)
+    serving.cancel()
+    assert turns >= 9
+    assert text == json.dumps(said, ensure_ascii=False)
