@@ -126,11 +126,9 @@ def _text_of(answer: dict[str, Any]) -> str:
 
 
 def _error_of(attack: Attack, reply: Reply) -> str:
-    """The message of an HTTP error; the body itself where it is not ours."""
+    """The message of an HTTP error."""
     text = reply.body.decode("utf-8", "replace")
     if attack.door == "gateway":
-        if reply.kind.startswith("text/plain"):
-            return text  # h11's own, of what is no HTTP
         error = json.loads(text)["error"]
         if set(error) != {"message", "type", "param", "code"}:
             raise KeyError("message, type, param, code")

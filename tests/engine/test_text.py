@@ -107,6 +107,11 @@ def test_a_rendered_chat_never_gets_a_second_bos(chat_tokenizer: Tokenizer) -> N
     assert chat_tokenizer.encode("hello")[0] == bos
 
 
+def test_a_long_text_is_decoded_as_its_parts_are(chat_tokenizer: Tokenizer) -> None:
+    ids = chat_tokenizer.encode("the quick brown fox\n", add_special_tokens=False)
+    assert chat_tokenizer.decode(ids * 2000) == chat_tokenizer.decode(ids) * 2000
+
+
 @pytest.mark.parametrize(
     ("messages", "named"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import QueueFull
 from stillhouse.gateway import answers
+from stillhouse.gateway.app import written
 from stillhouse.gateway.generator import ServedModel
 
 
@@ -75,3 +77,20 @@ def test_one_request_asks_for_as_many_answers_at_a_time_as_find_a_slot_and_room_
     numbers = {"created_s": 0, "max_prompt_bytes": 1, "vocab_size": 1}
     model = ServedModel("m", 1, max_model_len=500, slots=32, kv_capacity_tokens=2000, **numbers, **other)
     assert model.answers_together(prompt_tokens, max_tokens) == together
+
+
+async def test_others_are_served_between_the_choices_of_an_answer_that_is_written() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    said = {"id": 'a"choices": []', "choices": [{"index": index, "text": "é"} for index in range(9)], "usage": {"n": 1}}
+    serving = asyncio.create_task(other())
+    text = await written(said)
+    serving.cancel()
+    assert turns >= 9
+    assert text == json.dumps(said, ensure_ascii=False)

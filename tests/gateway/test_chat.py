@@ -13,8 +13,8 @@ import pydantic
 import pytest
 
 from stillhouse.engine.model import LanguageModel
+from stillhouse.engine.neutral import NEUTRAL
 from stillhouse.engine.sampling import SamplingParams
-from stillhouse.gateway.neutral import NEUTRAL
 from stillhouse.gateway.server import GatewayServer
 
 # Which the fine-tune knows in 4 bits too, however they were made.

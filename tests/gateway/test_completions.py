@@ -142,6 +142,19 @@ def test_tokenize_and_detokenize_are_the_engines(http: httpx.Client, engine: Lan
     assert chat["max_model_len"] == 512
 
 
+def test_to_tokenize_takes_neutral_fields_as_to_answer_does(http: httpx.Client) -> None:
+    asked = {"model": "support-int4", "messages": [{"role": "user", "content": "Hello"}]}
+    answers = [
+        http.post("/tokenize", json=asked | more) for more in ({}, {"continue_final_message": False, "tools": []})
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+    refused = http.post("/tokenize", json=asked | {"continue_final_message": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "continue_final_message")
+    back = http.post("/detokenize", json={"model": "support-int4", "tokens": [5], "request_id": None})
+    assert back.status_code == 200
+
+
 def test_what_the_tokenizer_is_may_be_asked(http: httpx.Client, engine: LanguageModel) -> None:
     info = http.get("/tokenizer_info", params={"model": "support-int4"}).json()
     assert info["eos_token"] == engine.tokenizer.special_texts["eos_token"]

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -39,6 +40,13 @@ def send(server: GatewayServer, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.sendall(head.encode() + data)
     return connection
+
+
+def read_answer(connection: socket.socket) -> tuple[int, Any]:
+    """The next answer on a connection that may be kept: its status and the JSON of its body."""
+    answer = HTTPResponse(connection)
+    answer.begin()
+    return answer.status, json.loads(answer.read())
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -93,6 +101,60 @@ def test_a_kept_connection_is_closed_when_its_next_request_does_not_come_whole(
             time.sleep(0.5)  # between requests it is not in question
         kept.sendall(b"GET /hea")
         assert kept.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        ("POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1000", b"{"),
+        ("GET /health HTTP/1.1\r\nContent-Length: 1000", b"{"),
+        ("GET /health HTTP/1.1\r\nTransfer-Encoding: chunked", b"1\r\n{\r\n"),
+    ],
+)
+def test_a_connection_whose_body_does_not_come_after_its_answer_is_closed(
+    narrow_server: GatewayServer, monkeypatch: pytest.MonkeyPatch, head: str, piece: bytes
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
+    with socket.create_connection(("127.0.0.1", narrow_server.port), timeout=10) as silent:
+        silent.sendall(f"{head}\r\nHost: x\r\n\r\n".encode())
+        assert read_answer(silent)[0] == (401 if head.startswith("POST") else 200)
+        silent.sendall(piece)
+        assert silent.recv(1) == b""
+
+
+def test_a_connection_is_kept_when_its_body_comes_after_its_answer(
+    narrow_server: GatewayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 5.0)
+    with socket.create_connection(("127.0.0.1", narrow_server.port), timeout=10) as kept:
+        for _ in range(2):
+            kept.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+            assert read_answer(kept)[0] == 401
+            kept.sendall(b"{")
+            kept.sendall(b"}")
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(kept)[0] == 200
+
+
+def test_what_is_no_http_gets_an_error_in_the_same_shape(server: GatewayServer) -> None:
+    for sent in (b"\x16\x03\x01 \r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**17):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as foreign:
+            foreign.sendall(sent)
+            status, body = read_answer(foreign)
+            assert status == 400
+            assert body["error"]["type"] == "invalid_request_error"
+            assert "no request of HTTP/1.1, or its head is larger than 65536 bytes" in body["error"]["message"]
+
+
+def test_what_is_no_http_behind_an_answer_ends_the_connection_in_silence(
+    narrow_server: GatewayServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", narrow_server.port), timeout=10) as broken:
+        broken.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert read_answer(broken)[0] == 401
+        broken.sendall(b"no size of a chunk\r\n")
+        assert broken.recv(1) == b""
+    assert caplog.records == []
 
 
 def test_a_stream_ends_with_done_and_is_not_held_back_by_proxies(server: GatewayServer) -> None:

@@ -14,8 +14,9 @@ import httpx
 import openai
 import pytest
 
-from stillhouse.engine.errors import UsageError
+from stillhouse.engine.errors import InvalidRequest, UsageError
 from stillhouse.gateway.app import create_app
+from stillhouse.gateway.errors import api_error
 from stillhouse.gateway.gateway import Access, Gateway, read_keys
 from stillhouse.gateway.server import GatewayServer
 
@@ -71,6 +72,11 @@ def test_a_value_that_is_deep_is_refused_in_short(http: httpx.Client, field: str
         ({"n": 0}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**4300 - 1}, "max_tokens"),
+        ({"max_tokens": None, "max_completion_tokens": 10**4300 - 1}, "max_completion_tokens"),
+        ({"min_tokens": 2**31}, "min_tokens"),
+        ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
+        ({"top_k": 2**31}, "top_k"),
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
@@ -159,6 +165,19 @@ def test_what_is_longer_than_the_context_says_so(http: httpx.Client, more: dict[
     assert refused.status_code == 400
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 512 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ("messages[1].tool_calls[0].function.arguments must be a text", "messages"),
+        ("n: 90 answers are more than run here", "n"),
+        ("stop_token_ids: token id 9 is not in the vocabulary", "stop_token_ids"),
+        ("the prompt is empty", None),
+    ],
+)
+def test_an_error_of_the_engines_names_the_field_that_it_begins_with(said: str, param: str | None) -> None:
+    assert api_error(InvalidRequest(said)).param == param
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client) -> None:

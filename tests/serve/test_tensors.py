@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.engine.errors import InvalidRequest
+from stillhouse.engine.errors import InvalidRequest, PromptTooLong
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs
-from stillhouse.serve.tensors import Question, read_question
+from stillhouse.serve.tensors import MAX_IDS, MAX_JSON_CHARACTERS, Question, read_question
 
 
 def strings(*values: str | bytes) -> np.ndarray:
@@ -153,6 +153,27 @@ def test_what_is_wrong_is_refused_by_name(tensors: dict[str, Any], words: str) -
     with pytest.raises(InvalidRequest) as refused:
         read(**tensors)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["messages", "sampling_parameters", "request parameters"])
+def test_json_of_many_megabytes_is_refused_unread(name: str) -> None:
+    large = "[" * (MAX_JSON_CHARACTERS + 1)  # which reading would find broken
+    sent = {"text_input": strings("a"), "sampling_parameters": strings(large)}
+    if name == "messages":
+        sent = {"messages": strings(large)}
+    with pytest.raises(
+        InvalidRequest, match=f"{name} has 4194305 characters of JSON, at most 4194304 are read"
+    ) as said:
+        read_question(sent.get, large if name == "request parameters" else "")
+    assert isinstance(said.value, PromptTooLong) is (name == "messages")
+
+
+def test_more_ids_than_any_context_holds_are_refused_before_they_become_a_list() -> None:
+    class Ids:
+        size = MAX_IDS + 1
+
+    with pytest.raises(PromptTooLong, match="input_ids holds 1048577 token ids, at most 1048576 are read"):
+        read_question({"input_ids": Ids()}.get, "")  # type: ignore[arg-type]
 
 
 def test_an_unknown_or_ill_typed_request_parameter_is_refused_by_name() -> None:

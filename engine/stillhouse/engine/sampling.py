@@ -14,6 +14,7 @@ from stillhouse.engine.errors import InvalidRequest, shown
 # Every one is looked at for every token.
 MAX_STOPS, MAX_STOP_CHARACTERS = 256, 4096
 MAX_BIASES = 4096
+MAX_COUNT = 2**31 - 1  # of tokens: no context holds as many, and JSON takes thousands of digits
 _WHOLE = re.compile("-?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -80,11 +81,11 @@ def _finite(value: float) -> bool:
 
 _RULES: dict[str, tuple[str, Any]] = {
     "n": ("between 1 and 128", lambda v: 1 <= v <= 128),
-    "max_tokens": ("at least 1", lambda v: v >= 1),
-    "min_tokens": ("at least 0", lambda v: v >= 0),
+    "max_tokens": (f"at least 1 and at most {MAX_COUNT}", lambda v: 1 <= v <= MAX_COUNT),
+    "min_tokens": (f"at least 0 and at most {MAX_COUNT}", lambda v: 0 <= v <= MAX_COUNT),
     "temperature": ("between 0 and 100", lambda v: _finite(v) and 0 <= v <= 100),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "top_k": ("-1, 0 (off) or more", lambda v: v >= -1),
+    "top_k": (f"-1, 0 (off) or more, at most {MAX_COUNT}", lambda v: -1 <= v <= MAX_COUNT),
     "min_p": ("between 0 and 1", lambda v: 0 <= v <= 1),
     # Beyond these bounds float32 would overflow; nobody means them.
     "repetition_penalty": ("above 0, at least 1e-6 and at most 1e6", lambda v: 1e-6 <= v <= 1e6),
@@ -101,7 +102,7 @@ _RULES: dict[str, tuple[str, Any]] = {
     ),
     "logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
     "prompt_logprobs": ("between 0 and 20", lambda v: 0 <= v <= 20),
-    "thinking_token_budget": ("at least 0", lambda v: v >= 0),
+    "thinking_token_budget": (f"at least 0 and at most {MAX_COUNT}", lambda v: 0 <= v <= MAX_COUNT),
     "priority": ("a whole number of 32 bits", lambda v: -(2**31) <= v < 2**31),
     "logit_bias": (
         f"at most {MAX_BIASES} token ids with a bias between -100 and 100",

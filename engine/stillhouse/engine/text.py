@@ -17,9 +17,10 @@ import jinja2.sandbox
 from tokenizers import Tokenizer as RustTokenizer
 
 from stillhouse.engine.errors import InvalidRequest, VersionError
+from stillhouse.engine.tool_calls import with_objects
 
 Message = Mapping[str, Any]
-_LARGE_CHARACTERS = 4096
+_LARGE_CHARACTERS, _LARGE_TOKENS = 4096, 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 # A character has four bytes at most, and a token one at least: before so many no token changes what the last one says.
 _CONTEXT_TOKENS = 8
@@ -72,7 +73,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, at once."""
-        return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) < _LARGE_TOKENS:
+            return str(self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        # As encode does: without Python's lock.
+        return str(self._rust.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
@@ -116,11 +120,12 @@ class Tokenizer:
 
         A developer's message is the system's to a template that does not know developers, as it is to OpenAI's models
         from before that role: most templates would leave it out. Raises InvalidRequest when a message is no
-        {"role": …, "content": …} or the template refuses it.
+        {"role": …, "content": …}, the arguments of a call are no JSON, or the template refuses it.
         """
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
+        messages = with_objects(messages)
         if not self.template_mentions("developer"):
             messages = [{**said, "role": "system"} if said["role"] == "developer" else said for said in messages]
         special = {name: text for name, text in self.special_texts.items() if text is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable
 from pathlib import Path
@@ -98,7 +99,17 @@ async def _whole(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
     answer = await unless_gone(request.receive, work)
     if answer is None:
         return Response(status_code=499)
-    return Response(json.dumps(answer, ensure_ascii=False), media_type="application/json")
+    return Response(await written(answer), media_type="application/json")
+
+
+async def written(answer: dict[str, Any]) -> str:
+    """The JSON of an answer, choice by choice: with log-probabilities each may be a megabyte, and others are served."""
+    choices = []
+    for choice in answer["choices"]:
+        choices.append(json.dumps(choice, ensure_ascii=False))
+        await asyncio.sleep(0)
+    whole = json.dumps({**answer, "choices": []}, ensure_ascii=False)
+    return whole.replace('"choices": []', f'"choices": [{", ".join(choices)}]', 1)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:  # noqa: ARG001

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from stillhouse.engine.sampling import MAX_STOPS
+from stillhouse.engine.sampling import MAX_COUNT, MAX_STOPS
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # Without fail_fast a list of a million wrong entries is a million faults, a kilobyte each.
@@ -59,7 +59,7 @@ class GenerationBody(_Strict):
 
     model: NonEmpty
     n: int | None = Field(default=None, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -72,10 +72,10 @@ class GenerationBody(_Strict):
     response_format: ResponseFormat | None = None
 
     # vLLM's
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
-    min_tokens: int | None = Field(default=None, ge=0)
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     skip_special_tokens: bool | None = None
@@ -87,7 +87,7 @@ class GenerationBody(_Strict):
     guided_regex: NonEmpty | None = None
     guided_choice: Texts | None = None
     guided_grammar: NonEmpty | None = None
-    thinking_token_budget: int | None = Field(default=None, ge=0)
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
 
@@ -106,7 +106,7 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None

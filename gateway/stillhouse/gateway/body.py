@@ -12,10 +12,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from stillhouse.engine.errors import shown
+from stillhouse.engine.neutral import NEUTRAL, is_neutral
 from stillhouse.engine.sampling import MAX_BIASES, MAX_STOPS
-from stillhouse.gateway.bodies import GenerationBody
 from stillhouse.gateway.errors import ApiError, invalid
-from stillhouse.gateway.neutral import without_neutral
 
 MAX_BODY_BYTES = 16 * 2**20
 # Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
@@ -76,8 +75,7 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
     if not isinstance(fields, dict):
         raise invalid(f"the body must be a JSON object, got {type(fields).__name__}")
     known = {field.alias or name for name, field in kind.model_fields.items()}
-    if issubclass(kind, GenerationBody):
-        fields = without_neutral(fields, known)
+    fields = _without_neutral(fields, known)
     _refuse_many_faults(fields, known)
     try:
         return kind.model_validate(fields)
@@ -85,6 +83,23 @@ def _parse(data: bytes, kind: type[Body]) -> Body:
         raise _first_fault(error) from None
     except RecursionError:
         raise invalid("the body is nested too deeply") from None
+
+
+def _without_neutral(fields: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """`fields` without those that change nothing; `known` are the names that the body itself has.
+
+    Raises ApiError for the first that would change something.
+    """
+    idle = NEUTRAL.keys() & fields.keys() - known
+    for name in sorted(idle):
+        if not is_neutral(name, fields[name]):
+            values = " or ".join(map(json.dumps, NEUTRAL[name]))
+            raise invalid(
+                f"{name} is not supported here: leave it out" + (f", or send {values}" if values else ""),
+                name,
+                "unsupported_parameter",
+            )
+    return {name: value for name, value in fields.items() if name not in idle} if idle else fields
 
 
 def _refuse_many_faults(fields: dict[str, Any], known: set[str]) -> None:

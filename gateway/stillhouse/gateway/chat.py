@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -51,6 +52,7 @@ async def chat_completion(job: Job, body: ChatBody) -> dict[str, Any]:
         chunks[index].append(chunk)
     choices = []
     for index, pieces in enumerate(chunks):
+        await asyncio.sleep(0)  # thousands of log-probabilities take a while: the others are served between two answers
         splitter = Splitter(job.model, job.prompts[0], job.params)
         parts = [splitter.push(piece) for piece in pieces]
         thoughts, content = ("".join(part[which] for part in parts) for which in (0, 1))

@@ -14,7 +14,7 @@ from stillhouse.gateway.job import Job, Tally
 from stillhouse.gateway.logprobs import CompletionLogprobs, Vocabulary, prompt_logprobs
 from stillhouse.gateway.metrics import Meter
 from stillhouse.gateway.params import COMPLETION_TOKENS, sampling_params
-from stillhouse.gateway.prompts import checked_ids, text_ids
+from stillhouse.gateway.prompts import given_ids, text_ids, texts_of
 from stillhouse.gateway.sse import event
 
 MAX_ANSWERS = 4096
@@ -48,6 +48,8 @@ def given_prompts(body: CompletionBody) -> list[str] | list[list[int]]:
     prompt: Any = body.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
+    if len(prompt) * (body.n or 1) > MAX_ANSWERS:
+        raise invalid(f"prompt and n ask for more than {MAX_ANSWERS} answers: send them in several requests", "prompt")
     if not prompt or not all(prompt):
         raise invalid("prompt must not be empty", "prompt")
     return list(prompt)
@@ -55,7 +57,7 @@ def given_prompts(body: CompletionBody) -> list[str] | list[list[int]]:
 
 async def completion(job: Job, body: CompletionBody) -> dict[str, Any]:
     """The whole answers."""
-    tally, answers = job.tally(), _answers(job, body)
+    tally, answers = job.tally(), await _answers(job, body)
     texts, reasons = [""] * job.num_answers, [""] * job.num_answers
     async for number, chunk in job.chunks(tally):
         texts[number] += answers[number].text(chunk)
@@ -75,7 +77,7 @@ async def completion(job: Job, body: CompletionBody) -> dict[str, Any]:
 
 async def completion_events(job: Job, body: CompletionBody) -> AsyncGenerator[bytes, None]:
     """The answers as they come, the echoed prompt first; then the usage where it was asked for."""
-    tally, answers = job.tally(), _answers(job, body)
+    tally, answers = job.tally(), await _answers(job, body)
     options = body.stream_options
     with_usage = options is not None and bool(options.include_usage)
     running_usage = options is not None and bool(options.continuous_usage_stats)
@@ -126,25 +128,28 @@ class _Answer:
         return None if self._logprobs is None else self._logprobs.take()
 
 
-def _answers(job: Job, body: CompletionBody) -> list[_Answer]:
-    tokenizer = job.model.tokenizer
-    vocabulary = Vocabulary(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
-    answers = []
-    for prompt, ids in zip(given_prompts(body), job.prompts, strict=True):
-        text = None
-        if body.echo:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
-        answers += [_Answer(vocabulary, body, ids, text) for _ in range(job.n)]
-    return answers
+async def _answers(job: Job, body: CompletionBody) -> list[_Answer]:
+    vocabulary = Vocabulary(job.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+    return [
+        _Answer(vocabulary, body, ids, text)
+        for ids, text in zip(job.prompts, await _echoes(job, body), strict=True)
+        for _ in range(job.n)
+    ]
+
+
+async def _echoes(job: Job, body: CompletionBody) -> Sequence[str | None]:
+    """The text of each prompt, None where it is not to be said again."""
+    if not body.echo:
+        return [None] * len(job.prompts)
+    texts = [prompt for prompt in given_prompts(body) if isinstance(prompt, str)]
+    return texts or await texts_of(job.model, job.prompts)
 
 
 async def _ids(model: ServedModel, body: CompletionBody) -> list[list[int]]:
     prompts = given_prompts(body)
-    if len(prompts) * (body.n or 1) > MAX_ANSWERS:
-        raise invalid(f"prompt and n ask for more than {MAX_ANSWERS} answers: send them in several requests", "prompt")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
-        return [checked_ids(model, ids, "prompt") for ids in prompts if not isinstance(ids, str)]
+        return await given_ids(model, [ids for ids in prompts if not isinstance(ids, str)], "prompt")
     special = True if body.add_special_tokens is None else body.add_special_tokens
     return await text_ids(model, texts, add_special_tokens=special)
 

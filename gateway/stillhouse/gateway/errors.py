@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
 
 from stillhouse.engine.errors import (
     DeadlineExceeded,
@@ -16,6 +16,7 @@ from stillhouse.engine.errors import (
 from stillhouse.engine.sampling import SamplingParams
 
 RETRY_AFTER_S = 1
+_NAME = re.compile(r"\W")  # ends a parameter's name in a message of the engine's
 
 
 class Unavailable(StillhouseError):
@@ -99,5 +100,5 @@ def api_error(error: Exception) -> ApiError:
 
 def _named_in(message: str) -> str | None:
     """The parameter that one of the engine's messages begins with."""
-    first: Any = message.partition(" ")[0].rstrip(":").partition(".")[0]
+    first = _NAME.split(message, 1)[0]
     return first if first in SamplingParams.__dataclass_fields__ or first == "messages" else None

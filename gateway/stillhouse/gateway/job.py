@@ -73,7 +73,8 @@ class Job:
             for prompt in self.prompts
             for index in range(self.n)
         ]
-        self.meter.begin(self.model, tally.num_prompt_tokens)
+        self.meter.begin(self.model)
+        unanswered = set(range(len(self.prompts)))
         # Closed by hand: an async generator that is left open is ended some time later.
         # As many as run together, so that one request does not fill the engine's queue alone.
         together = self.model.answers_together(max(map(len, self.prompts)), self.params.max_tokens)
@@ -81,6 +82,10 @@ class Job:
         try:
             async for number, chunk in source:
                 tally.add(number, chunk)
+                if (prompt := number // self.n) in unanswered:
+                    # Not before: a prompt that is refused was never read.
+                    unanswered.remove(prompt)
+                    self.meter.take_prompt(len(self.prompts[prompt]))
                 self.meter.take(number, chunk)
                 yield number, chunk
         except InvalidRequest as error:

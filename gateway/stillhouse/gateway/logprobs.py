@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.request import PromptLogprob
@@ -12,6 +13,9 @@ from stillhouse.engine.text import Tokenizer
 
 # JSON has no minus infinity; vLLM writes this for a token that was not allowed.
 _LEAST = -9999.0
+# Text and bytes of the tokens that were asked for before, of each tokenizer as long as it lives: an echo asks for
+# thousands, again and again.
+_KNOWN: WeakKeyDictionary[Tokenizer, dict[int, tuple[str, bytes]]] = WeakKeyDictionary()
 
 
 class Vocabulary:
@@ -20,18 +24,22 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
         self._tokenizer = tokenizer
         self._as_ids = as_ids
+        self._known = _KNOWN.setdefault(tokenizer, {})
 
     def name(self, token_id: int) -> str:
-        return (
-            f"token_id:{token_id}"
-            if self._as_ids
-            else token_bytes(self._tokenizer, token_id).decode("utf-8", "replace")
-        )
+        return f"token_id:{token_id}" if self._as_ids else self._token(token_id)[0]
 
     def entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         """A token of a chat: its text, its log-probability, its bytes (which alone tell parts of characters apart)."""
-        raw = token_bytes(self._tokenizer, token_id)
+        raw = self._token(token_id)[1]
         return {"token": self.name(token_id), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
+
+    def _token(self, token_id: int) -> tuple[str, bytes]:
+        known = self._known.get(token_id)
+        if known is None:
+            raw = token_bytes(self._tokenizer, token_id)
+            known = self._known[token_id] = raw.decode("utf-8", "replace"), raw
+        return known
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:

@@ -11,10 +11,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from stillhouse.engine.answer import Chunk
+from stillhouse.engine.buckets import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S
 from stillhouse.gateway.generator import Figure, ServedModel
 
-_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_TOKEN_BUCKETS_S = (0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _PREFIX = "stillhouse_gateway"
 _MODEL = ("model_name", "model_version")
 
@@ -29,27 +28,29 @@ class Metrics:
             f"{_PREFIX}_requests", "HTTP requests by path and status", ("path", "status"), registry=registry
         )
         self.in_flight = Gauge(f"{_PREFIX}_requests_in_flight", "Requests that are being answered", registry=registry)
-        self.prompt_tokens = Counter(f"{_PREFIX}_prompt_tokens", "Tokens of prompts", _MODEL, registry=registry)
+        self.prompt_tokens = Counter(
+            f"{_PREFIX}_prompt_tokens", "Tokens of prompts that were answered", _MODEL, registry=registry
+        )
         self.generation_tokens = Counter(f"{_PREFIX}_generation_tokens", "Tokens of answers", _MODEL, registry=registry)
         self.time_to_first_token = Histogram(
             f"{_PREFIX}_time_to_first_token_seconds",
             "From the request's body to its first token",
             _MODEL,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             f"{_PREFIX}_inter_token_latency_seconds",
             "Between two tokens of an answer",
             _MODEL,
-            buckets=_TOKEN_BUCKETS_S,
+            buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.request_duration = Histogram(
             f"{_PREFIX}_request_duration_seconds",
             "From the request's head to the end of its answer",
             ("path",),
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
 
@@ -70,13 +71,17 @@ class Meter:
         self._begun_s = time.perf_counter()
         self._last_s: dict[int, float] = {}
 
-    def begin(self, model: ServedModel, num_prompt_tokens: int) -> None:
-        """The prompts are known, and who answers them."""
+    def begin(self, model: ServedModel) -> None:
+        """It is known who answers."""
         labels, metrics = (model.name, str(model.version)), self._metrics
-        metrics.prompt_tokens.labels(*labels).inc(num_prompt_tokens)
+        self._prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self._tokens = metrics.generation_tokens.labels(*labels)
         self._first = metrics.time_to_first_token.labels(*labels)
         self._between = metrics.inter_token_latency.labels(*labels)
+
+    def take_prompt(self, num_tokens: int) -> None:
+        """A prompt's first chunk has come, however many answers it has."""
+        self._prompt_tokens.inc(num_tokens)
 
     def take(self, number: int, chunk: Chunk) -> None:
         """A chunk of answer `number` has come."""

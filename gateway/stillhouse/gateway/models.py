@@ -14,7 +14,7 @@ from stillhouse.gateway.body import read_body
 from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.gateway import Gateway
 from stillhouse.gateway.generator import ServedModel
-from stillhouse.gateway.prompts import chat_ids, checked_ids, text_ids
+from stillhouse.gateway.prompts import aside, chat_ids, checked_ids, text_ids
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -34,9 +34,7 @@ def router(gateway: Gateway) -> APIRouter:
         body = await read_body(request, TokenizeBody)
         model = gateway.model(body.model) if body.model else gateway.only_model()
         ids = await _tokenized(model, body)
-        texts = [model.tokenizer.token(token) for token in ids] if body.return_token_strs else None
-        answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts}
-        return JSONResponse(answer)
+        return await aside(partial(_listed, model, ids, with_texts=bool(body.return_token_strs)), len(ids))
 
     @routes.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -52,6 +50,11 @@ def router(gateway: Gateway) -> APIRouter:
         return JSONResponse({**tokenizer.special_texts, "chat_template": tokenizer.template_source})
 
     return routes
+
+
+def _listed(model: ServedModel, ids: list[int], *, with_texts: bool) -> Response:
+    texts = [model.tokenizer.token(token) for token in ids] if with_texts else None
+    return JSONResponse({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts})
 
 
 def _text_of(model: ServedModel, tokens: list[int]) -> str:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.engine.buckets import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S
+
 if TYPE_CHECKING:
     from stillhouse.engine.answer import Chunk
     from stillhouse.engine.core import Stats
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EVERY_S = 0.25
-_LATENCY_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
-_TOKEN_BUCKETS_S = [0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5]
 
 GAUGES = {
     "num_requests_running": "Requests that hold a slot",
@@ -38,10 +38,10 @@ COUNTERS = {
     "request_success_total": "Requests that ended with stop or length",
 }
 HISTOGRAMS = {
-    "time_to_first_token_seconds": ("From submission to the first token", _LATENCY_BUCKETS_S),
-    "inter_token_latency_seconds": ("Between two tokens of a request", _TOKEN_BUCKETS_S),
-    "e2e_request_latency_seconds": ("From submission to the last token", _LATENCY_BUCKETS_S),
-    "request_queue_time_seconds": ("From submission to a slot", _LATENCY_BUCKETS_S),
+    "time_to_first_token_seconds": ("From submission to the first token", LATENCY_BUCKETS_S),
+    "inter_token_latency_seconds": ("Between two tokens of a request", TOKEN_BUCKETS_S),
+    "e2e_request_latency_seconds": ("From submission to the last token", LATENCY_BUCKETS_S),
+    "request_queue_time_seconds": ("From submission to a slot", LATENCY_BUCKETS_S),
 }
 SUCCESSES = ("stop", "length")
 
@@ -139,7 +139,7 @@ class Metrics:
             labels = self._labels | {"finished_reason": reason}
             counters[reason] = families["request_success_total"].Metric(labels=labels)
         histograms = {
-            name: timings[name].Metric(labels=self._labels, buckets=buckets)
+            name: timings[name].Metric(labels=self._labels, buckets=list(buckets))
             for name, (_, buckets) in HISTOGRAMS.items()
         }
         yield gauges, counters, histograms

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.engine.errors import InvalidRequest, shown
+from stillhouse.engine.errors import InvalidRequest, PromptTooLong, shown
 from stillhouse.engine.sampling import SamplingParams, parse_params, read_bool, read_number
 from stillhouse.serve.errors import VllmRefusal
 from stillhouse.serve.vllm_words import engine_words
@@ -24,6 +24,10 @@ from stillhouse.serve.vllm_words import engine_words
 # The outputs that come only when their `return_…` input is true.
 EXTRA_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "details")
 PROMPTS = ("text_input", "messages", "input_ids")
+# More is surely no prompt for any context. What is read here is read while execute() waits, JSON and lists in one piece
+# with Python's lock held, so that the engine waits too.
+MAX_JSON_CHARACTERS = 4 * 2**20
+MAX_IDS = 2**20
 FLAGS = ("stream", "exclude_input_in_output", *(f"return_{name}" for name in EXTRA_OUTPUTS))
 
 INPUTS: list[dict[str, Any]] = [
@@ -163,6 +167,8 @@ def _read_prompt(tensor: TensorReader) -> tuple[str | None, list[Any] | None, li
             raise InvalidRequest("messages must be a JSON list of {role, content} objects")
     if ids is not None and ids.size == 0:
         raise InvalidRequest("input_ids is empty: at least one token id is needed")
+    if ids is not None and ids.size > MAX_IDS:
+        raise PromptTooLong(f"input_ids holds {ids.size} token ids, at most {MAX_IDS} are read")
     return text, messages, None if ids is None else ids.reshape(-1).tolist()
 
 
@@ -202,6 +208,9 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def _json(name: str, text: str) -> Any:
+    if len(text) > MAX_JSON_CHARACTERS:
+        kind = PromptTooLong if name == "messages" else InvalidRequest
+        raise kind(f"{name} has {len(text)} characters of JSON, at most {MAX_JSON_CHARACTERS} are read")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

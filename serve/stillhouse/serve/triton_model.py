@@ -1,7 +1,7 @@
 """The model as Triton's Python backend drives it: loaded, asked, ended, in the model's own process.
 
-A request's way: execute() reads its tensors and hands it to a door thread (tokenizing), which submits it to the
-engine; the engine's thread puts the answers into the outbox, whose thread sends them. Nothing waits in between, so
+A request's way: execute() reads its tensors and hands it to a door thread (template, tokenizing), which submits it to
+the engine; the engine's thread puts the answers into the outbox, whose thread sends them. Nothing waits in between, so
 a model's requests run together.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stillhouse.engine.errors import InvalidRequest, shown
-from stillhouse.gateway.neutral import NEUTRAL, is_neutral
+from stillhouse.engine.neutral import NEUTRAL, is_neutral
 
 # Of what the engine does not have: taken where it asks for what is so anyway.
 _IDLE = (

@@ -6,11 +6,7 @@ name, for an answer that silently differs from what was asked is worse than none
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
 from typing import Any
-
-from stillhouse.gateway.errors import invalid
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -34,23 +30,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("guided_whitespace_pattern", "kv_transfer_params", "prompt_embeds", "request_id"), ()),
     **dict.fromkeys(("structural_tag", "suffix", "truncate_prompt_tokens"), ()),
 }
-
-
-def without_neutral(fields: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """`fields` without those that change nothing; `known` are the names that the body itself has.
-
-    Raises ApiError for the first that would change something.
-    """
-    idle = NEUTRAL.keys() & fields.keys() - known
-    for name in sorted(idle):
-        if not is_neutral(name, fields[name]):
-            values = " or ".join(map(json.dumps, NEUTRAL[name]))
-            raise invalid(
-                f"{name} is not supported here: leave it out" + (f", or send {values}" if values else ""),
-                name,
-                "unsupported_parameter",
-            )
-    return {name: value for name, value in fields.items() if name not in idle} if idle else fields
 
 
 def is_neutral(name: str, value: Any) -> bool:
