@@ -31,7 +31,7 @@ async def test_the_tokens_of_a_prompt_count_once_and_those_of_a_refused_one_neve
     generator: Any = Generator()
     tokenizer: Any = None
     metrics = Gateway().metrics
-    model = ServedModel("m", 1, 0, 512, 4, 512, 100, tokenizer, SamplingParams(), None)
+    model = ServedModel("m", 1, 0, 512, 4, 2048, 512, 100, tokenizer, SamplingParams(), None)
 
     async def ask(*prompts: list[int], n: int = 1) -> None:
         body = CompletionBody(model="m", prompt=list(prompts), n=n)

@@ -50,7 +50,7 @@ class Tokenizer:
 
 
 def model_of(tokenizer: Any) -> ServedModel:
-    return ServedModel("m", 1, 0, 200_000, 4, 2**24, 100, tokenizer, SamplingParams(), None)
+    return ServedModel("m", 1, 0, 200_000, 4, 800_000, 2**24, 100, tokenizer, SamplingParams(), None)
 
 
 EMPTY = {"role": "user", "content": ""}
