@@ -34,6 +34,13 @@ def test_token_ids_are_answered_like_their_text(client: openai.OpenAI, engine: L
     assert as_list.choices[0].text == as_text.choices[0].text
 
 
+def test_more_prompt_logprobs_than_memory_should_hold_are_refused(http: httpx.Client) -> None:
+    body = {"model": "support-int4", "prompt": [[1] * 500] * 100, "max_tokens": 0, "echo": True, "logprobs": 20}
+    refused = http.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert "1,050,000 log-probabilities, more than 1,048,576" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 0])
 def test_an_echo_brings_the_engines_own_prompt_logprobs(
     http: httpx.Client, engine: LanguageModel, max_tokens: int

@@ -18,6 +18,7 @@ from stillhouse.gateway.prompts import given_ids, text_ids, texts_of
 from stillhouse.gateway.sse import event
 
 MAX_ANSWERS = 4096
+MAX_PROMPT_LOGPROBS = 2**20  # held until their answer is sent, some hundred bytes each
 
 
 async def completion_job(generator: Generator, model: ServedModel, meter: Meter, body: CompletionBody) -> Job:
@@ -32,6 +33,8 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
     prompts = await _ids(model, body)
     # The echo has as many beside each token as `logprobs` says; the engine finds them once for both.
     scored = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
+    if scored:
+        _refuse_too_many_logprobs((body.n or 1) * sum(map(len, prompts)), max(scored))
     params = sampling_params(
         body,
         model,
@@ -41,6 +44,15 @@ async def completion_job(generator: Generator, model: ServedModel, meter: Meter,
         prompt_logprobs=max(scored, default=None),
     )
     return Job(generator, model, meter, "text_completion", "cmpl", prompts, params, body)
+
+
+def _refuse_too_many_logprobs(tokens: int, alternatives: int) -> None:
+    if (count := tokens * (1 + alternatives)) > MAX_PROMPT_LOGPROBS:
+        raise invalid(
+            f"prompts of {tokens:,} tokens with {alternatives} alternatives each make {count:,} log-probabilities,"
+            f" more than {MAX_PROMPT_LOGPROBS:,}: send them in several requests",
+            "prompt",
+        )
 
 
 def given_prompts(body: CompletionBody) -> list[str] | list[list[int]]:
