@@ -317,6 +317,34 @@ async def test_pages_of_other_sites_may_not_ask_unless_they_are_named() -> None:
             assert ("access-control-allow-origin" in asked.headers) == bool(origins)
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 503),  # curl, packages
+        ({"Origin": "http://here:9000"}, 503),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://here"}, 403),
+        ({"Origin": "http://here:9000.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "https://app.example"}, 503),  # --cors-origin names it
+        ({"Origin": "https://here.example", "Host": "Here.example"}, 503),  # behind a proxy
+        ({"Origin": "https://here.example", "Host": "here.example:443"}, 503),
+        ({"Origin": "https://here.example", "X-Forwarded-Host": "here.example"}, 503),
+        ({"Origin": "https://here.example", "Sec-Fetch-Site": "same-origin"}, 503),  # a proxy that loses the name
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+async def test_an_origin_that_is_not_the_gateways_own_is_refused_also_where_the_browser_says_no_more(
+    headers: dict[str, str], status: int
+) -> None:
+    transport = httpx.ASGITransport(create_app(Gateway(Access(cors_origins=("https://app.example",)))))
+    async with httpx.AsyncClient(transport=transport, base_url="http://here:9000") as http:
+        asked = await http.post(CHAT, json=SOUND, headers=headers)
+    assert asked.status_code == status
+    assert (error_of(asked)["code"] == "cross_origin") == (status == 403)
+
+
 async def test_a_page_that_is_named_may_send_the_headers_of_openais_package() -> None:
     page = "https://app.example"
     transport = httpx.ASGITransport(create_app(Gateway(Access(("sesame",), (page,)))))
