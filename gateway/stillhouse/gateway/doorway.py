@@ -16,10 +16,12 @@ from stillhouse.gateway.gateway import Gateway
 log = logging.getLogger(__name__)
 
 # Whoever watches over the server has no key, and the page asks for one itself.
-OPEN_PATHS = ("/", "/health")
+OPEN_PATHS = ("/", "/health", "/ping")
 COUNTED_PATHS = (
     "/",
     "/health",
+    "/ping",
+    "/version",
     "/metrics",
     "/v1/models",
     "/v1/chat/completions",
