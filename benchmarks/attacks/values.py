@@ -169,7 +169,8 @@ def wrong_type(random: Random) -> Value:
 
 def unknown_field(random: Random) -> Value:
     name = random.choice(UNKNOWN)
-    return Value({name: random.choice((1, "a", None, [], {"a": 1}, True))}, "refusal")
+    value = random.choice((1, "a", None, [], {"a": 1}, True))
+    return Value({name: value}, "either" if value is None else "refusal")  # to the gateway, null is not given
 
 
 def grammar(random: Random) -> Value:

@@ -28,7 +28,10 @@ def test_versions_lists_what_is_there_and_verify_says_what_is_whole(repository: 
         ("tiny-fp16", 1, True),
         ("tiny-int8", 1, True),
     ]
-    assert "tiny-int8" in cli("versions", "--repository", repository).stdout
+    (repository / "postprocessing" / "1").mkdir(parents=True)
+    (repository / "postprocessing" / "config.pbtxt").write_text('backend: "python"\n')
+    assert "tiny-int8" in (listed := cli("versions", "--repository", repository).stdout)
+    assert "postprocessing" not in listed, "of another backend: it has no versions of ours"
     weights = repository / "tiny-int8" / "1" / "model.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     done = cli("versions", "--repository", repository, "--verify")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from small_tokenizers import THINKERS, written
 
 from stillhouse.engine.core import Engine
-from stillhouse.engine.errors import EngineError
+from stillhouse.engine.errors import EngineError, InvalidRequest
 from stillhouse.engine.grammar import GrammarCompiler
 from stillhouse.engine.request import Constraint
 from stillhouse.engine.sampling import SamplingParams, StructuredOutputs
@@ -169,3 +170,26 @@ def test_a_form_that_fails_ends_its_own_answer_alone(where: str) -> None:
     assert isinstance(broken.tokens[-1].error, EngineError)
     assert "lost its way" in str(broken.tokens[-1].error)
     assert other.ids == answer_alone([4, 5, 6], params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        ("regex", "(", 'at 1(8): invalid regex "(" (in regex): regex parse error: ( error: unclosed group'),
+        ("json", {"type": "string", "pattern": "("}, "regex parse error: ( error: unclosed group"),
+        ("json", {"type": "nope"}, "Invalid type: nope"),
+        ("grammar", "start: x", 'at 1(8): unknown name: "x"'),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_said_whole_in_one_line(
+    compiler: GrammarCompiler, kind: str, value: Any, said: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        compiler.compile(StructuredOutputs(kind, value))
+    assert str(refused.value) == f"structured_outputs.{kind} is not valid: {said}"
+
+
+def test_of_a_long_regex_the_reason_is_said_all_the_same(compiler: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequest, match=r"is not valid: .* … .*error: unclosed group$") as refused:
+        compiler.compile(StructuredOutputs("regex", "a" * 2000 + "("))
+    assert len(str(refused.value)) < 400

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from counting_engine import (
@@ -19,7 +21,8 @@ from counting_engine import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.engine.errors import QueueFull
+from stillhouse.engine.errors import InvalidRequest, QueueFull
+from stillhouse.engine.model import LanguageModel
 from stillhouse.engine.request import Request, Token
 from stillhouse.engine.sampling import SamplingParams
 from stillhouse.engine.scheduler import Limits, Scheduler, chunk_size
@@ -188,3 +191,23 @@ def test_a_burst_onto_an_idle_engine_is_refused_only_where_the_cache_does_not_ho
         engine.submit([1] * prompt_tokens, GREEDY, Collected())
     run_until_idle(engine)
     assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 2, 9, 31, 40, 63])
+@pytest.mark.parametrize(("slots", "capacity", "max_waiting"), [(32, 360, 32), (4, 64, 0), (2, 640, 9), (8, 80, 3)])
+def test_how_many_alike_an_idle_engine_takes_in_is_known_before(
+    prompt_tokens: int, slots: int, capacity: int, max_waiting: int
+) -> None:
+    engine = make_engine(slots, capacity=capacity, max_waiting=max_waiting)
+    for _ in range(engine.limits.most_alike(prompt_tokens)):
+        engine.submit([1] * prompt_tokens, GREEDY, Collected())
+    with pytest.raises(QueueFull):
+        engine.submit([1] * prompt_tokens, GREEDY, Collected())
+    run_until_idle(engine)
+
+
+def test_answers_that_can_never_be_taken_in_together_are_invalid_and_no_full_queue() -> None:
+    limits = Limits(slots=32, max_model_len=4096, kv_capacity_tokens=4096, max_waiting=32)
+    model: Any = SimpleNamespace(engine=SimpleNamespace(limits=limits))
+    with pytest.raises(InvalidRequest, match=r"n: 7 answers to a prompt of 2000 tokens are more than .* together, 6"):
+        LanguageModel.submit(model, [1] * 2000, SamplingParams(n=7), print)

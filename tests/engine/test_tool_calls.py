@@ -62,3 +62,24 @@ def test_calls_of_another_form_are_refused_by_place(tmp_path: Path, calls: Any) 
     asked = [{"role": "assistant", "content": "", "tool_calls": calls}]
     with pytest.raises(InvalidRequest, match=r"messages\[0\]\.tool_calls"):
         tokenizer(tmp_path, AS_JSON).render_chat(asked)
+
+
+@pytest.mark.parametrize("null", [{"content": None}, {}])
+def test_an_answer_that_only_calls_may_have_no_content_and_nulls_are_not_there(
+    tmp_path: Path, null: dict[str, Any]
+) -> None:
+    question, answer = conversation("{}")
+    whole = tokenizer(tmp_path, AS_JSON)
+    del answer["content"]
+    assert whole.render_chat([question, answer | null]) == "find {}"
+    seen = tokenizer(tmp_path, "{{ m.content is string }} {{ m.refusal is defined }}")
+    assert seen.render_chat([question, answer | null | {"refusal": None}]) == "True False"
+    with pytest.raises(InvalidRequest, match=r"messages\[1\]\.content must be a string"):
+        whole.render_chat([question, {"role": "assistant", "tool_calls": [], **null}])
+
+
+def test_thoughts_reach_the_template_by_either_name(tmp_path: Path) -> None:
+    question, answer = conversation("{}")
+    seen = tokenizer(tmp_path, "{{ m.reasoning_content }}")
+    for thoughts in ({"reasoning": "so"}, {"reasoning_content": "so"}, {"reasoning": "or", "reasoning_content": "so"}):
+        assert seen.render_chat([question, answer | thoughts]) == "so"

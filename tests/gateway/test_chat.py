@@ -182,7 +182,39 @@ def test_fields_without_an_effect_are_accepted(http: httpx.Client) -> None:
     idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True}
     idle |= {"prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit"}, "moderation": None}
     idle |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
-    assert http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle}).status_code == 200
+    idle |= {"request_id": "r", "cache_salt": "s", "guided_decoding_backend": "xgrammar", "include_reasoning": False}
+    idle |= {"spaces_between_special_tokens": False, "response_format": {"type": "text", "strict": None}}
+    answer = http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, **idle})
+    assert answer.status_code == 200, answer.text
+
+
+def test_null_is_not_given_whatever_the_field_is_called(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 1, "colour": None})
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_form_may_come_with_all_that_vllms_own_class_has(http: httpx.Client) -> None:
+    form: dict[str, Any] = dict.fromkeys(("json", "regex", "grammar", "whitespace_pattern", "structural_tag"))
+    form |= {"choice": ["yes", "no"], "json_object": False, "disable_fallback": False, "disable_any_whitespace": False}
+    asked = {**GREEDY, "structured_outputs": form | {"disable_additional_properties": False}}
+    answer = http.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] in ("yes", "no")
+
+
+def test_a_whole_number_may_be_written_with_a_point(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={**GREEDY, "max_tokens": 2.0, "top_k": 5.0, "seed": 1.0})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] <= 2
+
+
+def test_messages_take_hints_to_caches_and_newer_vllms_word_for_thoughts(http: httpx.Client) -> None:
+    hint, part = {"cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "Hello"}
+    messages: list[Any] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    hinted = [{"role": "user", "content": [part | hint]}, messages[1] | hint | {"reasoning": "They greet."}]
+    answers = [http.post("/v1/chat/completions", json={**GREEDY, "messages": said}) for said in (messages, hinted)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
 
 
 def test_fields_that_ask_for_what_is_so_anyway_are_accepted_and_change_nothing(http: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import json
 import resource
 import threading
@@ -129,6 +130,21 @@ def test_a_value_that_is_deep_is_refused_in_short(http: httpx.Client, field: str
         ({"best_of": 2}, "best_of"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ({"functions": [{"name": "f"}]}, "functions"),
+        ({"max_tokens": 10.5}, "max_tokens"),
+        ({"max_tokens": "10"}, "max_tokens"),
+        ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
+        ({"return_token_ids": True}, "return_token_ids"),
+        ({"model": "thinker-int4", "include_reasoning": False}, "include_reasoning"),
+        ({"skip_special_tokens": False, "spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
+        ({"messages": [{"role": "assistant", "content": "Hi", "reasoning": 7}]}, "messages.0.reasoning"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(http: httpx.Client, change: dict[str, Any], param: str) -> None:
@@ -202,8 +218,12 @@ def test_unknown_paths_and_methods_have_their_status(http: httpx.Client) -> None
     assert (slashed.status_code, error_of(slashed)["code"]) == (404, "unknown_url")
 
 
+def test_the_version_may_be_asked_as_in_vllm(http: httpx.Client) -> None:
+    assert http.get("/version").json() == {"version": importlib.metadata.version("stillhouse")}
+
+
 def test_what_may_be_got_may_be_asked_for_by_head(http: httpx.Client) -> None:
-    for path in ("/", "/health", "/metrics", "/v1/models", "/v1/models/support-int4"):
+    for path in ("/", "/health", "/ping", "/version", "/metrics", "/v1/models", "/v1/models/support-int4"):
         answer = http.head(path)
         assert (answer.status_code, answer.content) == (200, b""), path
 
@@ -248,7 +268,7 @@ def test_with_keys_only_who_brings_one_is_answered(narrow_server: GatewayServer)
             assert error_of(refused)["code"] == "invalid_api_key"
         assert http.get("/metrics").status_code == 401
         assert http.get("/v1/models", headers=KEY).status_code == 200
-        assert http.get("/health").status_code == 200
+        assert http.get("/health").status_code == http.post("/ping").status_code == 200
         assert "sesame" not in repr(Access(("sesame",)))
 
 
@@ -295,7 +315,7 @@ async def test_503_while_loading_and_while_draining() -> None:
     gateway = Gateway()
     transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
-        for path in ("/health", "/v1/models"):
+        for path in ("/health", "/ping", "/v1/models"):
             refused = await http.get(path)
             assert refused.status_code == 503
             assert refused.headers["retry-after"]
@@ -315,6 +335,34 @@ async def test_pages_of_other_sites_may_not_ask_unless_they_are_named() -> None:
             asked = await http.post(CHAT, json=SOUND, headers=elsewhere)
             assert asked.status_code == status
             assert ("access-control-allow-origin" in asked.headers) == bool(origins)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 503),  # curl, packages
+        ({"Origin": "http://here:9000"}, 503),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://here"}, 403),
+        ({"Origin": "http://here:9000.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "https://app.example"}, 503),  # --cors-origin names it
+        ({"Origin": "https://here.example", "Host": "Here.example"}, 503),  # behind a proxy
+        ({"Origin": "https://here.example", "Host": "here.example:443"}, 503),
+        ({"Origin": "https://here.example", "X-Forwarded-Host": "here.example"}, 503),
+        ({"Origin": "https://here.example", "Sec-Fetch-Site": "same-origin"}, 503),  # a proxy that loses the name
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+async def test_an_origin_that_is_not_the_gateways_own_is_refused_also_where_the_browser_says_no_more(
+    headers: dict[str, str], status: int
+) -> None:
+    transport = httpx.ASGITransport(create_app(Gateway(Access(cors_origins=("https://app.example",)))))
+    async with httpx.AsyncClient(transport=transport, base_url="http://here:9000") as http:
+        asked = await http.post(CHAT, json=SOUND, headers=headers)
+    assert asked.status_code == status
+    assert (error_of(asked)["code"] == "cross_origin") == (status == 403)
 
 
 async def test_a_page_that_is_named_may_send_the_headers_of_openais_package() -> None:

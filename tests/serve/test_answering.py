@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from stillhouse.engine.answer import Chunk
-from stillhouse.engine.errors import EngineClosed, InvalidRequest
+from stillhouse.engine.errors import DeadlineExceeded, EngineClosed, InvalidRequest, QueueFull, StillhouseError
+from stillhouse.serve.errors import metric_kind
 from stillhouse.serve.tensors import read_question
 
 FINAL = 1
@@ -95,6 +96,10 @@ class Figures:
 
     observed: list[str] = field(default_factory=list)
     left_out: list[Chunk] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def count_error(self, error: StillhouseError) -> None:
+        self.errors.append(metric_kind(error))
 
     def observe(self, name: str, _: float) -> None:
         self.observed.append(name)
@@ -232,3 +237,26 @@ def test_no_metric_counts_a_probe(answering: ModuleType) -> None:
         outbox.close()
         assert len(figures.observed) == observed
         assert figures.left_out == ([] if observed else chunks)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_every_error_that_is_sent_is_counted_once_by_its_kind_but_those_of_a_probe(
+    answering: ModuleType, probe: bool
+) -> None:
+    outbox, figures = answering.Outbox(), Figures()
+    parameters = '{"probe": true}' if probe else "{}"
+
+    def come_and_begin() -> tuple[Any, Model]:
+        made, model, _, _ = come(answering, outbox, parameters, stream=True, figures=figures)
+        made.begin()
+        return made, model
+
+    refused, _ = come_and_begin()
+    refused.fail(QueueFull("the queue holds 4"))
+    _, failing = come_and_begin()
+    failing.sink(Chunk("", (), 2, 0, "error", DeadlineExceeded("no answer within 3 s")))
+    cut, cutting = come_and_begin()
+    cut.cut(EngineClosed("the grace time is over"))
+    cutting.sink(Chunk("", (), 2, 0, "cancelled"))
+    outbox.close()
+    assert figures.errors == ([] if probe else ["queue_full", "timeout", "shut_down"])

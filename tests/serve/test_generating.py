@@ -46,6 +46,22 @@ class Ready:
         return True
 
 
+async def test_a_model_is_called_what_its_folder_is_whatever_it_was_built_as(
+    support_repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shop-bot").symlink_to(support_repository / "support-int4")
+    models = [LiveModel(folder, {}) for folder in (tmp_path / "shop-bot", support_repository / "support-int4")]
+    client: Any = Ready()
+    for model in models:
+        await model.follow(client)
+    generator = TritonGenerator("grpc://127.0.0.1:1", models)
+    gateway = Gateway()
+    gateway.generator = generator
+    assert [model.name for model in gateway.models()] == ["shop-bot", "support-int4"]
+    assert gateway.model("shop-bot").version == 1
+    await generator.close()
+
+
 @pytest.mark.parametrize(
     ("target", "provider", "slots"),
     [("cpu", "auto", 32), ("cuda", "auto", 5), ("cpu", "cuda", 5), ("cuda", "tensorrt", 5), ("cuda", "cpu", 32)],
@@ -64,7 +80,7 @@ async def test_the_gateway_knows_as_many_slots_as_the_engine_has(
     monkeypatch.setattr(live, "live_versions", lambda _: [1])
     monkeypatch.setattr(live, "open_version", lambda path, **_: SimpleNamespace(path=path, manifest=manifest))
     monkeypatch.setattr(live, "Tokenizer", lambda _: None)
-    monkeypatch.setattr(live, "describe", lambda *given: SimpleNamespace(version=1, slots=given[-1].slots))
+    monkeypatch.setattr(live, "describe", lambda *given, **_: SimpleNamespace(version=1, slots=given[-1].slots))
     model = LiveModel(tmp_path, {"provider": provider, "max_model_len": 1000, "kv_cache_bytes": 5_500_000})
     client: Any = Ready()
     await model.follow(client)

@@ -14,8 +14,10 @@ import pytest
 
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
 from stillhouse.gateway.gateway import Access
-from stillhouse.serve.errors import PortInUse, ServerFailed, TritonNotFound
+from stillhouse.serve import control
+from stillhouse.serve.errors import PortInUse, ServeError, ServerFailed, TritonNotFound
 from stillhouse.serve.launcher import ServeOptions, start_server
+from stillhouse.serve.others import load_others, other_models
 from stillhouse.serve.ports import Ports, settle_ports
 from stillhouse.serve.repository import served_models
 from stillhouse.serve.serving import unguarded
@@ -109,6 +111,55 @@ def test_a_model_that_is_not_there_is_named_beside_those_that_are(tmp_path: Path
     with pytest.raises(UsageError, match="no model 'support-int3'") as refused:
         served_models(tmp_path, ["support-int3"])
     assert "support-int4" in str(refused.value.hint)
+
+
+ENSEMBLE = 'name: "whole"\nplatform: "ensemble"  # backend: "stillhouse"\nmax_batch_size: 0\n'
+
+
+def add_model(repository: Path, name: str, config: str) -> None:
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(config)
+
+
+def test_a_model_of_another_backend_is_left_to_triton(support_repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "support-int4").symlink_to(support_repository / "support-int4")
+    add_model(tmp_path, "whole", ENSEMBLE)
+    add_model(tmp_path, "after", "backend:'python'\n")
+    assert [str(model) for model in served_models(tmp_path)] == ["support-int4/1"]
+    assert other_models(tmp_path) == ["after", "whole"]
+    assert [model.name for model in served_models(tmp_path, ["whole", "support-int4"])] == ["support-int4"]
+    assert other_models(tmp_path, ["whole", "support-int4"]) == ["whole"]
+    assert other_models(tmp_path, ["support-int4"]) == []
+
+
+def test_models_of_other_backends_alone_are_refused_by_name(tmp_path: Path) -> None:
+    add_model(tmp_path, "whole", ENSEMBLE)
+    for names in (None, ["whole"]):
+        with pytest.raises(UsageError, match=r"whole of .* of other backends"):
+            served_models(tmp_path, names)
+
+
+def test_a_model_of_another_backend_that_cannot_be_loaded_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded: list[str] = []
+
+    class Control:
+        def __init__(self, url: str) -> None:
+            assert url == "grpc://here:1"
+
+        def load(self, model: str) -> None:
+            if model == "after":
+                raise ServeError("no module named pandas")
+            loaded.append(model)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(control, "TritonControl", Control)
+    load_others("grpc://here:1", ["after", "whole"])
+    assert loaded == ["whole"]
+    assert "after, of another backend, is left out: no module named pandas" in caplog.text
 
 
 def test_a_missing_libpython_names_the_package_to_install(tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ def versions(
     """
     from stillhouse.build.report import print_table, versions_table
     from stillhouse.engine.directory import model_directories, version_numbers
+    from stillhouse.engine.policy import other_backend
 
     rows = [
         _version_row(model / str(number), verify)
         for model in model_directories(repository)
+        if other_backend(model) is None
         for number in version_numbers(model)
     ]
     if as_json:

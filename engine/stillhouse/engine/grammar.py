@@ -15,6 +15,9 @@ from stillhouse.engine.sampling import StructuredOutputs
 
 # What a request may ask to be compiled: seconds, and a lexer that llguidance still takes.
 MAX_BYTES, MAX_CHOICES = 1 << 18, 10_000
+_LONGEST_FAULT = 300  # in characters
+# llguidance shows the place in a listing of lines, with ^ below it; the reason stands before or behind.
+_LISTING = re.compile(r"\s*(\d+ \| .*|\^+\s*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class GrammarCompiler:
         except Exception as error:  # nested too deeply, half a surrogate pair: what cannot even be handed over
             fault = str(error)
         if fault:
-            raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {fault.splitlines()[0][:300]}")
+            raise InvalidRequest(f"structured_outputs.{wanted.kind} is not valid: {_one_line(fault)}")
         constraint = GrammarConstraint(LLMatcher(self.tokenizer, grammar), self.vocab_size)
         constraint.allowed()  # what is too large shows at the first token: here, and not in the engine's step
         return constraint
@@ -82,6 +85,13 @@ class GrammarConstraint:
     @property
     def finished(self) -> bool:
         return bool(self._matcher.is_stopped())
+
+
+def _one_line(fault: str) -> str:
+    """What llguidance says, listing aside; of what is long, begin and end: behind a long regex stands what is wrong."""
+    said = " ".join(" ".join(line for line in fault.splitlines() if not _LISTING.fullmatch(line)).split())
+    half = _LONGEST_FAULT // 2
+    return said if len(said) <= _LONGEST_FAULT else f"{said[:half]} … {said[-half:]}"
 
 
 def _hold_size(wanted: StructuredOutputs) -> None:

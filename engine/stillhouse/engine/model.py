@@ -148,9 +148,11 @@ class LanguageModel:
         chunks of the answers come mixed, told apart by their index. Raises InvalidRequest (PromptTooLong among them),
         QueueFull or EngineClosed.
         """
-        limits = self.engine.limits
-        if params.n > (most := limits.slots + limits.max_waiting):
-            raise InvalidRequest(f"n: {params.n} answers are more than run and wait here together, {most}")
+        if params.n > (most := self.engine.limits.most_alike(len(prompt_ids))):
+            raise InvalidRequest(
+                f"n: {params.n} answers to a prompt of {len(prompt_ids)} tokens are more than run and wait here"
+                f" together, {most}"
+            )
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         wanted = params.structured_outputs

@@ -26,9 +26,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("best_of", "length_penalty"), (1,)),
     **dict.fromkeys(("bad_words", "documents", "logits_processors"), ([],)),
     **dict.fromkeys(("media_io_kwargs", "mm_processor_kwargs", "vllm_xargs"), ({},)),
-    **dict.fromkeys(("allowed_token_ids", "cache_salt", "chat_template", "guided_decoding_backend"), ()),
-    **dict.fromkeys(("guided_whitespace_pattern", "kv_transfer_params", "prompt_embeds", "request_id"), ()),
-    **dict.fromkeys(("structural_tag", "suffix", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("allowed_token_ids", "chat_template", "guided_whitespace_pattern", "kv_transfer_params"), ()),
+    **dict.fromkeys(("prompt_embeds", "repetition_detection", "structural_tag", "suffix"), ()),
+    "truncate_prompt_tokens": (),
 }
 
 

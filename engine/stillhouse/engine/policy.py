@@ -1,4 +1,4 @@
-"""Which versions of a model are live: `version_policy` in config.pbtxt, read and written here and nowhere else.
+"""Which versions of a model are live: config.pbtxt with its `version_policy`, read and written here and nowhere else.
 
 A comment beside it remembers which one was live before, for a rollback; a file of its own would not be written in the
 same moment, and Triton loads a model anew when a file that it does not know has changed.
@@ -14,10 +14,20 @@ from stillhouse.engine.durable import write_atomically
 from stillhouse.engine.errors import VersionError
 
 CONFIG = "config.pbtxt"
+_OURS = "stillhouse"
+_BACKEND = re.compile(r'\b(?:backend|platform)\s*:\s*(?:"([^"]*)"|\'([^\']*)\')')
 _BEGIN = re.compile(r"\bversion_policy\s*:?\s*\{")
 _SPECIFIC = re.compile(r"\bspecific\s*:?\s*\{([^}]*)\}")
 _LATEST = re.compile(r"\blatest\s*:?\s*\{([^}]*)\}")
 _PREVIOUS = re.compile(r"^# live before: (\d+)\n", re.MULTILINE)
+
+
+def other_backend(model_directory: Path) -> str | None:
+    """The backend or platform that Triton is to serve the model with; None where that is ours, or none is named."""
+    config = model_directory / CONFIG
+    text = _without_comments(config.read_text("utf-8", errors="replace")) if config.is_file() else ""
+    named = {double or single for double, single in _BACKEND.findall(text)} - {""}
+    return None if _OURS in named else min(named, default=None)
 
 
 def live_versions(model_directory: Path) -> list[int]:
@@ -76,8 +86,7 @@ def previous_version(model_directory: Path) -> int | None:
 
 def _split_policy(text: str) -> tuple[str, str]:
     """The policy of a config.pbtxt, braces and all ("" where there is none), and the rest of its text."""
-    # What a comment says is not the policy; blanked, so that places stay the same.
-    plain = re.sub(r"#[^\n]*", lambda comment: " " * len(comment.group()), text)
+    plain = _without_comments(text)
     begin = _BEGIN.search(plain)
     if begin is None:
         return "", text
@@ -86,3 +95,8 @@ def _split_policy(text: str) -> tuple[str, str]:
         depth += {"{": 1, "}": -1}.get(plain[end], 0)
         end += 1
     return plain[begin.start() : end], text[: begin.start()] + text[end:].lstrip("\n")
+
+
+def _without_comments(text: str) -> str:
+    """Blanked, so that places stay the same."""
+    return re.sub(r"#[^\n]*", lambda comment: " " * len(comment.group()), text)

@@ -53,6 +53,17 @@ class Limits:
     max_waiting: int = 1024
     prefix_slots: int = 0
 
+    def waiting_behind(self, together: int) -> int:
+        """How many may wait behind `together` that run: as much fewer as those are fewer than the slots."""
+        return min(self.max_waiting, max(LEAST_WAITING, self.max_waiting * together // self.slots))
+
+    def most_alike(self, num_prompt_tokens: int) -> int:
+        """How many requests with prompts of this length an engine takes in that has nothing else to do."""
+        fit = (self.kv_capacity_tokens - 1 + HEADROOM_TOKENS) // (num_prompt_tokens + HEADROOM_TOKENS)
+        together = min(self.slots, max(1, fit))
+        # Of free slots, the cache refuses none before somebody waits for it.
+        return together + max(self.waiting_behind(together), int(together < self.slots))
+
 
 class Scheduler:
     """The state of the batch. One thread only: the engine's."""
@@ -103,10 +114,9 @@ class Scheduler:
         Where the KV cache holds fewer requests than there are slots, as much fewer may wait: the last of them waits
         for as long as with all slots. One that was preempted waits, too.
         """
-        limits, at_once = self._limits, self._coming_in()
-        together = limits.slots - self.free_slots + at_once
-        behind = min(limits.max_waiting, max(LEAST_WAITING, limits.max_waiting * together // limits.slots))
-        return at_once + behind - len(self._preempted)
+        at_once = self._coming_in()
+        together = self._limits.slots - self.free_slots + at_once
+        return at_once + self._limits.waiting_behind(together) - len(self._preempted)
 
     def _coming_in(self) -> int:
         """How many find a slot and room in the cache as things are: every free slot, if it holds all that wait."""

@@ -20,6 +20,8 @@ from stillhouse.engine.errors import InvalidRequest, VersionError
 from stillhouse.engine.tool_calls import with_objects
 
 Message = Mapping[str, Any]
+# Beside one of these, an assistant's content may be null: clients send back what they got.
+_INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "reasoning")
 _LARGE_CHARACTERS, _LARGE_TOKENS = 4096, 4096
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 # A character has four bytes at most, and a token one at least: before so many no token changes what the last one says.
@@ -125,7 +127,7 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequest("this version has no chat template", hint="send plain text instead of messages")
         check_messages(messages)
-        messages = with_objects(messages)
+        messages = [_as_templates_read(said) for said in with_objects(messages)]
         if not self.template_mentions("developer"):
             messages = [{**said, "role": "system"} if said["role"] == "developer" else said for said in messages]
         special = {name: text for name, text in self.special_texts.items() if text is not None}
@@ -151,8 +153,19 @@ def check_messages(messages: Any) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequest(f"messages[{index}] must be an object with a role")
-        if not isinstance(message.get("content"), str):
+        content = message.get("content")
+        if content is None and any(message.get(name) for name in _INSTEAD_OF_CONTENT):
+            continue
+        if not isinstance(content, str):
             raise InvalidRequest(f"messages[{index}].content must be a string")
+
+
+def _as_templates_read(message: Message) -> dict[str, Any]:
+    """Without nulls, which templates may take for what is there, and with thoughts under the name that they know."""
+    given = {name: value for name, value in message.items() if value is not None and value != []}
+    if isinstance(thoughts := given.get("reasoning"), str):
+        given.setdefault("reasoning_content", thoughts)
+    return {**given, "content": given.get("content", "")}
 
 
 class Detokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 from collections.abc import Awaitable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from stillhouse.engine.errors import StillhouseError
 from stillhouse.gateway import models
@@ -78,10 +79,17 @@ def _add_answering(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_watching(app: FastAPI, gateway: Gateway) -> None:
     @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/ping", methods=["GET", "HEAD", "POST"])  # SageMaker's name for it, and vLLM's
     async def health() -> Response:
         if (reason := gateway.fault()) is not None:
             return error_response(unavailable(reason))
         return Response(b'{"status":"ok"}', media_type="application/json")
+
+    about = {"version": importlib.metadata.version("stillhouse")}
+
+    @app.api_route("/version", methods=["GET", "HEAD"])
+    async def version() -> Response:
+        return JSONResponse(about)
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:

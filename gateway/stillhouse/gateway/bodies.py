@@ -1,16 +1,23 @@
 """The bodies of requests: OpenAI's fields, and vLLM's beside them. What is neither here nor neutral is refused by name.
 
-Null stands for "not given", as OpenAI's clients send it.
+Null stands for "not given", as OpenAI's clients send it, whatever the field is called.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from stillhouse.engine.sampling import MAX_COUNT, MAX_STOPS
 
+
+def _read_whole(value: Any) -> Any:
+    """10.0 is a whole number to JSON, and to those whose language has no other."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_read_whole)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # Without fail_fast a list of a million wrong entries is a million faults, a kilobyte each.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
@@ -20,6 +27,14 @@ Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unknown_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or None not in given.values():
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in given.items() if value is not None or name in known}
 
 
 class StreamOptions(_Strict):
@@ -45,26 +60,29 @@ class ResponseFormat(_Strict):
 
 
 class StructuredOutputs(_Strict):
-    """vLLM's: exactly one of these."""
+    """vLLM's: exactly one of these, and what says how it is to be followed, as it is here anyway."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
-    json_object: Literal[True] | None = None
+    json_object: bool | None = None
     regex: NonEmpty | None = None
     choice: Texts | None = None
     grammar: NonEmpty | None = None
+    disable_fallback: Literal[False] | None = Field(default=None, exclude=True)
+    disable_any_whitespace: Literal[False] | None = Field(default=None, exclude=True)
+    disable_additional_properties: Literal[False] | None = Field(default=None, exclude=True)
 
 
 class GenerationBody(_Strict):
     """What chats and completions have in common."""
 
     model: NonEmpty
-    n: int | None = Field(default=None, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    n: Whole | None = Field(default=None, ge=1, le=128)
+    max_tokens: Whole | None = Field(default=None, ge=0, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64 - 128)
+    seed: Whole | None = Field(default=None, ge=-(2**63), lt=2**64 - 128)
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,10 +90,10 @@ class GenerationBody(_Strict):
     response_format: ResponseFormat | None = None
 
     # vLLM's
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
+    top_k: Whole | None = Field(default=None, ge=-1, le=MAX_COUNT)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
-    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    min_tokens: Whole | None = Field(default=None, ge=0, le=MAX_COUNT)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     skip_special_tokens: bool | None = None
@@ -87,11 +105,12 @@ class GenerationBody(_Strict):
     guided_regex: NonEmpty | None = None
     guided_choice: Texts | None = None
     guided_grammar: NonEmpty | None = None
-    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    spaces_between_special_tokens: bool | None = None
+    thinking_token_budget: Whole | None = Field(default=None, ge=0, le=MAX_COUNT)
+    prompt_logprobs: Whole | None = Field(default=None, ge=0, le=20)
+    priority: Whole | None = Field(default=None, ge=-(2**31), lt=2**31)
 
-    # Sent by OpenAI's clients and frameworks, and without effect on an answer here.
+    # Sent by OpenAI's and vLLM's clients and frameworks, and without effect on an answer here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
@@ -100,17 +119,21 @@ class GenerationBody(_Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+    guided_decoding_backend: str | None = None
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
@@ -123,9 +146,9 @@ class CompletionBody(GenerationBody):
     prompt: (
         str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     )
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: Whole | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
-    best_of: int | None = Field(default=None, ge=1)
+    best_of: Whole | None = Field(default=None, ge=1)
     suffix: str | None = None
 
 

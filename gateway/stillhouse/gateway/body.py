@@ -104,7 +104,7 @@ def _without_neutral(fields: dict[str, Any], known: set[str]) -> dict[str, Any]:
 
 def _refuse_many_faults(fields: dict[str, Any], known: set[str]) -> None:
     """What pydantic would say too, but once and not for each of a million fields."""
-    if unknown := next((name for name in fields if name not in known), None):
+    if unknown := next((name for name, value in fields.items() if name not in known and value is not None), None):
         name = shown(unknown)
         raise invalid(f"unknown field {name} (known: {', '.join(sorted(known))})", unknown[:80], "unknown_field")
     bias = fields.get("logit_bias")

@@ -16,10 +16,12 @@ from stillhouse.gateway.gateway import Gateway
 log = logging.getLogger(__name__)
 
 # Whoever watches over the server has no key, and the page asks for one itself.
-OPEN_PATHS = ("/", "/health")
+OPEN_PATHS = ("/", "/health", "/ping")
 COUNTED_PATHS = (
     "/",
     "/health",
+    "/ping",
+    "/version",
     "/metrics",
     "/v1/models",
     "/v1/chat/completions",
@@ -97,10 +99,21 @@ class Doorway:
 
     def _is_from_elsewhere(self, headers: Headers) -> bool:
         """Whether another site's page sent this: a browser lets it ask, and only keeps the answer from it."""
-        allowed = self._gateway.cors_origins
-        if headers.get("sec-fetch-site") not in ("cross-site", "same-site") or "*" in allowed:
+        allowed, origin = self._gateway.cors_origins, headers.get("origin")
+        # What the browser says of it, it does not say to http:// addresses other than localhost.
+        site = headers.get("sec-fetch-site")
+        if "*" in allowed or site == "same-origin" or origin in allowed:
             return False
-        return headers.get("origin") not in allowed
+        return site in ("cross-site", "same-site") or (origin is not None and not _is_own(origin, headers))
+
+
+def _is_own(origin: str, headers: Headers) -> bool:
+    """Whether `origin` is where this request went, as the browser had it or as a proxy hands that on."""
+    scheme, _, place = origin.lower().partition("://")
+    # No page of another origin can set either header.
+    asked = [headers.get("host", ""), *headers.get("x-forwarded-host", "").split(",")]
+    default = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return place != "" and any(own.strip().lower() in (place, place + default) for own in asked)
 
 
 def error_response(error: ApiError) -> Response:

@@ -81,11 +81,16 @@ class Generator(Protocol):
         ...
 
 
-def describe(version: VersionDirectory, tokenizer: Tokenizer, limits: Limits) -> ServedModel:
-    """What the version directory says of itself, and its engine. Raises VersionError where its texts are broken."""
+def describe(
+    version: VersionDirectory, tokenizer: Tokenizer, limits: Limits, *, name: str | None = None
+) -> ServedModel:
+    """What the version directory says of itself, and its engine; `name` is what it is asked as, where that is another.
+
+    Raises VersionError where its texts are broken.
+    """
     manifest = version.manifest
     return ServedModel(
-        name=manifest.model,
+        name=name or manifest.model,
         version=manifest.version,
         created_s=int(manifest.created.timestamp()),
         max_model_len=limits.max_model_len,

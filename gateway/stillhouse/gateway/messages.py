@@ -11,11 +11,12 @@ from stillhouse.gateway.errors import invalid
 from stillhouse.gateway.generator import ServedModel
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# Beside role and content, with their types. Templates leave out the first two as they like (thoughts are for one turn);
-# one that does not know the others would have the model answer another conversation.
+# Beside role and content, with their types. Templates leave out the first three as they like (thoughts are for one
+# turn); one that does not know the others would have the model answer another conversation.
 _TYPES: dict[str, type] = {
     "name": str,
     "reasoning_content": str,
+    "reasoning": str,  # what newer versions of vLLM call it
     "tool_calls": list,
     "tool_call_id": str,
     "refusal": str,
@@ -60,6 +61,7 @@ def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[s
     given = {name: value for name, value in message.items() if value not in (None, [])}
     if given.get("type") in ("message", "text"):
         del given["type"]  # some clients say so of every message
+    given.pop("cache_control", None)  # a hint to caches, and nothing of an answer
     if unknown := sorted(given.keys() - _TYPES.keys() - {"role", "content"}):
         raise invalid(f"unknown field {place}.{unknown[0]!s}", f"{place}.{unknown[0]!s}", "unknown_field")
     if given.get("role") not in _ROLES:
@@ -75,7 +77,7 @@ def _ready(message: Mapping[str, Any], place: str, model: ServedModel) -> dict[s
             raise invalid(f"{place}.{name}: the chat template of {model.name} does not render it", f"{place}.{name}")
     content = message.get("content")
     # An answer that was cut off in its thoughts has no content, and clients send it back as they got it.
-    if content in (None, []) and not given.keys() & {"tool_calls", "reasoning_content"}:
+    if content in (None, []) and not given.keys() & {"tool_calls", "reasoning_content", "reasoning"}:
         raise invalid(f"{place}.content is missing", f"{place}.content")
     return {**given, "content": _text(content, f"{place}.content")}
 
@@ -93,7 +95,7 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
             raise invalid(f"{place}.{index}: only parts of text are understood here, got {kind!r}", f"{place}.{index}")
-        known = {"type", kind, "prompt_cache_breakpoint"}  # the last asks OpenAI's cache, and nothing of an answer
+        known = {"type", kind, "prompt_cache_breakpoint", "cache_control"}  # the last two ask caches, not for an answer
         if unknown := sorted(name for name in part.keys() - known if part[name] is not None):
             raise invalid(
                 f"unknown field {place}.{index}.{unknown[0]}", f"{place}.{index}.{unknown[0]}", "unknown_field"

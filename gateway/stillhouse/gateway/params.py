@@ -66,6 +66,7 @@ def sampling_params(
         raise invalid("stream_options may only be given where stream is true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs are not given where stream is true", "prompt_logprobs")
+    _refuse_other_texts(body, model)
     room = model.max_model_len - num_prompt_tokens
     if room < 1 or (max_tokens is not None and max_tokens > room):
         raise too_long(num_prompt_tokens, max(1, max_tokens or 1), model.max_model_len)
@@ -102,16 +103,31 @@ def _form(body: GenerationBody) -> tuple[str, dict[str, Any]] | None:
     if body.response_format is not None and body.response_format.type != "text":
         forms.append(("response_format", _response_format(body)))
     if body.structured_outputs is not None:
-        named = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        named = {kind: value for kind, value in given.items() if value is not False}
         if len(named) != 1:
             raise invalid("structured_outputs must have exactly one field", "structured_outputs")
         forms.append(("structured_outputs", named))
     guided = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    given = ((name, getattr(body, name)) for name in guided)
-    forms += [(name, {name.removeprefix("guided_"): value}) for name, value in given if value is not None]
+    asked = ((name, getattr(body, name)) for name in guided)
+    forms += [(name, {name.removeprefix("guided_"): value}) for name, value in asked if value is not None]
     if len(forms) > 1:
         raise invalid(f"{forms[0][0]} and {forms[1][0]} exclude each other", forms[1][0])
     return forms[0] if forms else None
+
+
+def _refuse_other_texts(body: GenerationBody, model: ServedModel) -> None:
+    """Raises ApiError for fields of vLLM's that would have the text be another here than there."""
+    if body.spaces_between_special_tokens is False and body.skip_special_tokens is False:
+        raise invalid(
+            "spaces_between_special_tokens cannot be false where skip_special_tokens is: leave one out",
+            "spaces_between_special_tokens",
+        )
+    if isinstance(body, ChatBody) and body.include_reasoning is False and model.thinking_tags is not None:
+        raise invalid(
+            f"include_reasoning cannot be false, {model.name} thinks: leave it out, and reasoning_content unread",
+            "include_reasoning",
+        )
 
 
 def _response_format(body: GenerationBody) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Answering:
             sender = self._sender
             self._let_go()
         try:
-            send_error(sender, error)
+            self._send_error(sender, error)
         except Exception:  # the boundary: nothing can be sent, and whoever waited has gone
             log.exception("nor could the error be sent")
 
@@ -178,7 +178,7 @@ class Answering:
         """Sends the end of one answer; whether that is the end of the request."""
         if chunk.finish_reason == "error":
             self.cancel()  # the other answers
-            send_error(self._sender, chunk.error or StillhouseError("the engine failed"))
+            self._send_error(self._sender, chunk.error or StillhouseError("the engine failed"))
             return True
         if chunk.finish_reason == "cancelled":
             self._end_cancelled()
@@ -193,7 +193,12 @@ class Answering:
         if self._sender.is_cancelled():
             self._sender.send(flags=FINAL)
         else:
-            send_error(self._sender, self._cut)
+            self._send_error(self._sender, self._cut)
+
+    def _send_error(self, sender: Any, error: StillhouseError) -> None:
+        if not self._question.probe:
+            self._metrics.count_error(error)
+        send_error(sender, error)
 
     def _send(self, chunk: Chunk, *, final: bool) -> None:
         parts: list[list[Chunk]] = self._gathered

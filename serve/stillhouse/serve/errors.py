@@ -38,6 +38,15 @@ KINDS: dict[type[StillhouseError], str] = {
     StillhouseError: "internal error",
 }
 
+# The same, coarser, as the metrics count them.
+METRIC_KINDS: dict[type[StillhouseError], str] = {
+    InvalidRequest: "invalid",
+    QueueFull: "queue_full",
+    DeadlineExceeded: "timeout",
+    EngineClosed: "shut_down",
+    StillhouseError: "internal",
+}
+
 
 class ServeError(StillhouseError):
     """The server cannot be started as asked."""
@@ -69,3 +78,8 @@ def one_line(error: StillhouseError) -> str:
 def kind_and_line(error: StillhouseError) -> str:
     """As `one_line`, behind the error's kind."""
     return f"{next(said for kind, said in KINDS.items() if isinstance(error, kind))}: {one_line(error)}"
+
+
+def metric_kind(error: StillhouseError) -> str:
+    """The error's kind as the metrics count it."""
+    return next(said for kind, said in METRIC_KINDS.items() if isinstance(error, kind))

@@ -21,6 +21,7 @@ from stillhouse.engine.errors import UsageError
 from stillhouse.gateway.address import reachable
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
+from stillhouse.serve.others import load_others, other_models
 from stillhouse.serve.ports import Ports, settle_ports
 from stillhouse.serve.protocol import DRAIN_FILE
 from stillhouse.serve.repository import ServedModel, checked_engine_options, served_models
@@ -164,6 +165,7 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
     server = Server(guard, options.host, ports, models, log_file, run_directory)
     try:
         wait_until_ready(server, options.ready_timeout_s, stop or threading.Event())
+        load_others(server.grpc_url, other_models(options.repository, options.models))
     except BaseException:
         server.stop(at_once=True)
         raise

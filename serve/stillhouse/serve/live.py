@@ -63,4 +63,5 @@ class LiveModel:
         # As the engine has them; where it has fallen back to the CPU, it has more slots than are made use of here.
         provider = version.manifest.target if options.provider == "auto" else options.provider
         limits = limits_of(version.manifest, options, allocated_whole=provider != "cpu")
-        return describe(version, Tokenizer(version.path), limits)
+        # Triton knows it by its folder's name, whatever it was built as.
+        return describe(version, Tokenizer(version.path), limits, name=self.name)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.engine.buckets import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S
+from stillhouse.serve.errors import METRIC_KINDS, metric_kind
 
 if TYPE_CHECKING:
     from stillhouse.engine.answer import Chunk
     from stillhouse.engine.core import Stats
+    from stillhouse.engine.errors import StillhouseError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ COUNTERS = {
     "prompt_tokens_total": "Prompt tokens processed",
     "generation_tokens_total": "Tokens generated",
     "request_success_total": "Requests that ended with stop or length",
+    "request_errors_total": "Requests that were refused or ended with an error",
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("From submission to the first token", LATENCY_BUCKETS_S),
@@ -44,10 +47,11 @@ HISTOGRAMS = {
     "request_queue_time_seconds": ("From submission to a slot", LATENCY_BUCKETS_S),
 }
 SUCCESSES = ("stop", "length")
+ERROR_KINDS = tuple(METRIC_KINDS.values())
 
 
 class Metrics:
-    """Publishes a model's figures: gauges and counters from `stats`, histograms from `observe`."""
+    """Publishes a model's figures: gauges and counters from `stats`, the rest as it is told."""
 
     def __init__(self, pb_utils: Any, model: str, version: str, stats: Callable[[], Stats]) -> None:
         self._pb_utils = pb_utils
@@ -56,6 +60,7 @@ class Metrics:
         self._labels = {"model_name": model, "model_version": version, "process": str(os.getpid())}
         self._stats = stats
         self._observations: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+        self._errors: queue.SimpleQueue[str] = queue.SimpleQueue()  # their kinds
         self._left_out: Counter[str] = Counter()
         self._closing = threading.Event()
         self._ended = False
@@ -66,6 +71,11 @@ class Metrics:
         """Adds a value to a histogram; returns at once, from any thread."""
         if not self._ended:  # nobody would ever take it out
             self._observations.put((name, value_s))
+
+    def count_error(self, error: StillhouseError) -> None:
+        """Counts an error that a request is told; returns at once, from any thread. Triton counts only its own."""
+        if not self._ended:
+            self._errors.put(metric_kind(error))
 
     def leave_out(self, chunk: Chunk) -> None:
         """Has the counters not count what `chunk` brings; called on the engine's thread."""
@@ -97,6 +107,8 @@ class Metrics:
                 while not self._observations.empty():
                     name, value_s = self._observations.get()
                     histograms[name].observe(value_s)
+                while not self._errors.empty():
+                    counters[self._errors.get()].increment(1)
                 if last:
                     return
 
@@ -119,7 +131,7 @@ class Metrics:
 
     @contextmanager
     def _registered(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-        """The metrics by name (the successes by their reason); they leave the page when the block ends."""
+        """The metrics by name (successes by reason, errors by kind); they leave the page when the block ends."""
         family = self._pb_utils.MetricFamily
         families = {
             name: family(name=f"stillhouse_{name}", description=text, kind=kind)
@@ -138,6 +150,8 @@ class Metrics:
         for reason in SUCCESSES:
             labels = self._labels | {"finished_reason": reason}
             counters[reason] = families["request_success_total"].Metric(labels=labels)
+        for kind in ERROR_KINDS:
+            counters[kind] = families["request_errors_total"].Metric(labels=self._labels | {"kind": kind})
         histograms = {
             name: timings[name].Metric(labels=self._labels, buckets=list(buckets))
             for name, (_, buckets) in HISTOGRAMS.items()

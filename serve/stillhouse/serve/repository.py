@@ -10,6 +10,7 @@ from stillhouse.engine.directory import model_directories, open_version
 from stillhouse.engine.errors import UsageError, VersionError
 from stillhouse.engine.options import EngineOptions, read_options
 from stillhouse.engine.policy import CONFIG, live_versions
+from stillhouse.serve.others import other_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,10 @@ class ServedModel:
 
 
 def served_models(repository: Path, names: Sequence[str] | None = None) -> list[ServedModel]:
-    """The models called `names`, or all, each with its live versions, whose manifests have been read.
+    """Our models called `names`, or all of ours, each with its live versions, whose manifests have been read.
 
     Raises VersionError where `repository` holds no versions or a live one is not sound, UsageError for a name that
-    is not there. The files themselves are hashed by the engine when it loads them.
+    is not there or where none is ours. The files themselves are hashed by the engine when it loads them.
     """
     directories = {directory.name: directory for directory in model_directories(repository)}
     if not directories:
@@ -38,7 +39,14 @@ def served_models(repository: Path, names: Sequence[str] | None = None) -> list[
     for name in names or ():
         if name not in directories:
             raise UsageError(f"{repository} has no model {name!r}", hint=f"it has: {', '.join(directories)}")
-    return [_served(directories[name]) for name in dict.fromkeys(names or directories)]
+    others = other_models(repository)
+    ours = [name for name in dict.fromkeys(names or directories) if name not in others]
+    if not ours:
+        raise UsageError(
+            f"{', '.join(names or others)} of {repository}: of other backends, none is a version of ours",
+            hint="tritonserver serves them without 'stillhouse serve'; make one with 'stillhouse build RECIPE.toml'",
+        )
+    return [_served(directories[name]) for name in ours]
 
 
 def _served(directory: Path) -> ServedModel:

@@ -34,6 +34,7 @@ class Processes:
         self._server = psutil.Process(server.pid)
         self._children: list[psutil.Process] = []
         self._listed_s = -math.inf
+        self._served = {model.name for model in server.models}  # another backend's are not looked after
         self._models: dict[int, str] = {}  # by process
         self._ended: set[int] = set()
         self.dead_models()
@@ -62,7 +63,7 @@ class Processes:
             self._children = self._server.children()
         for process in self._children:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.pid not in self._models and (model := _model_of(process.cmdline())):
+                if process.pid not in self._models and (model := _model_of(process.cmdline())) in self._served:
                     self._models[process.pid] = model
 
 

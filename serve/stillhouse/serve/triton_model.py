@@ -72,10 +72,10 @@ class ServedVersion:
             try:
                 self._read(request, sender)
             except StillhouseError as error:
-                send_error(sender, error)
+                self._refuse(sender, error)
             except Exception as error:  # the boundary: a client must never wait for an answer that cannot come
                 log.exception("a request could not be read")
-                send_error(sender, StillhouseError(f"{type(error).__name__}: {error}"))
+                self._refuse(sender, StillhouseError(f"{type(error).__name__}: {error}"))
 
     def close(self) -> None:
         """Ends the engine; what still runs ends as cancelled."""
@@ -86,6 +86,10 @@ class ServedVersion:
         self._metrics.close()
         self._under_way.close()
         gc.collect()
+
+    def _refuse(self, sender: Any, error: StillhouseError) -> None:
+        self._metrics.count_error(error)
+        send_error(sender, error)
 
     def _read(self, request: Any, sender: Any) -> None:
         # What cannot be taken in costs nothing more than the refusal.
