@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 EXTRAS := build,gateway,serve,triton,edge,client,loadtest,tune,pipeline,dev,cpu
 ROOMS := engine build gateway serve edge client loadtest tune cli
 READY := .venv/.ready
-# Tests wait a good part of their time: two processes of them, whose threads do not spin while they wait for each other.
-# The slow ones compute: two at a time they take no less, and without spinning a fifth more.
+# Tests wait a good part of their time, so two processes run them. What computes has one thread in each: no two spin for
+# a core while another has it.
 PYTEST := $(BIN)/pytest -q
-TOGETHER := OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n 2 --dist worksteal
+TOGETHER := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
 # How long make soak lasts.
 SECONDS := 600
 
@@ -27,10 +27,10 @@ test: $(READY)  ## run the tests that take minutes (test-slow: the others)
 	@$(TOGETHER) -m "not slow"
 
 test-slow: $(READY)  ## run the slow ones (those on an emulated aarch64: make arm64)
-	@$(PYTEST) -m "slow and not aarch64"
+	@$(TOGETHER) -m "slow and not aarch64"
 
 test-all: $(READY)  ## run every test (those on an emulated aarch64 only after make arm64)
-	@$(PYTEST)
+	@$(TOGETHER)
 
 arm64: $(READY)  ## the engine and the edge on an emulated aarch64, against this machine (Debian; no board is needed)
 	@PYTHON=$(BIN)/python deploy/arm64.sh

