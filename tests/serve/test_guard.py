@@ -178,8 +178,7 @@ def test_a_run_that_ends_is_known_by_its_ports_and_ended_at_once_where_its_launc
         assert process.wait(10) == 128 + signal.SIGKILL
     else:
         assert process.poll() is None
-        process.terminate()
-        process.terminate()
+        process.kill()
         process.wait(10)
     os.close(lock)
 
