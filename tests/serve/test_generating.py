@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,3 +86,23 @@ async def test_the_gateway_knows_as_many_slots_as_the_engine_has(
     client: Any = Ready()
     await model.follow(client)
     assert model.live.slots == slots
+
+
+@pytest.mark.parametrize(("version", "ends"), [(1, ["live"]), (2, ["other"])])
+async def test_the_death_of_a_version_ends_its_streams_alone(
+    support_repository: Path, version: int, ends: list[str]
+) -> None:
+    client: Any = Ready()
+    model = LiveModel(support_repository / "support-int4", {})
+    await model.follow(client)
+    generator = TritonGenerator("grpc://127.0.0.1:1", [model])
+    pulse = generator._pulses["support-int4"]
+    mailboxes: dict[str, Any] = {"live": asyncio.Queue(), "other": asyncio.Queue()}
+    pulse.begin(mailboxes["live"], 1)
+    pulse.begin(mailboxes["other"], 2)
+    generator._loop = asyncio.get_running_loop()
+    generator.fail("support-int4", version, "its process has died")
+    await asyncio.sleep(0)
+    assert [name for name, mailbox in mailboxes.items() if not mailbox.empty()] == ends
+    assert (generator.fault() is None) == (version != model.live.version)
+    await generator.close()

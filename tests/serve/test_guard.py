@@ -159,6 +159,30 @@ def test_leftovers_of_a_dead_run_are_removed_and_a_living_run_is_not(
         os.close(living_lock)
 
 
+@pytest.mark.parametrize("launcher", ["killed", "draining", "serving"])
+def test_a_run_that_ends_is_known_by_its_ports_and_ended_at_once_where_its_launcher_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shm_file: Path, launcher: str
+) -> None:
+    monkeypatch.setattr(leftovers.tempfile, "gettempdir", lambda: str(tmp_path))
+    run, lock = leftovers.new_run_directory()
+    if launcher == "killed":
+        (run / "launcher.pid").write_text("1")  # it is not the guard's parent
+    process = start(run, shm_file, ["sh", "-c", f"{STUBBORN[2]} # --grpc-port=4801", "RUN"], grace_s=60)
+    if launcher != "serving":
+        assert process.stdin is not None
+        process.stdin.close()
+        wait_for((run / "drain").is_file)
+    assert not leftovers.is_ending([4802])
+    assert leftovers.is_ending([4801, 4802]) == (launcher != "serving")
+    if launcher == "killed":
+        assert process.wait(10) == 128 + signal.SIGKILL
+    else:
+        assert process.poll() is None
+        process.kill()
+        process.wait(10)
+    os.close(lock)
+
+
 def test_run_directories_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leftovers.tempfile, "gettempdir", lambda: str(tmp_path))
     run, lock = leftovers.new_run_directory()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from stillhouse.engine.errors import UsageError, VersionError
 from stillhouse.engine.policy import live_versions, previous_version, set_live_versions
 from stillhouse.serve import promotion
-from stillhouse.serve.errors import PromotionFailed, ServeError
+from stillhouse.serve.errors import LoadHopeless, PromotionFailed, ServeError
 from stillhouse.serve.promotion import built_version, promote, rollback
 
 NOBODY = "grpc://127.0.0.1:9"
@@ -51,6 +54,7 @@ class Server:
         self.model, self.loaded, self.broken = model, loaded, broken
         self.calls: list[str] = []
         self.failures: dict[int, BaseException] = {}  # by the number of the load, from 1
+        self.meanwhile: Callable[[], object] = lambda: None  # happens in each load
 
     def must_listen(self) -> None:
         pass
@@ -58,13 +62,17 @@ class Server:
     def live_versions(self, _: str) -> list[int]:
         return self.loaded
 
-    def load(self, _: str) -> None:
+    def load(self, _: str, hopeless: Callable[[], str | None]) -> None:
         self.calls.append("load")
+        self.meanwhile()
         if len(self.calls) in self.failures:
             raise self.failures[len(self.calls)]
+        if (reason := hopeless()) is not None:
+            raise LoadHopeless(reason)
         self.loaded = live_versions(self.model)
 
-    def unload(self, _: str) -> None:
+    def unload(self, _: str, hopeless: Callable[[], str | None]) -> None:
+        assert hopeless() is None
         self.loaded = []
 
     def ask(self, _: str, version: int) -> None:
@@ -151,6 +159,80 @@ def test_a_promotion_that_was_killed_on_its_last_step_can_be_rolled_back(
     server = serving(repository, monkeypatch, [1, 2])
     assert rollback(repository, "tiny-int4", NOBODY).version == 1
     assert server.loaded == live_versions(repository / "tiny-int4") == [1]
+
+
+def test_a_version_that_the_launcher_takes_out_of_the_policy_is_not_waited_for(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, server = repository / "tiny-int4", serving(repository, monkeypatch, [1])
+    before = (model / "config.pbtxt").read_text()
+    server.meanwhile = lambda: set_live_versions(model, [1])
+    with pytest.raises(PromotionFailed, match="tiny-int4/2 was not promoted: a process of the model has died"):
+        promote(repository, "tiny-int4", 2, NOBODY)
+    assert server.calls == ["load"], "another one would wait behind the load that never ends"
+    assert (model / "config.pbtxt").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("load", [1, 2])
+def test_a_signal_in_a_move_puts_back_what_was_live(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, load: int
+) -> None:
+    model, server = repository / "tiny-int4", serving(repository, monkeypatch, [1])
+    before, handler = (model / "config.pbtxt").read_text(), signal.getsignal(number)
+
+    def send() -> None:  # and once more while it is put back
+        if len(server.calls) >= load:
+            signal.raise_signal(number)
+
+    server.meanwhile = send
+    with pytest.raises(SystemExit) as ended:
+        promote(repository, "tiny-int4", 2, NOBODY)
+    assert ended.value.code == 128 + number
+    assert ((model / "config.pbtxt").read_text(), server.loaded) == (before, [1])
+    assert signal.getsignal(number) == handler
+
+
+class Killed(BaseException):
+    """SIGKILL: what follows is not done."""
+
+
+def killed_move(repository: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[int], step: int) -> Server:
+    """A promotion to 2 that is killed in its load number `step`; the server goes on to load what it was told to."""
+    server = serving(repository, monkeypatch, loaded)
+    server.failures = {step: Killed()}
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "_put_back_on_failure", lambda *_, **__: contextlib.nullcontext())
+        with pytest.raises(Killed):
+            promote(repository, "tiny-int4", 2, NOBODY)
+    server.failures = {}
+    server.calls.clear()
+    return server
+
+
+@pytest.mark.parametrize("finishes_load", [True, False])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_promotion_that_was_killed_is_taken_back_by_rollback(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, step: int, finishes_load: bool
+) -> None:
+    model, server = repository / "tiny-int4", killed_move(repository, monkeypatch, [1], step)
+    if finishes_load:
+        server.loaded = live_versions(model)
+    assert rollback(repository, "tiny-int4", NOBODY).version == 1
+    assert server.loaded == live_versions(model) == [1]
+
+
+@pytest.mark.parametrize("finishes_load", [True, False])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_promotion_that_was_killed_is_finished_by_the_next_one_and_can_be_rolled_back(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, step: int, finishes_load: bool
+) -> None:
+    model, server = repository / "tiny-int4", killed_move(repository, monkeypatch, [1], step)
+    if finishes_load:
+        server.loaded = [1, 2]
+    done = promote(repository, "tiny-int4", 2, NOBODY)
+    assert (done.version, done.previous, server.loaded, live_versions(model)) == (2, 1, [2], [2])
+    assert rollback(repository, "tiny-int4", NOBODY).version == 1
 
 
 @pytest.mark.parametrize("version", [1, 2])

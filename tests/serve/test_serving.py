@@ -1,11 +1,10 @@
-"""What `stillhouse serve` goes on looking after while a repair is put off; Triton and its models are stood in for."""
+"""How `stillhouse serve` ends; Triton and its models are stood in for."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,19 @@ from stillhouse.gateway.gateway import Access
 from stillhouse.serve import serving
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions
-from stillhouse.serve.supervisor import Backoff
 
 
 class Triton:
-    """A server whose looks follow a script: at each, the models that are dead, or the status it has ended with."""
+    """A server that is told to end, or has ended, at a look."""
 
     log_file = Path("triton.log")
+    models: tuple[()] = ()
 
-    def __init__(self, looks: Iterator[list[str] | int]) -> None:
-        self.looks = looks
-        self.dead: list[str] = []
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory
 
     def exit_status(self) -> int | None:
-        look = next(self.looks)
-        if isinstance(look, int):
-            return look
-        self.dead = look
-        return None
-
-    def dead_models(self) -> list[str]:
-        return self.dead
+        return 137
 
 
 class Gateway:
@@ -46,67 +37,24 @@ class Gateway:
 
 
 class Generator:
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-
-    def fail(self, name: str, reason: str) -> None:
-        assert reason == "its process has died"
-        self.failed.append(name)
-
-    def suspect(self, name: str) -> None:
-        raise AssertionError(f"{name} has not come back")
-
     def rest(self) -> None: ...
 
 
-Serve = Callable[[list[list[str] | int]], tuple[list[str], list[list[str]]]]
-
-
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Serves until the script's status; the models whose streams were ended, and what each repair was asked for."""
-
-    def run(looks: list[list[str] | int]) -> tuple[list[str], list[list[str]]]:
-        triton, generator, repairs = Triton(iter(looks)), Generator(), list[list[str]]()
-
-        def repair(server: Any, _: Any, models: list[str], *, stop: Any) -> tuple[Any, list[str]]:
-            assert not stop.is_set()
-            repairs.append(models)
-            return server, models  # they do not come back
-
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], None]:
+    def put(triton: Any, gateway: Any) -> None:
         monkeypatch.setattr(serving, "_LOOK_S", 0.0)
-        monkeypatch.setattr(serving, "start_gateway", lambda *_: Gateway())
+        monkeypatch.setattr(serving, "start_gateway", lambda *_: gateway)
         monkeypatch.setattr(serving, "start_server", lambda *_, **__: triton)
-        monkeypatch.setattr(serving, "plug_triton", lambda *_: generator)
-        monkeypatch.setattr(serving, "Processes", lambda server: server)
-        monkeypatch.setattr(serving, "repair", repair)
-        with pytest.raises(ServeError, match="ended by itself with status 137"):
-            serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None)
-        return generator.failed, repairs
+        monkeypatch.setattr(serving, "plug_triton", lambda *_: Generator())
 
-    return run
+    return put
 
 
-def test_while_a_repair_is_put_off_another_models_death_and_the_servers_end_are_seen(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits = iter([0.0, 3600.0])
-    monkeypatch.setattr(Backoff, "next_s", lambda _: next(waits))
-    # Dead, repaired in vain, put off for an hour; then the other one dies, then Triton.
-    failed, repairs = serve([["a"], ["a"], ["a"], ["a", "b"], ["a", "b"], 137])
-    assert repairs == [["a"]]
-    assert failed == ["a", "a", "b"], "each is told of when it is first seen, and not at every look"
-
-
-def test_what_has_died_meanwhile_is_repaired_with_the_one_that_was_put_off(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits = iter([0.0, 5.0, 3600.0])
-    now_s = iter(range(100))
-    monkeypatch.setattr(Backoff, "next_s", lambda _: next(waits))
-    monkeypatch.setattr(serving, "time", types.SimpleNamespace(monotonic=lambda: float(next(now_s))))
-    _, repairs = serve([["a"], ["a"], ["a", "b"], *([["a", "b"]] * 5), 137])
-    assert repairs == [["a"], ["a", "b"]]
+def test_a_server_that_ends_by_itself_is_an_error(stand_ins: Callable[[Any, Any], None], tmp_path: Path) -> None:
+    stand_ins(Triton(tmp_path), Gateway())
+    with pytest.raises(ServeError, match="ended by itself with status 137"):
+        serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None)
 
 
 class Draining(Triton):
@@ -140,13 +88,11 @@ class Held(Gateway):
             self.waited = hurry.wait(5)
 
 
-def test_a_second_signal_ends_the_gateways_grace_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton, gateway, generator = Draining(iter(())), Held(), Generator()
-    monkeypatch.setattr(serving, "_LOOK_S", 0.0)
-    monkeypatch.setattr(serving, "start_gateway", lambda *_: gateway)
-    monkeypatch.setattr(serving, "start_server", lambda *_, **__: triton)
-    monkeypatch.setattr(serving, "plug_triton", lambda *_: generator)
-    monkeypatch.setattr(serving, "Processes", lambda server: server)
+def test_a_second_signal_ends_the_gateways_grace_time_too(
+    stand_ins: Callable[[Any, Any], None], tmp_path: Path
+) -> None:
+    triton, gateway = Draining(tmp_path), Held()
+    stand_ins(triton, gateway)
     assert serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None) == 0
     assert gateway.waited
     assert triton.hurried

@@ -1,8 +1,21 @@
-"""When a model whose process has died is repaired."""
+"""What is done about models' processes that die; Triton, its processes and their deaths are stood in for."""
 
 from __future__ import annotations
 
-from stillhouse.serve.supervisor import Backoff
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stillhouse.engine.policy import live_versions, set_live_versions
+from stillhouse.serve import supervisor
+from stillhouse.serve.errors import LoadDied, LoadHopeless, ServeError
+from stillhouse.serve.launcher import ServeOptions
+from stillhouse.serve.processes import ModelProcess
+from stillhouse.serve.supervisor import Backoff, Supervisor
 
 
 def test_the_first_repair_is_at_once_and_those_that_follow_closely_wait_longer_and_longer() -> None:
@@ -15,3 +28,216 @@ def test_the_first_repair_is_at_once_and_those_that_follow_closely_wait_longer_a
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
     now_s[0] += 300.0
     assert [backoff.next_s(), backoff.next_s()] == [0, 1]
+
+
+class World:
+    """A server of the models a and b, with a process for each loaded version, and all that was done to it.
+
+    `loads` is what happens at the next loads of a model, by turns: "ok", "dies" (the load never ends) or "fails".
+    """
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.repository, self.stop, self.now_s = tmp_path / "repository", threading.Event(), 1000.0
+        self.processes: dict[ModelProcess, str] = {}  # "loaded", "dead", "dead loading"
+        self.settled: list[ModelProcess] = []
+        self.told: list[str] = []
+        self.done: list[str] = []
+        self.loads: list[str] = []
+        self.starts: list[str] = []  # models whose process dies in the next starts, "" for none
+        self.busy = self.unended = False
+        for model in "ab":
+            for version in (1, 2):
+                (self.repository / model / str(version)).mkdir(parents=True)
+            (self.repository / model / "config.pbtxt").write_text('backend: "stillhouse"\n')
+            set_live_versions(self.repository / model, [1])
+        monkeypatch.setattr(supervisor, "Processes", lambda _: self)
+        monkeypatch.setattr(supervisor, "TritonControl", lambda _: self)
+        monkeypatch.setattr(supervisor, "start_server", self.start)
+        monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(supervisor, "_left_unended", lambda _: self.unended)
+        monkeypatch.setattr(Supervisor, "_is_busy", lambda _: self.busy)
+        self.server: Any = SimpleNamespace(
+            models=[SimpleNamespace(name=model) for model in "ab"],
+            run_directory=tmp_path,
+            log_file=tmp_path / "log",
+            ports=None,
+            openai_url=None,
+            grpc_url="grpc://127.0.0.1:9",
+            stop=lambda **_: self.done.append("stop"),
+        )
+        backoff: Any = SimpleNamespace(next_s=lambda: 0.0)
+        self.supervisor = Supervisor(self.server, ServeOptions(self.repository), self, self.stop, backoff)
+        self.run("a", 1)
+        self.run("b", 1)
+
+    def run(self, model: str, version: int, state: str = "loaded") -> ModelProcess:
+        process = ModelProcess(len(self.processes) + 1, model, version)
+        self.processes[process] = state
+        return process
+
+    def policy(self, model: str, *versions: int) -> None:
+        set_live_versions(self.repository / model, list(versions))
+
+    def live(self, model: str) -> list[int]:
+        return live_versions(self.repository / model)
+
+    def kill(self, model: str, version: int) -> None:
+        for process in self.processes:
+            if (process.model, process.version) == (model, version):
+                self.processes[process] = "dead"
+
+    def look(self, times: int = 1, seconds: float = 0.2) -> None:
+        for _ in range(times):
+            self.now_s += seconds
+            self.supervisor.look()
+
+    # What the gateway's side is told
+
+    def fail(self, name: str, version: int, _: str) -> None:
+        self.told.append(f"{name}/{version} died")
+
+    def suspect(self, name: str) -> None:
+        self.told.append(f"{name} is back")
+
+    # The processes
+
+    def dead(self) -> list[ModelProcess]:
+        return [each for each, state in self.processes.items() if "dead" in state and each not in self.settled]
+
+    def settle(self, process: ModelProcess) -> None:
+        self.settled.append(process)
+
+    def has_loaded(self, process: ModelProcess) -> bool:
+        return self.processes[process] in ("loaded", "dead")
+
+    def loaded_versions(self, model: str) -> set[int]:
+        return {p.version for p in self.processes if p.model == model and self.has_loaded(p) and p not in self.settled}
+
+    # Triton
+
+    def unload(self, model: str, _: Callable[[], str | None]) -> None:
+        self.done.append(f"unload {model}")
+
+    def load(self, model: str, hopeless: Callable[[], str | None]) -> None:
+        self.done.append(f"load {model} {self.live(model)}")
+        how = self.loads.pop(0) if self.loads else "ok"
+        if how == "fails":
+            raise ServeError("no")
+        if how == "dies":
+            self.run(model, max(self.live(model)), "dead loading")
+        if (reason := hopeless()) is not None:
+            raise LoadHopeless(reason)
+
+    def ask(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    def start(self, options: ServeOptions, *, stop: threading.Event) -> Any:
+        assert not stop.is_set()
+        self.done.append(f"start {''.join(options.models or ())}")
+        if self.starts and (dying := self.starts.pop(0)):
+            raise LoadDied(f"{dying} died", model=dying)
+        self.processes.clear()
+        for model in options.models or ():
+            self.run(model, 1)
+        return self.server
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def test_a_model_whose_live_process_has_died_is_loaded_again(world: World) -> None:
+    world.kill("a", 1)
+    world.look(2)
+    assert world.done == ["unload a", "load a [1]"]
+    assert world.told == ["a/1 died", "a is back"]
+
+
+def test_one_that_dies_again_while_it_is_loaded_comes_back_with_another_server(world: World) -> None:
+    world.kill("a", 1)
+    world.loads = ["dies"]
+    world.look(2)
+    assert world.done == ["unload a", "load a [1]", "stop", "start ab"]
+    assert world.told == ["a/1 died", "a is back"]
+
+
+def test_one_that_dies_in_that_start_too_leaves_the_others_served_until_it_can_be_tried_at_no_cost(
+    world: World,
+) -> None:
+    world.kill("a", 1)
+    world.loads, world.starts, world.busy = ["dies"], ["a"], True
+    world.look(1)
+    assert world.done == ["unload a", "load a [1]", "stop", "start ab", "start b"]
+    world.done, world.loads = [], ["dies"]
+    world.look(100)
+    assert world.done == ["unload a", "load a [1]"], "the other model has requests under way"
+    world.busy = False
+    world.look(100)
+    assert world.done[2:] == ["stop", "start ab"]
+    assert world.told[-1] == "a is back"
+
+
+def test_a_loading_process_that_dies_beside_the_live_version_touches_nothing_but_the_policy(world: World) -> None:
+    world.policy("a", 1, 2)
+    world.run("a", 2, "dead loading")
+    world.busy = True
+    world.look(100)
+    assert (world.live("a"), world.told, world.done) == ([1], [], [])
+    world.policy("a", 1, 2)
+    world.look()
+    assert world.live("a") == [1], "nor can it be loaded now"
+    world.busy = False
+    world.look(100)
+    assert (world.done, world.told) == (["stop", "start ab"], []), "once, when that costs nobody anything"
+
+
+def test_where_a_load_is_stuck_the_death_of_the_live_version_is_answered_by_another_server(world: World) -> None:
+    world.policy("a", 1, 2)
+    world.run("a", 2, "dead loading")
+    world.busy = True
+    world.look()
+    world.kill("a", 1)
+    world.look()
+    assert world.done == ["stop", "start ab"]
+
+
+@pytest.mark.parametrize(("loads", "left"), [(["ok", "ok"], [1, 2]), (["ok", "fails"], [2]), (["ok", "dies"], [2])])
+def test_a_kept_version_that_dies_is_loaded_again_alone_or_left_out(
+    world: World, loads: list[str], left: list[int]
+) -> None:
+    world.policy("a", 1, 2)
+    world.run("a", 2)
+    world.kill("a", 1)
+    world.loads, world.busy = loads, True
+    world.look(100)
+    assert world.done == ["load a [2]", "load a [1, 2]"]
+    assert (world.told, world.live("a")) == (["a/1 died"], left)
+
+
+def test_while_a_repair_is_put_off_another_models_death_is_seen(world: World) -> None:
+    never: Any = SimpleNamespace(next_s=lambda: 3600.0)
+    world.supervisor._backoff = never
+    world.kill("a", 1)
+    world.look(3)
+    world.kill("b", 1)
+    world.look(3)
+    assert (world.told, world.done) == (["a/1 died", "b/1 died"], []), "each once, and not at every look"
+    world.look(seconds=3600.0)
+    assert world.done == ["unload a", "load a [1]", "unload b", "load b [1]"]
+
+
+def test_requests_that_have_no_end_want_another_server(world: World) -> None:
+    world.kill("a", 1)
+    world.unended = True
+    world.look()
+    assert world.done == ["stop", "start ab"]
+
+
+def test_a_load_is_not_waited_for_once_the_server_is_to_end(world: World) -> None:
+    world.kill("a", 1)
+    world.stop.set()
+    world.look()
+    assert world.done == ["unload a", "load a [1]"]
+    assert world.told == ["a/1 died"]

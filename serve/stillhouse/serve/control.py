@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from stillhouse.client import Client, ConnectionFailed
 from stillhouse.client.address import parse_url
 from stillhouse.engine.errors import UsageError
-from stillhouse.serve.errors import ServeError
+from stillhouse.serve.errors import LoadHopeless, ServeError
 
 _ANSWER_TIMEOUT_S = 60.0
+_LOAD_TIMEOUT_S = 900.0
+_LOOK_S = 0.2
 _NOBODY = "start 'stillhouse serve', and run this again"
 
 
@@ -51,27 +57,49 @@ class TritonControl:
             )
         return sorted(int(entry.version) for entry in entries if entry.state == "READY")
 
-    def load(self, model: str) -> None:
-        """Has the model be what its config.pbtxt says; returns when that is so. Raises ServeError."""
-        try:
-            self._triton.load_model(model)
-        except InferenceServerException as error:
-            raise ServeError(_one_line(error)) from error
+    def load(self, model: str, hopeless: Callable[[], str | None] = lambda: None) -> None:
+        """Has the model be what its config.pbtxt says; returns when that is so.
 
-    def unload(self, model: str) -> None:
-        """Takes the model off the server. Raises ServeError."""
-        try:
-            self._triton.unload_model(model)
-        except InferenceServerException as error:
-            raise ServeError(_one_line(error)) from error
+        `hopeless` is asked several times a second why there is no use in waiting: Triton 2.51 never ends a load whose
+        process has died. Raises LoadHopeless with that reason, ServeError for what Triton itself says.
+        """
+        self._wait_for(self._triton.load_model, model, hopeless)
+
+    def unload(self, model: str, hopeless: Callable[[], str | None] = lambda: None) -> None:
+        """Takes the model off the server; see `load`."""
+        self._wait_for(self._triton.unload_model, model, hopeless)
 
     def ask(self, model: str, version: int) -> None:
         """One greedy token. Raises ClientError, with what the server said, if none comes."""
         self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0, probe=True)
 
+    def loading(self) -> list[tuple[str, int]]:
+        """The models and versions that are being loaded. Raises ClientError."""
+        return [(entry.name, int(entry.version)) for entry in self._client.models() if entry.state == "LOADING"]
+
     def close(self) -> None:
         self._triton.close()
         self._client.close()
+
+    def _wait_for(self, call: Callable[..., None], model: str, hopeless: Callable[[], str | None]) -> None:
+        ended: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                call(model, client_timeout=_LOAD_TIMEOUT_S)
+                ended.set_result(None)
+            except Exception as error:  # the boundary of a thread: raised below
+                ended.set_exception(error)
+
+        # A thread of its own, which close() ends: the caller goes on hearing signals and `hopeless`.
+        threading.Thread(target=run, name="stillhouse-load", daemon=True).start()
+        while not wait([ended], _LOOK_S).done:
+            if (reason := hopeless()) is not None:
+                raise LoadHopeless(reason)
+        try:
+            ended.result()
+        except InferenceServerException as error:
+            raise ServeError(_one_line(error)) from error
 
 
 def _one_line(error: InferenceServerException) -> str:

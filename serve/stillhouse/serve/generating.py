@@ -67,7 +67,7 @@ class TritonGenerator:
         if pulse.fault:
             raise Unavailable(f"{model.name} cannot answer now: {pulse.fault}")
         mailbox: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        pulse.begin(mailbox)
+        pulse.begin(mailbox, model.version)
         pump = asyncio.create_task(self._pump(model, prompt_ids, params, mailbox))
         ended = False
         try:
@@ -78,7 +78,7 @@ class TritonGenerator:
                 ended = item.finish_reason is not None
                 yield item
         finally:
-            pulse.streams.discard(mailbox)
+            pulse.streams.pop(mailbox, None)
             if ended:
                 # The server's end mark follows at once. Cut off before it, the request would count as cancelled, and
                 # Triton would keep it (see the client's grpc_wire.py).
@@ -116,10 +116,21 @@ class TritonGenerator:
         if name in self._pulses:
             self._pulses[name].suspected = True
 
-    def fail(self, name: str, reason: str) -> None:
-        """Ends the model's streams with an error and refuses new ones until it answers again; from any thread."""
+    def fail(self, name: str, version: int, reason: str) -> None:
+        """Ends the version's streams with an error; from any thread.
+
+        If it is the live one, new ones are refused until the model answers again.
+        """
         if name in self._pulses and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._pulses[name].end, name, reason)
+            self._loop.call_soon_threadsafe(self._end_version, name, version, reason)
+
+    def _end_version(self, name: str, version: int, reason: str) -> None:
+        pulse, model = self._pulses[name], self._models[name]
+        if model.is_ready and model.live.version == version:
+            pulse.end(name, reason, version)
+        else:
+            log.warning("%s/%d, which is not live, does not answer: %s", name, version, reason)
+            pulse.tell(Unavailable(f"{name}/{version} went down while it answered: {reason}"), version)
 
     async def _pump(
         self,
@@ -157,6 +168,8 @@ class TritonGenerator:
                     mailbox.put_nowait(meant)
                     return
                 asked = successor
+                if mailbox in pulse.streams:
+                    pulse.streams[mailbox] = asked.version
             except Exception as error:  # the boundary between tasks: the reader of the mailbox raises it
                 mailbox.put_nowait(error)
                 return
@@ -211,7 +224,7 @@ class TritonGenerator:
         except TimedOut:
             log.debug("%s is busy", name)
         except ClientError as error:
-            pulse.end(name, str(error))
+            pulse.end(name, str(error), live.version)
 
 
 class _Pulse:
@@ -221,13 +234,13 @@ class _Pulse:
         self.heard_s = self.asked_s = time.monotonic()
         self.suspected = False
         self.fault: str | None = None
-        self.streams: set[asyncio.Queue[Chunk | Exception]] = set()
+        self.streams: dict[asyncio.Queue[Chunk | Exception], int] = {}  # the version that each asks
 
-    def begin(self, mailbox: asyncio.Queue[Chunk | Exception]) -> None:
+    def begin(self, mailbox: asyncio.Queue[Chunk | Exception], version: int) -> None:
         if not self.streams:
             # Its silence counts from when somebody waits.
             self.hear()
-        self.streams.add(mailbox)
+        self.streams[mailbox] = version
 
     def hear(self) -> None:
         self.heard_s = time.monotonic()
@@ -245,14 +258,16 @@ class _Pulse:
         self.fault = None
         self.hear()
 
-    def end(self, name: str, reason: str) -> None:
+    def end(self, name: str, reason: str, version: int | None = None) -> None:
+        """It cannot answer: ends the streams of `version`, or all."""
         if self.fault is None:
             log.warning("%s does not answer: %s", name, reason)
         self.fault = reason
-        self.tell(Unavailable(f"{name} went down while it answered: {reason}"))
+        self.tell(Unavailable(f"{name} went down while it answered: {reason}"), version)
         self.hear()
 
-    def tell(self, error: Unavailable) -> None:
-        """Ends every stream with `error`."""
-        for mailbox in self.streams:
-            mailbox.put_nowait(error)
+    def tell(self, error: Unavailable, version: int | None = None) -> None:
+        """Ends the streams of `version`, or all, with `error`."""
+        for mailbox, asked in self.streams.items():
+            if version is None or asked == version:
+                mailbox.put_nowait(error)

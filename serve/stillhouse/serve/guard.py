@@ -2,8 +2,9 @@
 
 Started by path with the standard library alone: `python guard.py RUN_DIRECTORY SHM_PREFIX GRACE_S -- COMMAND…`.
 Its standard input is a pipe from the launcher: a line `stop` drains the server, `kill` ends it at once, and the end
-of the pipe (the launcher is gone, by whatever signal) drains it too. The server dies with the guard (PDEATHSIG); the
-server's children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
+of the pipe (the launcher is gone, by whatever signal) drains it too. SIGTERM does so as well, and ends at once what
+drains already. The server dies with the guard (PDEATHSIG); the server's children, orphaned when it is killed, become
+the guard's (subreaper) and are ended by it.
 
 To drain: at SIGTERM Triton 2.51 answers at once that it knows no such model, to clients who are to come again. So the
 models' processes are told first, by a file RUN_DIRECTORY/drain: they refuse what is new, cut what still runs after
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     run_directory, shm_prefix, grace_s = Path(arguments[0]), arguments[1], float(arguments[2])
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     told: list[str] = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append("stop"))
+    signal.signal(signal.SIGTERM, lambda *_: told.append("kill" if told else "stop"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = subprocess.Popen(
         arguments[arguments.index("--") + 1 :], stdin=subprocess.DEVNULL, preexec_fn=_prepare_server

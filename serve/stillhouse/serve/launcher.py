@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from stillhouse.engine.errors import UsageError
 from stillhouse.gateway.address import reachable
-from stillhouse.serve.errors import ServeError
-from stillhouse.serve.leftovers import new_run_directory, remove_leftovers, shm_prefix
+from stillhouse.serve.errors import PortInUse, ServeError
+from stillhouse.serve.leftovers import is_ending, new_run_directory, remove_leftovers, shm_prefix
 from stillhouse.serve.others import load_others, other_models
 from stillhouse.serve.ports import Ports, settle_ports
 from stillhouse.serve.protocol import DRAIN_FILE
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 # What runs is cut when the grace time is over; the server itself must not give up before.
 _EXIT_EXTRA_S = 1
+_PORTS_WAIT_S = 10.0
 _LONGEST_GRACE_S = 86_400.0
 
 
@@ -148,7 +149,7 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
     libpython = find_libpython()
     for leftover in remove_leftovers():
         log.info("cleaned up after a run that was killed: %s", leftover.name)
-    ports = settle_ports(options.host, options.ports)
+    ports = _ports_of(options, stop or threading.Event())
     log_file = (options.log_file or _default_log_file(ports)).absolute()
 
     run_directory, lock = new_run_directory()
@@ -170,6 +171,17 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
         server.stop(at_once=True)
         raise
     return server
+
+
+def _ports_of(options: ServeOptions, stop: threading.Event) -> Ports:
+    """As settle_ports(), which waits a while for a run before this one to let go of them."""
+    wanted, until_s = options.ports, time.monotonic() + _PORTS_WAIT_S
+    while time.monotonic() < until_s:
+        with contextlib.suppress(PortInUse):
+            return settle_ports(options.host, wanted)
+        if not is_ending([port for port in (wanted.http, wanted.grpc, wanted.metrics) if port]) or stop.wait(0.1):
+            break
+    return settle_ports(options.host, wanted)
 
 
 @contextlib.contextmanager

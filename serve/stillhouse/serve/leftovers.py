@@ -10,13 +10,17 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.guard import remove_shared_memory
+from stillhouse.serve.protocol import DRAIN_FILE
 
 _LOCK = "lock"
+_LAUNCHER = "launcher.pid"
 _YOUNG_S = 60.0
+_GONE_S = 5.0  # until what was killed has let go of its ports
 
 
 def runs_directory() -> Path:
@@ -34,6 +38,7 @@ def new_run_directory() -> tuple[Path, int]:
     directory.mkdir(mode=0o700)
     lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (directory / _LAUNCHER).write_text(f"{os.getpid()}\n")
     return directory, lock
 
 
@@ -46,12 +51,37 @@ def remove_leftovers() -> list[Path]:
     """Ends what runs without a living guard left behind: processes, shared memory, directories."""
     gone = [directory for directory in runs_directory().glob("run-*") if _is_abandoned(directory)]
     for directory in gone:
-        for process in _processes_naming(directory):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+        until_s = time.monotonic() + _GONE_S
+        while (processes := _processes_naming(directory)) and time.monotonic() < until_s:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.02)
         remove_shared_memory(shm_prefix(directory))
         shutil.rmtree(directory, ignore_errors=True)
     return gone
+
+
+def is_ending(ports: Sequence[int]) -> bool:
+    """Whether a run that has one of `ports` is coming to its end; one whose launcher was killed is ended at once."""
+    ending = False
+    for directory in runs_directory().glob("run-*"):
+        for process in _processes_naming(directory):
+            with contextlib.suppress(OSError, ValueError):
+                command = (Path("/proc") / str(process) / "cmdline").read_text().split("\0")
+                if not any(word.endswith("guard.py") for word in command[:3]):
+                    continue
+                if not any(word.endswith(f"-port={port}") for word in command for port in ports):
+                    continue
+                launcher = int((directory / _LAUNCHER).read_text())
+                if orphaned := _parent_of(process) != launcher:
+                    os.kill(process, signal.SIGTERM)
+                ending |= orphaned or (directory / DRAIN_FILE).exists()
+    return ending
+
+
+def _parent_of(process: int) -> int:
+    return int((Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def _is_abandoned(directory: Path) -> bool:

@@ -3,23 +3,30 @@
 Triton routes requests without a version to the highest live one, and keeps what runs on a version to its end when the
 version leaves. So the new version is loaded beside the old one (both in the policy), where its process hashes its files
 and answers a question of its own before it counts as loaded; then it is asked through the server; then the policy names
-it alone, or with the one before.
+it alone, or with the one before. Which one was live is written down before the policy is first changed: whatever kills
+a move, the next one finishes it or takes it back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from stillhouse.client import ClientError
 from stillhouse.engine.directory import locked, model_directories, open_version, version_numbers
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
-from stillhouse.engine.policy import CONFIG, live_versions, previous_version, set_live_versions
+from stillhouse.engine.policy import CONFIG, live_versions, named_versions, previous_version, set_live_versions
 from stillhouse.serve.control import TritonControl
-from stillhouse.serve.errors import PromotionFailed
+from stillhouse.serve.errors import LoadHopeless, PromotionFailed
+
+_PUT_BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +68,10 @@ def rollback(repository: Path, name: str, url: str) -> Promoted:
     directory = _directory_of(repository, name)
     with locked(directory), contextlib.closing(TritonControl(url)) as server:
         previous = previous_version(directory)
-        if previous is not None and previous in server.live_versions(name)[-1:]:
-            # It has never stopped to answer: a move away from it was killed on its last step, and is finished now.
-            previous = next((version for version in reversed(_policy_of(directory)) if version != previous), None)
+        policy = _policy_of(directory)
+        if previous is not None and previous in server.live_versions(name)[-1:] and previous not in policy[:-1]:
+            # It has never stopped to answer: a move away from it, to a lower one, was killed, and is finished now.
+            previous = next((version for version in reversed(policy) if version != previous), None)
         if previous is None:
             raise UsageError(f"{name}: there is nothing to roll back to", hint="no version was live before this one")
         if previous not in version_numbers(directory):
@@ -88,15 +96,17 @@ def _move(
     remembered = current if current != version else None
     if served or on_server:
         with _put_back_on_failure(directory, before, server, f"{name}/{version}", served=bool(served)):
-            set_live_versions(directory, sorted({*served, *live}))
-            server.load(name)
+            set_live_versions(directory, sorted({*served, *live}), previous=remembered)
+            server.load(name, lambda: _taken_out(directory, version))
             server.ask(name, version)
-            set_live_versions(directory, live, previous=remembered)
+            set_live_versions(directory, live)
             if served:
-                server.load(name)
+                server.load(name, lambda: _taken_out(directory, version))
     else:
         set_live_versions(directory, live, previous=remembered)
     previous = current if served or current != version else None  # a version that nobody had loaded was not live before
+    if current == version and before != live:  # the move was begun before, by one that was killed
+        previous = previous_version(directory) or previous
     return Promoted(name, version, previous, live, bool(served) or on_server)
 
 
@@ -117,23 +127,63 @@ def _check(name: str, version: int, *, there: list[int], live: list[int], before
 def _put_back_on_failure(
     directory: Path, before: list[int], server: TritonControl, what: str, *, served: bool
 ) -> Iterator[None]:
-    """Whatever goes wrong within, Ctrl-C too: what was live before is what the policy and the server have again.
+    """Whatever goes wrong within, Ctrl-C, SIGTERM and SIGHUP too: policy and server have again what was live before.
 
     And what was live before that one is remembered again.
     """
     text = (directory / CONFIG).read_text("utf-8")
+    with _signals_raised():
+        try:
+            yield
+        except BaseException as error:
+            if before:
+                set_live_versions(directory, before, text=text)
+            if not isinstance(error, LoadHopeless):  # whose end every other load would wait for
+                until_s = time.monotonic() + _PUT_BACK_S
+                with contextlib.suppress(StillhouseError, ClientError):
+                    (server.load if served else server.unload)(
+                        directory.name, lambda: "it takes too long" if time.monotonic() > until_s else None
+                    )
+            if not isinstance(error, (StillhouseError, ClientError)):
+                raise
+            hint = f"{directory.name}/{_numbers(before)} has served all the time; the server's log says more"
+            if not served:
+                hint = f"{directory.name} was not loaded before, nor is it now; the server's log says more"
+            raise PromotionFailed(f"{what} was not promoted: {error}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def _signals_raised() -> Iterator[None]:
+    """SIGTERM and SIGHUP are raised as SystemExit, once: what they interrupt is put in order without another."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        if before[number] is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, on_signal)
     try:
         yield
-    except BaseException as error:
-        if before:
-            set_live_versions(directory, before, text=text)
-        with contextlib.suppress(StillhouseError, ClientError):
-            (server.load if served else server.unload)(directory.name)
-        if not isinstance(error, (StillhouseError, ClientError)):
-            raise
-        hint = f"{directory.name}/{_numbers(before)} has served all the time; the server's log says more"
-        hint = hint if served else f"{directory.name} was not loaded before, nor is it now; the server's log says more"
-        raise PromotionFailed(f"{what} was not promoted: {error}", hint=hint) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _taken_out(directory: Path, version: int) -> str | None:
+    """Why there is no use in waiting for the load: the launcher has taken the version out of the policy."""
+    named = named_versions((directory / CONFIG).read_text("utf-8"))
+    if named is None or version in named:
+        return None
+    return (
+        "a process of the model has died while it was loading, and Triton waits for it; stillhouse serve starts Triton"
+        " again when it is no longer under load"
+    )
 
 
 def built_version(folder: Path, name: str) -> int:

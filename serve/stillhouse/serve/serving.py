@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 from stillhouse.serve.openai import plug_triton, start_gateway
 from stillhouse.serve.ports import is_loopback
-from stillhouse.serve.supervisor import Backoff, Processes, repair
+from stillhouse.serve.supervisor import Backoff, Supervisor
 
 if TYPE_CHECKING:
     from stillhouse.gateway.server import GatewayServer
@@ -31,13 +30,13 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
     if the server ended by itself, or does not come up again after a model's process has died under its requests.
     """
-    asked, hurry, servers = threading.Event(), threading.Event(), list[Server]()
+    asked, hurry, supervisor = threading.Event(), threading.Event(), None
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if asked.is_set():
             hurry.set()
-            for server in servers:
-                server.hurry()
+            if supervisor is not None:
+                supervisor.server.hurry()
         asked.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -47,38 +46,21 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         log.warning(warning)
     try:
         server = start_server(options, stop=asked)
-        servers[:] = [server]
         generator: TritonGenerator | None = None
         if gateway is not None:
             generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
-        processes, backoff, down = Processes(server), Backoff(), list[str]()
-        due_s: float | None = None  # when those that are down are repaired
+        supervisor = Supervisor(server, options, generator, asked, Backoff())
         announce(server)
         while not asked.wait(_LOOK_S):
-            if (status := server.exit_status()) is not None:
+            if (status := supervisor.server.exit_status()) is not None:
                 raise ServeError(
                     f"the Triton server ended by itself with status {status}",
                     hint=f"its log: {server.log_file}",
                 )
-            dead = processes.dead_models()
-            if generator is not None:
-                for model in dead if due_s is None else set(dead) - set(down):
-                    generator.fail(model, "its process has died")
-            if not (down := sorted({*down, *dead})):
-                continue
-            if due_s is None:
-                due_s = time.monotonic() + backoff.next_s()
-            # Until then the other models and Triton itself are looked after as before.
-            if time.monotonic() >= due_s:
-                dead = down
-                server, down = repair(server, options, dead, stop=asked)
-                servers[:], processes, due_s = [server], Processes(server), None
-                if generator is not None:
-                    for model in set(dead) - set(down):
-                        generator.suspect(model)
+            supervisor.look()
         log.info("ending: running requests have %g s to finish", options.grace_s)
-        _drain(gateway, generator, server, options.grace_s, hurry)
+        _drain(gateway, generator, supervisor.server, options.grace_s, hurry)
         return 0
     except ServeError:
         # Told to stop while a server was being started.

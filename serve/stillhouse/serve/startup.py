@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillhouse.serve.errors import ServeError, ServerFailed
+from stillhouse.serve.errors import LoadDied, ServeError, ServerFailed
+from stillhouse.serve.processes import Processes
 from stillhouse.serve.protocol import LOAD_ERROR_MARK
 
 if TYPE_CHECKING:
@@ -29,12 +30,19 @@ _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def wait_until_ready(server: Server, timeout_s: float, stop: threading.Event) -> None:
     """Returns once Triton says ready and every live version has answered a question of one token.
 
-    Raises ServerFailed with the reason where the server ends before that, or is not there after `timeout_s`.
+    Raises ServerFailed with the reason where the server ends before that, or is not there after `timeout_s`; LoadDied
+    where a model's process dies, for which Triton would wait for ever.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, processes = time.monotonic() + timeout_s, Processes(server.run_directory)
     while not _says_ready(server.http_url):
         if (status := server.exit_status()) is not None:
             raise reason_of_failure(server.log_file, status)
+        if dead := processes.dead():
+            raise LoadDied(
+                f"{dead[0]} cannot be loaded: its process died, or was killed",
+                model=dead[0].model,
+                hint=f"is there memory enough? The server's log: {server.log_file}",
+            )
         if time.monotonic() > deadline:
             raise ServerFailed(f"the server was not ready after {timeout_s:g} s", hint=f"its log: {server.log_file}")
         if stop.wait(0.05):

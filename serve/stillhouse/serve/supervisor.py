@@ -1,4 +1,8 @@
-"""Looks after the models' processes: Triton neither restarts one that has died, nor ends its streams, nor says so."""
+"""Looks after the models' processes: Triton neither restarts one that has died, nor ends its streams, nor says so.
+
+Nor does Triton 2.51 ever end a load whose process has died: every other load of that model waits behind it, while the
+versions that are loaded and the other models go on answering. Only another server loads that model again.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +11,35 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from stillhouse.client import ClientError
-from stillhouse.engine.errors import StillhouseError
-from stillhouse.engine.policy import live_versions
+from stillhouse.engine.directory import held
+from stillhouse.engine.errors import StillhouseError, VersionError
+from stillhouse.engine.policy import live_versions, set_live_versions
 from stillhouse.serve.control import TritonControl
+from stillhouse.serve.errors import LoadDied, ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
+from stillhouse.serve.processes import ModelProcess, Processes
 from stillhouse.serve.under_way import told_under_way
 
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 30.0
 _SOUND_AFTER_S = 120.0
-_LIST_EVERY_S = 1.0
+_QUIET_S = 10.0
 
 
-class Processes:
-    """The processes of a server's models; looked at several times a second."""
+class Told(Protocol):
+    """Who is told of deaths and returns: the gateway's side of the models."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = psutil.Process(server.pid)
-        self._children: list[psutil.Process] = []
-        self._listed_s = -math.inf
-        self._served = {model.name for model in server.models}  # another backend's are not looked after
-        self._models: dict[int, str] = {}  # by process
-        self._ended: set[int] = set()
-        self.dead_models()
+    def fail(self, name: str, version: int, reason: str) -> None: ...
 
-    def dead_models(self) -> list[str]:
-        """The models of which a process has died.
-
-        Such a one stays a zombie, since Triton does not ask after it; one that it has ended itself is one for an
-        instant at most, so it is the second look that counts.
-        """
-        # To list them takes a look at every process of the machine: that is not done at each look.
-        if time.monotonic() - self._listed_s >= _LIST_EVERY_S:
-            self._list()
-        ended = set()
-        for process in self._children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    ended.add(process.pid)
-        dead = {self._models[process] for process in ended & self._ended if process in self._models}
-        self._ended = ended
-        return sorted(dead)
-
-    def _list(self) -> None:
-        self._listed_s = time.monotonic()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._children = self._server.children()
-        for process in self._children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.pid not in self._models and (model := _model_of(process.cmdline())) in self._served:
-                    self._models[process.pid] = model
+    def suspect(self, name: str) -> None: ...
 
 
 class Backoff:
@@ -86,61 +61,213 @@ class Backoff:
         return self._wait_s
 
 
-def repair(
-    server: Server, options: ServeOptions, models: Sequence[str], *, stop: threading.Event
-) -> tuple[Server, list[str]]:
-    """Has `models`, whose processes have died, served again.
+class Supervisor:
+    """Keeps the models of a server answering; `look()` is called several times a second. `server` is the present one.
 
-    Returns the server that does, this one or a new one, and those of `models` that still do not answer: the others are
-    served all the same. Where nothing was under way the models are unloaded and loaded. Otherwise the server is started
-    anew, for Triton would leave the clients of those streams without an end. Raises ServeError where that one does not
-    come up.
+    A model whose live version has died is down: it is unloaded and loaded, or the server is started again where that
+    cannot be, or where Triton would leave the clients of streams without an end. Whatever dies beside a live version
+    must not touch it: a version that was kept is loaded again alone, one that was being loaded is taken out of the
+    policy, which is what `promote` looks at while it waits.
     """
-    begun_s = time.monotonic()
-    names = ", ".join(models)
-    if not _left_unended(server):
-        log.warning("the process of %s has died: it is loaded again", names)
-        down = [model for model in models if not _reloaded(server, options.repository, model)]
-        if answering := [model for model in models if model not in down]:
-            log.warning("%s answers again after %.1f s", ", ".join(answering), time.monotonic() - begun_s)
-        return server, down
-    log.warning("the process of %s has died with requests under way: the server is started again", names)
-    server.stop(at_once=True)
-    if server.log_file.is_file():  # it says what happened
-        server.log_file.replace(f"{server.log_file}.1")
-    started = start_server(replace(options, ports=server.ports, log_file=server.log_file), stop=stop)
-    started.openai_url = server.openai_url
-    log.warning("%s answers again after %.1f s", names, time.monotonic() - begun_s)
-    return started, []
+
+    def __init__(
+        self, server: Server, options: ServeOptions, told: Told | None, stop: threading.Event, backoff: Backoff
+    ) -> None:
+        self.server = server
+        self._options, self._told, self._stop, self._backoff = options, told, stop, backoff
+        self._names = [model.name for model in server.models]
+        self._due_s: float | None = None  # when those that are down are repaired
+        self._quiet_since_s = time.monotonic()
+        self._left_out = set[str]()  # died while the present server was started
+        self._attend(server)
+
+    def _attend(self, server: Server) -> None:
+        self.server = server
+        self._processes = Processes(server.run_directory)
+        self._seen = set[int]()
+        self._down = set(self._left_out)
+        self._stuck = set[str]()  # models with a load that never ends
+
+    def look(self) -> None:
+        """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
+        for process in map(self._named, self._processes.dead()):
+            self._take_in(process)
+        if self._is_busy():
+            self._quiet_since_s = time.monotonic()
+        for model in self._stuck - self._down:
+            self._put_policy_back(model)
+        if self._down:
+            self._repair_when_due()
+        elif self._stuck and self._is_quiet():
+            log.warning("the server is started again, for it cannot load %s", ", ".join(sorted(self._stuck)))
+            self._restart()
+
+    def _take_in(self, process: ModelProcess) -> None:
+        loaded = self._processes.has_loaded(process)
+        if process.pid not in self._seen:
+            self._seen.add(process.pid)
+            if loaded and self._told is not None:
+                self._told.fail(process.model, process.version, "its process has died")
+        if process.model not in self._names:
+            return
+        if not loaded:
+            self._set_stuck(process.model)
+        if process.model not in self._down:
+            if self._is_live(process, loaded):
+                self._down.add(process.model)
+            elif loaded:
+                self._load_again_beside(process)
+            else:
+                log.warning("the process of %s has died while it was loading: it does not go live", process)
+                self._processes.settle(process)
+
+    def _is_live(self, process: ModelProcess, loaded: bool) -> bool:
+        """Whether the model answers nobody for it: Triton routes to the highest of the loaded versions."""
+        versions = self._processes.loaded_versions(process.model)
+        with contextlib.suppress(VersionError):
+            versions &= set(live_versions(self._options.repository / process.model))
+        return process.version == max(versions, default=process.version) if loaded else not versions
+
+    def _named(self, process: ModelProcess) -> ModelProcess:
+        """One that died before it could be seen is one that Triton is loading."""
+        if not process.model:
+            with contextlib.suppress(ClientError), contextlib.closing(TritonControl(self.server.grpc_url)) as triton:
+                for model, version in triton.loading():
+                    return replace(process, model=model, version=version)
+        return process
+
+    def _repair_when_due(self) -> None:
+        if self._due_s is None:
+            self._due_s = time.monotonic() + self._backoff.next_s()
+        # Until then the other models and Triton itself are looked after as before.
+        if time.monotonic() < self._due_s:
+            return
+        begun_s, before, names = time.monotonic(), set(self._down), ", ".join(sorted(self._down))
+        if not self._must_restart():
+            for model in sorted(self._down - self._stuck):
+                log.warning("the process of %s has died: it is loaded again", model)
+                self._load_again(model)
+        if self._must_restart():
+            log.warning("the process of %s has died, and cannot but be loaded by another server: it is started", names)
+            self._restart()
+        self._due_s = None
+        for model in sorted(before - self._down):
+            log.warning("%s answers again after %.1f s", model, time.monotonic() - begun_s)
+            if self._told is not None:
+                self._told.suspect(model)
+
+    def _must_restart(self) -> bool:
+        if self._stop.is_set():
+            return False
+        stuck = self._stuck & self._down
+        # Not again and again, at the cost of the other models' streams, for one that has died in the last start, too.
+        return _left_unended(self.server) or bool(stuck - self._left_out) or (bool(stuck) and self._is_quiet())
+
+    def _load_again(self, model: str) -> None:
+        dead = [process for process in self._processes.dead() if process.model == model]
+        try:
+            with contextlib.closing(TritonControl(self.server.grpc_url)) as triton:
+                with contextlib.suppress(ServeError):  # not loaded at all
+                    triton.unload(model, lambda: self._hopeless(model))
+                triton.load(model, lambda: self._hopeless(model))
+                for version in live_versions(self._options.repository / model):
+                    triton.ask(model, version)
+        except (StillhouseError, ClientError) as error:
+            log.warning("%s could not be loaded again: %s", model, error)
+            return
+        for process in dead:  # Triton may still be about to let go of them
+            self._processes.settle(process)
+        self._down.discard(model)
+        self._left_out.discard(model)
+
+    def _load_again_beside(self, process: ModelProcess) -> None:
+        """Loads a version that was kept again, while the live one goes on. One that cannot be is left out."""
+        directory = self._options.repository / process.model
+        with contextlib.suppress(_Busy, VersionError, OSError), held(directory, _Busy()):
+            self._processes.settle(process)
+            policy = live_versions(directory)
+            others = [version for version in policy if version != process.version]
+            if others == policy or process.model in self._stuck:
+                return
+            log.warning("the process of %s, which is not live, has died: it is loaded again", process)
+            try:
+                with contextlib.closing(TritonControl(self.server.grpc_url)) as triton:
+                    for versions in (others, policy):
+                        set_live_versions(directory, versions)
+                        triton.load(process.model, lambda: self._hopeless(process.model))
+                    triton.ask(process.model, process.version)
+            except (StillhouseError, ClientError) as error:
+                set_live_versions(directory, others)
+                log.warning("%s could not be loaded again, and is left out: %s", process, error)
+            else:
+                log.warning("%s is loaded again", process)
+
+    def _hopeless(self, model: str) -> str | None:
+        """Why a load of `model` need not be waited for."""
+        if self._stop.is_set():
+            return "the server is to end"
+        for process in map(self._named, self._processes.dead()):
+            if process.model == model and not self._processes.has_loaded(process):
+                self._set_stuck(model)
+                return f"the process of {process} has died while it was loading"
+        return None
+
+    def _set_stuck(self, model: str) -> None:
+        if model not in self._stuck:
+            self._stuck.add(model)
+            self._quiet_since_s = time.monotonic()  # time for those that wait for the load to be told
+
+    def _put_policy_back(self, model: str) -> None:
+        """Takes out of the policy what cannot be loaded until the server is started again; `promote` looks there."""
+        directory, loaded = self._options.repository / model, self._processes.loaded_versions(model)
+        with contextlib.suppress(VersionError, OSError):
+            policy = live_versions(directory)
+            possible = [version for version in policy if version in loaded]
+            if possible and possible != policy:
+                set_live_versions(directory, possible)
+
+    def _restart(self) -> None:
+        before = self.server
+        before.stop(at_once=True)
+        if before.log_file.is_file():  # it says what happened
+            before.log_file.replace(f"{before.log_file}.1")
+        self._left_out = set()
+        while True:
+            models = [name for name in self._names if name not in self._left_out]
+            options = replace(self._options, ports=before.ports, log_file=before.log_file, models=models)
+            try:
+                started = start_server(options, stop=self._stop)
+                break
+            except LoadDied as error:
+                log.warning("%s", error)
+                if error.model in models and len(models) > 1:
+                    self._left_out.add(error.model)
+                elif self._stop.wait(self._backoff.next_s()):
+                    raise ServeError("stopped before the server was ready") from error
+        started.openai_url = before.openai_url
+        self._attend(started)
+
+    def _is_busy(self) -> bool:
+        return any(count for pid, count in told_under_way(self.server.run_directory).items() if _runs(pid))
+
+    def _is_quiet(self) -> bool:
+        return time.monotonic() - self._quiet_since_s > _QUIET_S
 
 
-def _reloaded(server: Server, repository: Path, model: str) -> bool:
+def _left_unended(server: Server) -> bool:
+    """Whether processes that have died had requests under way: Triton leaves their clients without an end."""
+    return any(count for pid, count in told_under_way(server.run_directory).items() if not _runs(pid))
+
+
+def _runs(pid: int) -> bool:
     try:
-        with contextlib.closing(TritonControl(server.grpc_url)) as triton:
-            triton.unload(model)
-            triton.load(model)
-            for version in live_versions(repository / model):
-                triton.ask(model, version)
-    except (StillhouseError, ClientError) as error:
-        log.warning("%s could not be loaded again: %s", model, error)
-        return False
-    return True
-
-
-def _left_unended(server: Server) -> int:
-    """How many requests the processes that have died had under way."""
-    return sum(count for process, count in told_under_way(server.run_directory).items() if not _runs(process))
-
-
-def _runs(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def _model_of(command: Sequence[str]) -> str | None:
-    """The model that a process of Triton's Python backend serves: its first argument is MODEL/VERSION/model.py."""
-    if len(command) < 2 or not command[0].endswith("triton_python_backend_stub"):
-        return None
-    return Path(command[1]).parent.parent.name
+class _Busy(StillhouseError):
+    """A promotion goes on: the version is looked at again when it is over."""
+
+    def __init__(self) -> None:
+        super().__init__("busy")
