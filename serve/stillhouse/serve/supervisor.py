@@ -88,6 +88,11 @@ class Supervisor:
         self._down = set(self._left_out)
         self._stuck = set[str]()  # models with a load that never ends
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the server has a load that never ends."""
+        return bool(self._stuck)
+
     def look(self) -> None:
         """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
         for process in map(self._named, self._processes.dead()):
