@@ -95,7 +95,9 @@ class Supervisor:
 
     def look(self) -> None:
         """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
-        for process in map(self._named, self._processes.dead()):
+        dead = self._processes.dead()
+        self._seen &= {process.pid for process in dead}
+        for process in map(self._named, dead):
             self._take_in(process)
         if self._is_busy():
             self._quiet_since_s = time.monotonic()
@@ -153,7 +155,7 @@ class Supervisor:
                 log.warning("the process of %s has died: it is loaded again", model)
                 self._load_again(model)
         if self._must_restart():
-            log.warning("the process of %s has died, and cannot but be loaded by another server: it is started", names)
+            log.warning("the process of %s has died: the server is started again", names)
             self._restart()
         self._due_s = None
         for model in sorted(before - self._down):
