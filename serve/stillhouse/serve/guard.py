@@ -4,7 +4,7 @@ Started by path with the standard library alone: `python guard.py RUN_DIRECTORY 
 Its standard input is a pipe from the launcher. A line `stop` drains the server; so does `stuck`, where a load that
 never ends keeps it from ending by itself; `kill` ends it at once; and the end of the pipe (the launcher is gone, by
 whatever signal) drains it too. SIGTERM does so as well, and ends at once what drains already. The server dies with the
-guard (PDEATHSIG); the server's children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
+guard (PDEATHSIG); its children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
 
 To drain: at SIGTERM Triton 2.51 answers at once that it knows no such model, to clients who are to come again. So the
 models' processes are told first, by a file RUN_DIRECTORY/drain: they refuse what is new, cut what still runs after
