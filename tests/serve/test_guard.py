@@ -122,6 +122,16 @@ def test_kill_does_not_wait_for_the_grace_time(run_directory: Path, shm_file: Pa
     assert process.wait(5) == 128 + signal.SIGKILL
 
 
+def test_a_server_with_a_load_that_never_ends_is_not_waited_for_once_nothing_is_under_way(
+    run_directory: Path, shm_file: Path
+) -> None:
+    process = start(run_directory, shm_file, STUBBORN, grace_s=60)
+    assert process.stdin is not None
+    process.stdin.write(b"stuck\nstop\n")
+    process.stdin.flush()
+    assert process.wait(10) == 128 + signal.SIGKILL
+
+
 def test_the_server_dies_with_the_guard(run_directory: Path, shm_file: Path) -> None:
     process = start(run_directory, shm_file, SERVER)
     server, child = pids(run_directory)

@@ -1,10 +1,10 @@
 """The process between the launcher and Triton: whatever ends the launcher, nothing of the server stays.
 
 Started by path with the standard library alone: `python guard.py RUN_DIRECTORY SHM_PREFIX GRACE_S -- COMMAND…`.
-Its standard input is a pipe from the launcher: a line `stop` drains the server, `kill` ends it at once, and the end
-of the pipe (the launcher is gone, by whatever signal) drains it too. SIGTERM does so as well, and ends at once what
-drains already. The server dies with the guard (PDEATHSIG); the server's children, orphaned when it is killed, become
-the guard's (subreaper) and are ended by it.
+Its standard input is a pipe from the launcher. A line `stop` drains the server; so does `stuck`, where a load that
+never ends keeps it from ending by itself; `kill` ends it at once; and the end of the pipe (the launcher is gone, by
+whatever signal) drains it too. SIGTERM does so as well, and ends at once what drains already. The server dies with the
+guard (PDEATHSIG); its children, orphaned when it is killed, become the guard's (subreaper) and are ended by it.
 
 To drain: at SIGTERM Triton 2.51 answers at once that it knows no such model, to clients who are to come again. So the
 models' processes are told first, by a file RUN_DIRECTORY/drain: they refuse what is new, cut what still runs after
@@ -64,21 +64,22 @@ def remove_shared_memory(prefix: str) -> None:
 
 def _attend(server: subprocess.Popen[bytes], told: list[str], grace_s: float, run_directory: Path) -> None:
     """Waits for the server's end; once told to, has it drain, asks it to end, and forces it soon after `grace_s`."""
-    listening, asked, heard_at, cut_at = True, False, float("inf"), float("inf")
+    listening, heard_at, cut_at, asked_at = True, float("inf"), float("inf"), float("inf")
     while server.poll() is None:
         if listening:
             listening = _listen(told)
         else:
             time.sleep(0.05)
         now = time.monotonic()
-        if "kill" in told or now > cut_at + _LAST_WORDS_S:
+        last_words_s = (asked_at if "stuck" in told else cut_at) + _LAST_WORDS_S
+        if "kill" in told or now > last_words_s:
             server.kill()
         elif told and cut_at == float("inf"):
             heard_at, cut_at = now + _HEARD_S, now + grace_s
             _tell_models(run_directory, cut_at)
-        elif not asked and now > heard_at and (now > cut_at + 1.0 or not _busy(run_directory)):
+        elif asked_at == float("inf") and now > heard_at and (now > cut_at + 1.0 or not _busy(run_directory)):
             server.terminate()
-            asked = True
+            asked_at = now
 
 
 def _tell_models(run_directory: Path, cut_at: float) -> None:

@@ -118,9 +118,12 @@ class Server:
             self._guard.wait(timeout_s)
         return self._guard.returncode is not None
 
-    def drain(self) -> None:
-        """Has the server refuse what is new and end when what runs has ended, or been cut; returns at once."""
-        self._tell("stop")
+    def drain(self, *, stuck: bool = False) -> None:
+        """Has the server refuse what is new and end when what runs has ended, or been cut; returns at once.
+
+        `stuck`: it has a load that never ends, for which it would wait.
+        """
+        self._tell("stuck" if stuck else "stop")
 
     def stop(self, *, at_once: bool = False) -> int:
         """Drains and ends the server (`at_once`: kills it), waits until nothing is left, returns its exit status."""

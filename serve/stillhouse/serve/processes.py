@@ -43,6 +43,7 @@ class Processes:
         now_s, children = time.monotonic(), self._children()
         known = {pid: self._known.get(pid) or _read(pid) for pid in children}
         self._known = {pid: process for pid, process in known.items() if process is not None}
+        self._settled &= set(children)  # a number may come again
         self._zombies = {pid: self._zombies.get(pid, now_s) for pid in children if _is_zombie(pid)}
         return [
             self._known.get(pid) or ModelProcess(pid, "", 0)

@@ -182,7 +182,7 @@ def _taken_out(directory: Path, version: int) -> str | None:
         return None
     return (
         "a process of the model has died while it was loading, and Triton waits for it; stillhouse serve starts Triton"
-        " again when it is no longer under load"
+        " again once no request has been under way for a while"
     )
 
 

@@ -60,7 +60,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
                 )
             supervisor.look()
         log.info("ending: running requests have %g s to finish", options.grace_s)
-        _drain(gateway, generator, supervisor.server, options.grace_s, hurry)
+        _drain(gateway, generator, supervisor, options.grace_s, hurry)
         return 0
     except ServeError:
         # Told to stop while a server was being started.
@@ -87,7 +87,7 @@ def unguarded(options: ServeOptions) -> str | None:
 def _drain(
     gateway: GatewayServer | None,
     generator: TritonGenerator | None,
-    server: Server,
+    supervisor: Supervisor,
     grace_s: float,
     hurry: threading.Event,
 ) -> None:
@@ -96,7 +96,7 @@ def _drain(
         gateway.refuse()
     if generator is not None:
         generator.rest()
-    server.drain()
+    supervisor.server.drain(stuck=supervisor.is_stuck)
     if gateway is not None:
         gateway.drain(grace_s, hurry=hurry)
-    server.stop()
+    supervisor.server.stop()

@@ -88,9 +88,16 @@ class Supervisor:
         self._down = set(self._left_out)
         self._stuck = set[str]()  # models with a load that never ends
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the server has a load that never ends."""
+        return bool(self._stuck)
+
     def look(self) -> None:
         """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
-        for process in map(self._named, self._processes.dead()):
+        dead = self._processes.dead()
+        self._seen &= {process.pid for process in dead}
+        for process in map(self._named, dead):
             self._take_in(process)
         if self._is_busy():
             self._quiet_since_s = time.monotonic()
@@ -148,7 +155,7 @@ class Supervisor:
                 log.warning("the process of %s has died: it is loaded again", model)
                 self._load_again(model)
         if self._must_restart():
-            log.warning("the process of %s has died, and cannot but be loaded by another server: it is started", names)
+            log.warning("the process of %s has died: the server is started again", names)
             self._restart()
         self._due_s = None
         for model in sorted(before - self._down):
