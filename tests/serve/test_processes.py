@@ -73,7 +73,11 @@ def test_a_start_whose_model_dies_while_it_loads_ends_by_name(
     tmp_path: Path, stub: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server: Any = SimpleNamespace(
-        run_directory=tmp_path, log_file=tmp_path / "log", http_url="http://127.0.0.1:9", exit_status=lambda: None
+        processes=Processes(tmp_path),
+        run_directory=tmp_path,
+        log_file=tmp_path / "log",
+        http_url="http://127.0.0.1:9",
+        exit_status=lambda: None,
     )
 
     def says_ready(_: str) -> bool:  # and at the first time, the process is killed

@@ -24,6 +24,7 @@ class Triton:
 
     def __init__(self, run_directory: Path) -> None:
         self.run_directory = run_directory
+        self.processes = Processes(run_directory)
 
     def exit_status(self) -> int | None:
         return 137

@@ -50,7 +50,6 @@ class World:
                 (self.repository / model / str(version)).mkdir(parents=True)
             (self.repository / model / "config.pbtxt").write_text('backend: "stillhouse"\n')
             set_live_versions(self.repository / model, [1])
-        monkeypatch.setattr(supervisor, "Processes", lambda _: self)
         monkeypatch.setattr(supervisor, "TritonControl", lambda _: self)
         monkeypatch.setattr(supervisor, "start_server", self.start)
         monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: self.now_s))
@@ -59,6 +58,7 @@ class World:
         self.server: Any = SimpleNamespace(
             models=[SimpleNamespace(name=model) for model in "ab"],
             run_directory=tmp_path,
+            processes=self,
             log_file=tmp_path / "log",
             ports=None,
             openai_url=None,

@@ -23,6 +23,7 @@ from stillhouse.serve.errors import PortInUse, ServeError
 from stillhouse.serve.leftovers import is_ending, new_run_directory, remove_leftovers, shm_prefix
 from stillhouse.serve.others import load_others, other_models
 from stillhouse.serve.ports import Ports, settle_ports
+from stillhouse.serve.processes import Processes
 from stillhouse.serve.protocol import DRAIN_FILE
 from stillhouse.serve.repository import ServedModel, checked_engine_options, served_models
 from stillhouse.serve.startup import wait_until_ready
@@ -89,6 +90,7 @@ class Server:
         self.host = host
         self.ports = ports
         self.openai_url: str | None = None
+        self.processes = Processes(run_directory)
         self._guard = guard
 
     @property
@@ -236,6 +238,7 @@ def _command(
         f"--http-port={ports.http}",
         f"--grpc-address={options.host}",
         f"--grpc-port={ports.grpc}",
+        "--grpc-infer-allocation-pool-size=0",  # each of the pool's messages would keep the room of its largest body
         f"--metrics-address={options.host}",
         f"--metrics-port={ports.metrics}",
         f"--exit-timeout-secs={math.ceil(options.grace_s) + _EXIT_EXTRA_S}",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stillhouse.serve.errors import LoadDied, ServeError, ServerFailed
-from stillhouse.serve.processes import Processes
 from stillhouse.serve.protocol import LOAD_ERROR_MARK
 
 if TYPE_CHECKING:
@@ -33,11 +32,11 @@ def wait_until_ready(server: Server, timeout_s: float, stop: threading.Event) ->
     Raises ServerFailed with the reason where the server ends before that, or is not there after `timeout_s`; LoadDied
     where a model's process dies, for which Triton would wait for ever.
     """
-    deadline, processes = time.monotonic() + timeout_s, Processes(server.run_directory)
+    deadline = time.monotonic() + timeout_s
     while not _says_ready(server.http_url):
         if (status := server.exit_status()) is not None:
             raise reason_of_failure(server.log_file, status)
-        if dead := processes.dead():
+        if dead := server.processes.dead():
             raise LoadDied(
                 f"{dead[0]} cannot be loaded: its process died, or was killed",
                 model=dead[0].model,

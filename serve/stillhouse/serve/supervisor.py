@@ -24,7 +24,7 @@ from stillhouse.engine.policy import live_versions, set_live_versions
 from stillhouse.serve.control import TritonControl
 from stillhouse.serve.errors import LoadDied, ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
-from stillhouse.serve.processes import ModelProcess, Processes
+from stillhouse.serve.processes import ModelProcess
 from stillhouse.serve.under_way import told_under_way
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Supervisor:
 
     def _attend(self, server: Server) -> None:
         self.server = server
-        self._processes = Processes(server.run_directory)
+        self._processes = server.processes
         self._seen = set[int]()
         self._down = set(self._left_out)
         self._stuck = set[str]()  # models with a load that never ends
