@@ -14,6 +14,7 @@ from stillhouse.gateway.gateway import Access
 from stillhouse.serve import serving
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions
+from stillhouse.serve.processes import Processes
 
 
 class Triton:
