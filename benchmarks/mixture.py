@@ -52,10 +52,14 @@ class Doors:
         self.gateway = openai.AsyncOpenAI(base_url=server.openai_url, api_key="none", max_retries=0, timeout=300)
 
     async def answers(self, question: str) -> list[str]:
-        """A greedy answer from each door, the same prompt at all of them."""
-        sampling = {"max_tokens": 48, "temperature": 0}
-        plain = [(await client.generate(self.model, question, **sampling)).text for client in (self.grpc, self.http)]
-        whole = await self.gateway.completions.create(model=self.model, prompt=question, **sampling)  # type: ignore[call-overload]
+        """A greedy answer of 48 tokens from each door, the same prompt at all of them."""
+        sampling: dict[str, Any] = {"max_tokens": 48, "temperature": 0}
+        asked = [
+            client.generate(self.model, question, **sampling, ignore_eos=True) for client in (self.grpc, self.http)
+        ]
+        plain = [(await one).text for one in asked]
+        create = self.gateway.completions.create
+        whole = await create(model=self.model, prompt=question, **sampling, extra_body={"ignore_eos": True})
         return [*plain, whole.choices[0].text]
 
     async def __aenter__(self) -> Doors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -79,6 +80,9 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                     yield write_outputs(request.model_name, outputs)
             except ModelError as error:
                 yield service_pb2.ModelStreamInferResponse(error_message=str(error))
+                if self.server.log:
+                    await asyncio.sleep(self.server.plan(read_inputs(request)).end_s)
+                    self.server.log[-1]["status"] = "sent"
                 continue
             except CutShort:
                 return

@@ -82,6 +82,16 @@ async def test_a_stream_that_is_left_at_its_last_token_ends_by_itself(small_serv
     assert next(e for e in log if e["inputs"].get("text_input") == mark)["ended"] == "done"
 
 
+async def test_a_stream_that_ended_in_an_error_ends_by_itself(small_server: Any) -> None:
+    """As above."""
+    mark = plan(tokens=3, error_after=1, end_s=0.1, mark="async, an error")
+    async with AsyncClient(small_server.url("grpc")) as client:
+        with pytest.raises(StreamBroken):
+            _ = [token async for token in client.stream(MODEL, mark)]
+    log = await asyncio.to_thread(small_server.log)
+    assert next(e for e in log if e["inputs"].get("text_input") == mark)["status"] == "sent"
+
+
 async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, small_server: Any, scheme: str) -> None:
     mark = plan(stall_after=1, mark=f"task {scheme}")
 

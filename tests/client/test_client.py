@@ -102,6 +102,14 @@ def test_a_stream_that_is_left_at_its_last_token_ends_by_itself(small_server: An
     assert next(e for e in small_server.log() if e["inputs"].get("text_input") == mark)["ended"] == "done"
 
 
+def test_a_stream_that_ended_in_an_error_ends_by_itself(small_server: Any) -> None:
+    """As above."""
+    mark = plan(tokens=3, error_after=1, end_s=0.1, mark="an error")
+    with Client(small_server.url("grpc")) as client, pytest.raises(StreamBroken):
+        list(client.stream(MODEL, mark))
+    assert next(e for e in small_server.log() if e["inputs"].get("text_input") == mark)["status"] == "sent"
+
+
 def test_closing_the_iterator_cancels_on_the_server(client: Client, small_server: Any, scheme: str) -> None:
     mark = plan(tokens=500, gap_s=0.02, mark=f"closing {scheme}")
     stream = client.stream(MODEL, mark)

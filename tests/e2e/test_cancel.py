@@ -16,7 +16,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from stillhouse.client import Client
+from stillhouse.client import Client, RequestRejected
 from stillhouse.serve.launcher import Server
 
 pytestmark = pytest.mark.triton
@@ -53,7 +53,7 @@ def test_a_waiting_request_that_is_cancelled_leaves_the_queue(
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
 
 
-def test_streams_that_are_left_at_their_last_token_leave_no_connection_behind(
+def test_streams_that_are_left_at_their_last_token_or_are_refused_leave_no_connection_behind(
     narrow_triton: Server, wait_until: Callable[..., float]
 ) -> None:
     process = psutil.Process(narrow_triton.pid)
@@ -65,6 +65,8 @@ def test_streams_that_are_left_at_their_last_token_leave_no_connection_behind(
                 while next(stream).finish_reason is None:
                     pass
                 stream.close()
+                with pytest.raises(RequestRejected):
+                    client.generate("support-int4", "Hello", max_tokens=0)
     wait_until(lambda: process.num_fds() <= before)
 
 

@@ -13,6 +13,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stillhouse.client import grpc_wire
 from stillhouse.client.address import Address
+from stillhouse.client.errors import ClientError
 from stillhouse.client.types import ModelEntry, Reply, Request
 
 
@@ -84,7 +85,11 @@ class GrpcStream:
                 raise self._transport.failure(error, self._request.model) from None
             if message is grpc.aio.EOF:
                 return None
-            self._replies.extend(grpc_wire.read_response(message, self._request))
+            try:
+                self._replies.extend(grpc_wire.read_response(message, self._request))
+            except ClientError:
+                self._answered = True
+                raise
             self._answered |= grpc_wire.is_last(self._replies)
         return self._replies.popleft()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from typing import Any
@@ -95,7 +96,11 @@ class GrpcStream:
                 for reply in replies:
                     self._replies.put(reply)
         except ClientError as error:
+            self._answered = True
             self._replies.put(error)
+            with contextlib.suppress(grpc.RpcError):
+                for _ in self._call:
+                    pass
         except grpc.RpcError as error:
             self._replies.put(grpc_wire.read_error(error, self._authority, self._request.model))
         except Exception as error:  # the boundary of a thread: whoever waits for its replies hears of it
