@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from stillhouse.client import Client, RequestRejected
+from stillhouse.client import AsyncClient, RequestRejected
 from stillhouse.serve.launcher import Server
 
 pytestmark = pytest.mark.triton
@@ -53,21 +54,27 @@ def test_a_waiting_request_that_is_cancelled_leaves_the_queue(
     wait_until(lambda: metric(narrow_triton, "num_requests_running") == 0)
 
 
-def test_streams_that_are_left_at_their_last_token_or_are_refused_leave_no_connection_behind(
+async def test_streams_that_are_left_at_their_last_token_or_are_refused_leave_no_connection_behind(
     narrow_triton: Server, wait_until: Callable[..., float]
 ) -> None:
+    async def leave(client: AsyncClient) -> None:
+        stream = client.stream("support-int4", "Hello", temperature=0, max_tokens=2, ignore_eos=True)
+        async for token in stream:
+            if token.finish_reason is not None:
+                break
+        await stream.aclose()
+
+    async def be_refused(client: AsyncClient) -> None:
+        for _ in range(10):
+            with pytest.raises(RequestRejected):
+                await client.generate("support-int4", "Hello", max_tokens=0)
+
     process = psutil.Process(narrow_triton.pid)
     before = process.num_fds()
-    for _ in range(8):
-        with Client(narrow_triton.grpc_url) as client:
-            for _ in range(4):
-                stream = client.stream("support-int4", "Hello", temperature=0, max_tokens=2, ignore_eos=True)
-                while next(stream).finish_reason is None:
-                    pass
-                stream.close()
-                with pytest.raises(RequestRejected):
-                    client.generate("support-int4", "Hello", max_tokens=0)
-    wait_until(lambda: process.num_fds() <= before)
+    for _ in range(4):
+        async with AsyncClient(narrow_triton.grpc_url) as client:
+            await asyncio.gather(*(ask(client) for _ in range(4) for ask in (leave, be_refused)))
+    await asyncio.to_thread(wait_until, lambda: process.num_fds() <= before)
 
 
 def test_a_closed_http_stream_frees_its_slot(
