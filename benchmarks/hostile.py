@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     parser.add_argument("--model", default="support-int4")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--warm-up", type=int, default=2_500, help="requests before memory is read for the first time")
+    parser.add_argument("--warm-up", type=int, default=5_000, help="requests before memory is read for the first time")
     parser.add_argument("--first", type=int, default=0, help="the number of the first one, to send some of them again")
     parser.add_argument("--seconds", type=float, default=900.0, help="after these, no new ones are sent")
     parser.add_argument("--seed", type=int, default=0)

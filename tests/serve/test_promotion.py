@@ -179,6 +179,7 @@ def test_a_signal_in_a_move_puts_back_what_was_live(
     repository: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, load: int
 ) -> None:
     model, server = repository / "tiny-int4", serving(repository, monkeypatch, [1])
+    outside = signal.signal(number, signal.SIG_DFL)  # which nohup, say, may have had ignored
     before, handler = (model / "config.pbtxt").read_text(), signal.getsignal(number)
 
     def send() -> None:  # and once more while it is put back
@@ -186,11 +187,14 @@ def test_a_signal_in_a_move_puts_back_what_was_live(
             signal.raise_signal(number)
 
     server.meanwhile = send
-    with pytest.raises(SystemExit) as ended:
-        promote(repository, "tiny-int4", 2, NOBODY)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            promote(repository, "tiny-int4", 2, NOBODY)
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, outside)
     assert ended.value.code == 128 + number
     assert ((model / "config.pbtxt").read_text(), server.loaded) == (before, [1])
-    assert signal.getsignal(number) == handler
 
 
 class Killed(BaseException):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 # malloc.h of glibc; the values are those that the server's own processes have from their environment (serve).
-_PARAMETERS = {-1: 2**19, -3: 2**18, -8: 1}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+_PARAMETERS = {-1: 2**20, -3: 4 * 2**20, -8: 4}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
 
 
 def give_memory_back() -> bool:

@@ -116,9 +116,9 @@ def lay_out_backends(install: TritonInstall, directory: Path) -> Path:
     return directory
 
 
-# glibc keeps freed memory for each of many threads, and more the larger the largest body was. So there is one arena,
-# and what is large is mapped alone and goes back to the system when it is freed (docs/serve.md, hostile requests).
-_GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**19)}
+# glibc keeps freed memory for each of many threads, and more the larger the largest body was: what is large is mapped
+# alone instead and goes back to the system when it is freed.
+_GIVE_BACK = {"MALLOC_ARENA_MAX": "4", "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 
 
 def server_environment(libpython: Path, engine_options_json: str, drain_file: Path) -> dict[str, str]:
