@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,7 @@ from stillhouse.engine.errors import shown
 from stillhouse.engine.neutral import NEUTRAL, is_neutral
 from stillhouse.engine.sampling import MAX_BIASES, MAX_STOPS
 from stillhouse.gateway.errors import ApiError, invalid
+from stillhouse.gateway.memory import trim_soon
 
 MAX_BODY_BYTES = 16 * 2**20
 # Between two pieces of a body: whoever sends slower than this holds a connection and nothing else.
@@ -30,13 +32,17 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 Body = TypeVar("Body", bound=BaseModel)
 
+# One at a time: Python's lock lets no two be read at once, and each may come to hundreds of MB of objects meanwhile.
+_large_bodies = ThreadPoolExecutor(1, thread_name_prefix="stillhouse-body")
+
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
     """The request's body as a `kind`. Raises ApiError, naming the field that is unknown, ill-typed or out of range."""
     data = await _read_bytes(request)
     if len(data) < _LARGE_BYTES:
         return _parse(data, kind)
-    return await asyncio.get_running_loop().run_in_executor(None, _parse, data, kind)
+    trim_soon()
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, _parse, data, kind)
 
 
 async def _read_bytes(request: Request) -> bytes:
