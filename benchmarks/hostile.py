@@ -40,7 +40,7 @@ PROMPT = "The capital of France is"
 CLIENTS, CONTROL_EVERY = 8, 250
 _SETTLE_S = 1.0
 # What a process may still take in the second half of the requests: RSS as a share, and descriptors.
-_RSS_GROWTH, _MORE_DESCRIPTORS = 0.1, 2
+_RSS_GROWTH, _MORE_DESCRIPTORS = 0.25, 2
 
 
 State = dict[str, dict[str, int]]  # by process: rss_bytes, descriptors
