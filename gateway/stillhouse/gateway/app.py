@@ -85,11 +85,9 @@ def _add_watching(app: FastAPI, gateway: Gateway) -> None:
             return error_response(unavailable(reason))
         return Response(b'{"status":"ok"}', media_type="application/json")
 
-    about = {"version": importlib.metadata.version("stillhouse")}
-
     @app.api_route("/version", methods=["GET", "HEAD"])
     async def version() -> Response:
-        return JSONResponse(about)
+        return JSONResponse({"version": importlib.metadata.version("stillhouse")})
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
