@@ -44,7 +44,7 @@ class Processes:
         known = {pid: self._known.get(pid) or _read(pid) for pid in children}
         self._known = {pid: process for pid, process in known.items() if process is not None}
         self._settled &= set(children)  # a number may come again
-        self._zombies = {pid: self._zombies.get(pid, now_s) for pid in children if _is_zombie(pid)}
+        self._zombies = {pid: self._zombies.get(pid, now_s) for pid in children if _state(pid) == "Z"}
         return [
             self._known.get(pid) or ModelProcess(pid, "", 0)
             for pid, since_s in sorted(self._zombies.items())
@@ -86,7 +86,13 @@ def _read(pid: int) -> ModelProcess | None:
     return None
 
 
-def _is_zombie(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """False for one that is gone, and for one that has died and is not asked after."""
+    return _state(pid) not in (None, "Z")
+
+
+def _state(pid: int) -> str | None:
+    """The letter that the system has for it, Z for a zombie; None for one that is gone: proc(5)."""
     with contextlib.suppress(OSError):
-        return (_PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0] == "Z"
-    return False
+        return (_PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0]
+    return None

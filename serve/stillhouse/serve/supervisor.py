@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-import psutil
-
 from stillhouse.client import ClientError
 from stillhouse.engine.directory import held
 from stillhouse.engine.errors import StillhouseError, VersionError
@@ -24,7 +22,7 @@ from stillhouse.engine.policy import live_versions, set_live_versions
 from stillhouse.serve.control import TritonControl
 from stillhouse.serve.errors import LoadDied, ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
-from stillhouse.serve.processes import ModelProcess
+from stillhouse.serve.processes import ModelProcess, runs
 from stillhouse.serve.under_way import told_under_way
 
 log = logging.getLogger(__name__)
@@ -255,7 +253,7 @@ class Supervisor:
         self._attend(started)
 
     def _is_busy(self) -> bool:
-        return any(count for pid, count in told_under_way(self.server.run_directory).items() if _runs(pid))
+        return any(count for pid, count in told_under_way(self.server.run_directory).items() if runs(pid))
 
     def _is_quiet(self) -> bool:
         return time.monotonic() - self._quiet_since_s > _QUIET_S
@@ -263,14 +261,7 @@ class Supervisor:
 
 def _left_unended(server: Server) -> bool:
     """Whether processes that have died had requests under way: Triton leaves their clients without an end."""
-    return any(count for pid, count in told_under_way(server.run_directory).items() if not _runs(pid))
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return any(count for pid, count in told_under_way(server.run_directory).items() if not runs(pid))
 
 
 class _Busy(StillhouseError):

@@ -78,9 +78,7 @@ class Watcher:
             try:
                 self._ending.look()
                 self._look_after(number, self._ending.cut)
-            except (
-                Exception
-            ):  # the boundary of a thread that must not end: whoever is next in turn is asked all the same
+            except Exception:  # the boundary of a thread that must not end: the next in turn are asked all the same
                 log.exception("looking after the requests failed")
             if self._failed():
                 # Time for the errors to be sent that the engine has handed out.
