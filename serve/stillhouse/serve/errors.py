@@ -91,9 +91,13 @@ def one_line(error: StillhouseError) -> str:
 
 def kind_and_line(error: StillhouseError) -> str:
     """As `one_line`, behind the error's kind."""
-    return f"{next(said for kind, said in KINDS.items() if isinstance(error, kind))}: {one_line(error)}"
+    return f"{_said_of(error, KINDS)}: {one_line(error)}"
 
 
 def metric_kind(error: StillhouseError) -> str:
     """The error's kind as the metrics count it."""
-    return next(said for kind, said in METRIC_KINDS.items() if isinstance(error, kind))
+    return _said_of(error, METRIC_KINDS)
+
+
+def _said_of(error: StillhouseError, kinds: dict[type[StillhouseError], str]) -> str:
+    return next(said for kind, said in kinds.items() if isinstance(error, kind))

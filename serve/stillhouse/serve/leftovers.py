@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.guard import remove_shared_memory
+from stillhouse.serve.processes import stat_of
 from stillhouse.serve.protocol import DRAIN_FILE
 
 _LOCK = "lock"
@@ -74,14 +75,10 @@ def is_ending(ports: Sequence[int]) -> bool:
                 if not any(word.endswith(f"-port={port}") for word in command for port in ports):
                     continue
                 launcher = int((directory / _LAUNCHER).read_text())
-                if orphaned := _parent_of(process) != launcher:
+                if orphaned := int(stat_of(process)[1]) != launcher:
                     os.kill(process, signal.SIGTERM)
                 ending |= orphaned or (directory / DRAIN_FILE).exists()
     return ending
-
-
-def _parent_of(process: int) -> int:
-    return int((Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def _is_abandoned(directory: Path) -> bool:

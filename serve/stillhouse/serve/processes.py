@@ -91,8 +91,13 @@ def runs(pid: int) -> bool:
     return _state(pid) not in (None, "Z")
 
 
+def stat_of(pid: int) -> list[str]:
+    """What /proc/PID/stat says behind the name: the state (Z for a zombie), the parent, …: proc(5). Raises OSError."""
+    return (_PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+
+
 def _state(pid: int) -> str | None:
-    """The letter that the system has for it, Z for a zombie; None for one that is gone: proc(5)."""
+    """None for one that is gone."""
     with contextlib.suppress(OSError):
-        return (_PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0]
+        return stat_of(pid)[0]
     return None
