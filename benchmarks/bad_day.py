@@ -1,6 +1,6 @@
-"""What a server does on a bad day, in figures: clients that go, ten times the load, a model's process that is killed.
+"""What a server does on a bad day, in figures: clients that go, ten times the load, processes that are killed.
 
-    python benchmarks/bad_day.py                       # 50 tries of each way to go, the overload, 10 kills
+    python benchmarks/bad_day.py                       # 50 tries of each way to go, the overload, 10 of each kill
     python benchmarks/bad_day.py --tries 5 --only gone overload --ways cancel
     python benchmarks/bad_day.py --only killed --write-docs
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import publish, two_columns
 from gone import PROMPT, WAYS, gone, milliseconds, percentile
-from killed import TITLES, killed
+from killed import TITLES, VICTIMS, killed
 from machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ ANSWER: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True
 SLOTS, TIMES = 4, 10
 QUEUE = SLOTS  # as many may wait where nothing else is said
 CROWDS = {"gone": 1, "gone_from_full": EngineOptions().max_num_seqs}  # part: slots
-PARTS = [*CROWDS, "overload", "killed"]
+PARTS = [*CROWDS, "overload", *VICTIMS]
 BEGIN, END = "<!-- bad day: begin -->", "<!-- bad day: end -->"
 
 
@@ -86,10 +86,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if "overload" in options.only:
         with serving(options, {"max_num_seqs": SLOTS}) as server:
             figures["overload"] = overload(server, options)
-    if "killed" in options.only:
-        seen = killed(options.repository, options.model, options.tries or 10)
-        times = {name: milliseconds(values) for name, values in vars(seen).items() if name != "failures"}
-        figures["killed"] = times | {"failed": seen.failures[:10]}
+    for part in VICTIMS:
+        if part in options.only:
+            seen = killed(options.repository, options.model, part, options.tries or 10)
+            times = {name: milliseconds(values) for name, values in vars(seen).items() if name != "failures"}
+            figures[part] = times | {"failed": seen.failures[:10]}
     return figures
 
 
@@ -111,9 +112,9 @@ def markdown(report: dict[str, Any]) -> str:
             ("p95 time to first token of the admitted, against that at full load", f"{of['ttft_ratio']:.2f}"),
             ("failed otherwise", str(len(of["failed"]))),
         ]
-    if of := figures.get("killed"):
-        rows += [(f"model killed: {title}", _spread(of[name])) for name, title in TITLES.items()]
-        rows.append(("model killed: what should not have been", str(len(of["failed"]))))
+    for of, (who, _) in ((figures[part], victim) for part, victim in VICTIMS.items() if part in figures):
+        rows += [(f"{who} killed: {title}", _spread(of[name])) for name, title in TITLES.items()]
+        rows.append((f"{who} killed: what should not have been", str(len(of["failed"]))))
     return two_columns(rows, report, f"{report['model']}; p95, and the longest of so many tries")
 
 

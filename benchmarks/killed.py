@@ -1,6 +1,7 @@
-"""A model's process is killed with SIGKILL under its streams: when each hears of it, and when it is answered again.
+"""A model's process, or Triton, is killed with SIGKILL under streams: when each hears of it, and is answered again.
 
-Part of bad_day.py. Triton itself neither ends the streams nor starts the process again; `stillhouse serve` does.
+Part of bad_day.py. Triton itself neither ends a dead model's streams nor starts its process again; `stillhouse serve`
+does, and starts Triton again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from served import free_port
 from stillhouse.client import AsyncClient, ClientError
 
 STREAMS = 2  # of each kind
+# Part: who is killed, by how the processes' names begin.
+VICTIMS = {"killed": ("model", "triton_python_"), "killed_triton": ("Triton", "tritonserver")}
 TITLES = {
     "grpc_error_s": "the error of a gRPC stream",
     "gateway_error_s": "the error of a gateway's stream",
@@ -48,13 +51,13 @@ class Tries:
     failures: list[str] = field(default_factory=list)
 
 
-def killed(repository: Path, model: str, tries: int) -> Tries:
+def killed(repository: Path, model: str, part: str, tries: int) -> Tries:
     """Each try has a server of its own, for a death that follows another is repaired later and later."""
-    seen = Tries()
+    seen, (who, name) = Tries(), VICTIMS[part]
     for number in range(tries):
         with served(repository, model) as (command, urls):
-            asyncio.run(_one_try(command, urls, model, seen))
-        print(f"killed: try {number + 1} of {tries}", file=sys.stderr, flush=True)
+            asyncio.run(_one_try(command, name, urls, model, seen))
+        print(f"{who} killed: try {number + 1} of {tries}", file=sys.stderr, flush=True)
     return seen
 
 
@@ -79,7 +82,7 @@ def served(repository: Path, model: str) -> Iterator[tuple[psutil.Process, dict[
                 process.terminate()
 
 
-async def _one_try(command: psutil.Process, urls: dict[str, str], model: str, seen: Tries) -> None:
+async def _one_try(command: psutil.Process, victim: str, urls: dict[str, str], model: str, seen: Tries) -> None:
     running = [asyncio.Event() for _ in range(2 * STREAMS)]
     async with (
         AsyncClient(urls["grpc"]) as client,
@@ -88,7 +91,7 @@ async def _one_try(command: psutil.Process, urls: dict[str, str], model: str, se
         over_grpc = [asyncio.create_task(_grpc_error(client, model, event, seen)) for event in running[:STREAMS]]
         over_http = [asyncio.create_task(_gateway_error(http, model, event, seen)) for event in running[STREAMS:]]
         await asyncio.gather(*(event.wait() for event in running))
-        for process in _model_processes(command):
+        for process in _alive(command, victim):
             process.kill()
         killed_s = time.perf_counter()
         told_s = asyncio.create_task(_until(lambda: _status(http, "/health", 503), 0.02))
@@ -158,6 +161,6 @@ async def _gateway_answers(http: httpx.AsyncClient, model: str, seen: Tries) -> 
     return answer.status_code == 200
 
 
-def _model_processes(command: psutil.Process) -> list[psutil.Process]:
+def _alive(command: psutil.Process, name: str) -> list[psutil.Process]:
     children = command.children(recursive=True)
-    return [child for child in children if child.name().startswith("triton_python_") and child.status() != "zombie"]
+    return [child for child in children if child.name().startswith(name) and child.status() != "zombie"]

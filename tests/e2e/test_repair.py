@@ -31,15 +31,31 @@ LONG = {
 }
 
 
-def test_a_server_that_ends_by_itself_is_an_error_with_its_log(
-    support_repository: Path, tmp_path: Path, serving: Serving, processes_below: ProcessesBelow
+def test_a_server_that_ends_by_itself_is_started_again_and_its_log_is_kept(
+    support_repository: Path,
+    tmp_path: Path,
+    wait_until: Callable[..., float],
+    serving: Serving,
+    processes_below: ProcessesBelow,
+    status_of: Callable[[str], int],
 ) -> None:
     with serving(support_repository, tmp_path / "home") as command:
-        os.kill(int((command.run_directory / "server.pid").read_text()), signal.SIGKILL)
-        _, said = command.process.communicate(timeout=15)
-        assert command.process.returncode == 1
-        assert "error: the Triton server ended by itself with status 137" in said
-        assert "triton-" in said.split("hint:")[1]
+        asked = {"model": "support-int4", "prompt": "Hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{command.gateway_url}/v1/completions", json=asked, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(int((command.run_directory / "server.pid").read_text()), signal.SIGKILL)
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert events[-1]["error"]["code"] == "service_unavailable"
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 503)
+        wait_until(lambda: status_of(f"{command.gateway_url}/health") == 200, BACK_S)
+        short = {"model": "support-int4", "prompt": "Hello", "max_tokens": 1}
+        assert httpx.post(f"{command.gateway_url}/v1/completions", json=short, timeout=60).status_code == 200
+        assert list(command.home.rglob("triton-*.log.1"))
+        command.process.terminate()
+        _, said = command.process.communicate(timeout=60)
+        assert command.process.returncode == 0
+        assert "the Triton server ended by itself with status 137" in said
         assert processes_below(command.home) == []
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stillhouse.gateway.gateway import Access
-from stillhouse.serve import serving
+from stillhouse.serve import serving, supervisor
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions
 from stillhouse.serve.processes import Processes
@@ -21,6 +21,7 @@ class Triton:
     """A server that is told to end, or has ended, at a look."""
 
     log_file = Path("triton.log")
+    ports = None
     models: tuple[()] = ()
 
     def __init__(self, run_directory: Path) -> None:
@@ -29,6 +30,8 @@ class Triton:
 
     def exit_status(self) -> int | None:
         return 137
+
+    def stop(self, *, at_once: bool = False) -> None: ...
 
 
 class Gateway:
@@ -53,9 +56,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], None]:
     return put
 
 
-def test_a_server_that_ends_by_itself_is_an_error(stand_ins: Callable[[Any, Any], None], tmp_path: Path) -> None:
+def test_a_server_that_has_ended_and_does_not_come_up_again_is_an_error(
+    stand_ins: Callable[[Any, Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_server(*_: object, **__: object) -> None:
+        raise ServeError("port 8000 is in use")
+
     stand_ins(Triton(tmp_path), Gateway())
-    with pytest.raises(ServeError, match="ended by itself with status 137"):
+    monkeypatch.setattr(supervisor, "start_server", start_server)
+    with pytest.raises(ServeError, match="port 8000 is in use"):
         serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None)
 
 
@@ -68,8 +77,6 @@ class Draining(Triton):
         signal.raise_signal(signal.SIGINT)
 
     def drain(self, *, stuck: bool) -> None: ...
-
-    def stop(self) -> None: ...
 
     def hurry(self) -> None:
         self.hurried = True

@@ -45,6 +45,7 @@ class World:
         self.loads: list[str] = []
         self.starts: list[str] = []  # models whose process dies in the next starts, "" for none
         self.busy = self.unended = False
+        self.status: int | None = None  # what the server has ended with
         for model in "ab":
             for version in (1, 2):
                 (self.repository / model / str(version)).mkdir(parents=True)
@@ -63,6 +64,7 @@ class World:
             ports=None,
             openai_url=None,
             grpc_url="grpc://127.0.0.1:9",
+            exit_status=lambda: self.status,
             stop=lambda **_: self.done.append("stop"),
         )
         backoff: Any = SimpleNamespace(next_s=lambda: 0.0)
@@ -138,6 +140,7 @@ class World:
         if self.starts and (dying := self.starts.pop(0)):
             raise LoadDied(f"{dying} died", model=dying)
         self.processes.clear()
+        self.status = None
         for model in options.models or ():
             self.run(model, 1)
         return self.server
@@ -232,6 +235,18 @@ def test_requests_that_have_no_end_want_another_server(world: World) -> None:
     world.kill("a", 1)
     world.unended = True
     world.look()
+    assert world.done == ["stop", "start ab"]
+
+
+def test_a_server_that_ends_by_itself_is_started_again_with_every_model_when_that_is_due(world: World) -> None:
+    waits: Any = SimpleNamespace(next_s=lambda: 4.0)
+    world.supervisor._backoff = waits
+    world.status = 134
+    world.processes.clear()
+    world.look(10)
+    assert (world.told, world.done) == (["a is back", "b is back"], []), "both are asked, and found not to answer"
+    world.look(20)
+    assert world.told == ["a is back", "b is back"] * 2
     assert world.done == ["stop", "start ab"]
 
 

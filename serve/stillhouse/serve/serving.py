@@ -1,4 +1,4 @@
-"""`stillhouse serve`: Triton and the gateway until a signal; a model's process that dies is repaired."""
+"""`stillhouse serve`: Triton and the gateway until a signal; what dies meanwhile is started again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
     """Serves until SIGINT or SIGTERM (a second one cuts the grace time short); must run in the main thread.
 
     Calls `announce` once, when the server answers. Returns 0 after a stop that was asked for, and raises ServeError
-    if the server ended by itself, or does not come up again after a model's process has died under its requests.
+    if the server does not come up, or not again after it or a model's process has died.
     """
     asked, hurry, supervisor = threading.Event(), threading.Event(), None
 
@@ -53,11 +53,6 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         supervisor = Supervisor(server, options, generator, asked, Backoff())
         announce(server)
         while not asked.wait(_LOOK_S):
-            if (status := supervisor.server.exit_status()) is not None:
-                raise ServeError(
-                    f"the Triton server ended by itself with status {status}",
-                    hint=f"its log: {server.log_file}",
-                )
             supervisor.look()
         log.info("ending: running requests have %g s to finish", options.grace_s)
         _drain(gateway, generator, supervisor, options.grace_s, hurry)

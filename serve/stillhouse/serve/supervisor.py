@@ -1,5 +1,8 @@
 """Looks after the models' processes: Triton neither restarts one that has died, nor ends its streams, nor says so.
 
+Now and then Triton itself dies with one: both use the same locks in shared memory, and one that is killed with a lock
+in its hand is an exception that Triton does not catch (triton-inference-server/server#8882). Then all is started again.
+
 Nor does Triton 2.51 ever end a load whose process has died: every other load of that model waits behind it, while the
 versions that are loaded and the other models go on answering. Only another server loads that model again.
 """
@@ -84,6 +87,7 @@ class Supervisor:
         self._processes = server.processes
         self._seen = set[int]()
         self._down = set(self._left_out)
+        self._ended = False
         self._stuck = set[str]()  # models with a load that never ends
 
     @property
@@ -93,6 +97,8 @@ class Supervisor:
 
     def look(self) -> None:
         """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
+        if not self._ended and (status := self.server.exit_status()) is not None:
+            self._take_in_end(status)
         dead = self._processes.dead()
         self._seen &= {process.pid for process in dead}
         for process in map(self._named, dead):
@@ -101,11 +107,18 @@ class Supervisor:
             self._quiet_since_s = time.monotonic()
         for model in self._stuck - self._down:
             self._put_policy_back(model)
-        if self._down:
+        if self._ended or self._down:
             self._repair_when_due()
         elif self._stuck and self._is_quiet():
             log.warning("the server is started again, for it cannot load %s", ", ".join(sorted(self._stuck)))
             self._restart()
+
+    def _take_in_end(self, status: int) -> None:
+        log.warning("the Triton server ended by itself with status %d", status)
+        self._ended = True
+        self._down = set(self._names)
+        for model in self._names:
+            self._have_asked(model)
 
     def _take_in(self, process: ModelProcess) -> None:
         loaded = self._processes.has_loaded(process)
@@ -153,20 +166,26 @@ class Supervisor:
                 log.warning("the process of %s has died: it is loaded again", model)
                 self._load_again(model)
         if self._must_restart():
-            log.warning("the process of %s has died: the server is started again", names)
+            what = "the Triton server has ended" if self._ended else f"the process of {names} has died"
+            log.warning("%s: the server is started again", what)
             self._restart()
         self._due_s = None
         for model in sorted(before - self._down):
             log.warning("%s answers again after %.1f s", model, time.monotonic() - begun_s)
-            if self._told is not None:
-                self._told.suspect(model)
+            self._have_asked(model)
+
+    def _have_asked(self, model: str) -> None:
+        if self._told is not None:
+            self._told.suspect(model)
 
     def _must_restart(self) -> bool:
         if self._stop.is_set():
             return False
+        if self._ended or _left_unended(self.server):
+            return True
         stuck = self._stuck & self._down
         # Not again and again, at the cost of the other models' streams, for one that has died in the last start, too.
-        return _left_unended(self.server) or bool(stuck - self._left_out) or (bool(stuck) and self._is_quiet())
+        return bool(stuck - self._left_out) or (bool(stuck) and self._is_quiet())
 
     def _load_again(self, model: str) -> None:
         dead = [process for process in self._processes.dead() if process.model == model]
