@@ -8,6 +8,7 @@ import re
 import socket
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from stillhouse.engine.errors import StillhouseError, UsageError, VersionError
 from stillhouse.gateway.gateway import Access
 from stillhouse.serve import control
-from stillhouse.serve.errors import PortInUse, ServeError, ServerFailed, TritonNotFound
+from stillhouse.serve.errors import LoadHopeless, PortInUse, ServeError, ServerFailed, TritonNotFound
 from stillhouse.serve.launcher import ServeOptions, start_server
 from stillhouse.serve.others import load_others, other_models
 from stillhouse.serve.ports import Ports, settle_ports
@@ -148,18 +149,21 @@ def test_a_model_of_another_backend_that_cannot_be_loaded_costs_the_others_nothi
         def __init__(self, url: str) -> None:
             assert url == "grpc://here:1"
 
-        def load(self, model: str) -> None:
+        def load(self, model: str, hopeless: Callable[[], str | None]) -> None:
             if model == "after":
                 raise ServeError("no module named pandas")
+            if (reason := hopeless()) is not None:
+                raise LoadHopeless(reason)
             loaded.append(model)
 
         def close(self) -> None:
             pass
 
     monkeypatch.setattr(control, "TritonControl", Control)
-    load_others("grpc://here:1", ["after", "whole"])
+    load_others("grpc://here:1", ["after", "dead", "whole"], {"dead": "its process died"}.get)
     assert loaded == ["whole"]
     assert "after, of another backend, is left out: no module named pandas" in caplog.text
+    assert "dead, of another backend, is left out: its process died" in caplog.text
 
 
 def test_a_missing_libpython_names_the_package_to_install(tmp_path: Path) -> None:

@@ -148,13 +148,14 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
     Raises StillhouseError (a port in use, no repository, a model that does not load, …), with nothing left running.
     `stop`, once set, ends the wait: ServeError.
     """
+    stop = stop or threading.Event()
     models = served_models(options.repository, options.models)
     engine_options = checked_engine_options(options.repository, models, options.engine)
     install = find_tritonserver(options.tritonserver)
     libpython = find_libpython()
     for leftover in remove_leftovers():
         log.info("cleaned up after a run that was killed: %s", leftover.name)
-    ports = _ports_of(options, stop or threading.Event())
+    ports = _ports_of(options, stop)
     log_file = (options.log_file or _default_log_file(ports)).absolute()
 
     run_directory, lock = new_run_directory()
@@ -170,12 +171,21 @@ def start_server(options: ServeOptions, *, stop: threading.Event | None = None) 
         os.close(lock)
     server = Server(guard, options.host, ports, models, log_file, run_directory)
     try:
-        wait_until_ready(server, options.ready_timeout_s, stop or threading.Event())
-        load_others(server.grpc_url, other_models(options.repository, options.models))
+        wait_until_ready(server, options.ready_timeout_s, stop)
+        others = other_models(options.repository, options.models)
+        load_others(server.grpc_url, others, lambda model: _hopeless(server, model, stop))
     except BaseException:
         server.stop(at_once=True)
         raise
     return server
+
+
+def _hopeless(server: Server, model: str, stop: threading.Event) -> str | None:
+    """Why there is no use in waiting for Triton to load `model`, of another backend."""
+    if stop.is_set():
+        return "the server is to end"
+    died = any(process.model == model for process in server.processes.dead())
+    return "its process died while it was loading" if died else None
 
 
 def _ports_of(options: ServeOptions, stop: threading.Event) -> Ports:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,11 @@ def other_models(repository: Path, names: Sequence[str] | None = None) -> list[s
     return others if names is None else [name for name in others if name in names]
 
 
-def load_others(grpc_url: str, models: Sequence[str]) -> None:
+def load_others(grpc_url: str, models: Sequence[str], hopeless: Callable[[str], str | None]) -> None:
     """Has Triton load `models`; one that it cannot load costs the others nothing.
 
-    To be called once ours answer: an ensemble needs its members.
+    To be called once ours answer: an ensemble needs its members. `hopeless` is asked why there is no use in waiting
+    for a model.
     """
     if not models:
         return
@@ -36,12 +37,12 @@ def load_others(grpc_url: str, models: Sequence[str]) -> None:
 
     with contextlib.closing(TritonControl(grpc_url)) as triton:
         for model in models:
-            _load(triton, model)
+            _load(triton, model, hopeless)
 
 
-def _load(triton: TritonControl, model: str) -> None:
+def _load(triton: TritonControl, model: str, hopeless: Callable[[str], str | None]) -> None:
     try:
-        triton.load(model)
+        triton.load(model, lambda: hopeless(model))
     except ServeError as error:
         log.warning("%s, of another backend, is left out: %s", model, error)
     else:
