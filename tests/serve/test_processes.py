@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from stillhouse.serve import startup
+from stillhouse.serve import processes, startup
 from stillhouse.serve.control import TritonControl
 from stillhouse.serve.errors import LoadDied, LoadHopeless
-from stillhouse.serve.processes import Processes
+from stillhouse.serve.processes import Processes, runs
 
 # A server that starts the process of m-int4/2, and does not ask after it when it has died.
 SERVER = """
@@ -45,18 +45,36 @@ def stub(tmp_path: Path) -> Iterator[int]:
 def test_a_process_that_dies_is_known_by_its_version_and_whether_it_had_loaded_it(
     tmp_path: Path, stub: int, wait_until: Callable[..., float]
 ) -> None:
-    processes = Processes(tmp_path)
-    assert processes.dead() == []
+    seen = Processes(tmp_path)
+    assert seen.dead() == []
     os.kill(stub, signal.SIGKILL)
-    wait_until(processes.dead)
-    (dead,) = processes.dead()
-    assert (dead.model, dead.version, processes.has_loaded(dead)) == ("m-int4", 2, False)
-    assert processes.loaded_versions("m-int4") == set()
+    wait_until(seen.dead)
+    (dead,) = seen.dead()
+    assert (dead.model, dead.version, seen.has_loaded(dead)) == ("m-int4", 2, False)
+    assert seen.loaded_versions("m-int4") == set()
     (tmp_path / f"under-way-{stub}").touch()
-    assert processes.has_loaded(dead)
-    assert processes.loaded_versions("m-int4") == {2}
-    processes.settle(dead)
-    assert (processes.dead(), processes.loaded_versions("m-int4")) == ([], set())
+    assert seen.has_loaded(dead)
+    assert seen.loaded_versions("m-int4") == {2}
+    seen.settle(dead)
+    assert (seen.dead(), seen.loaded_versions("m-int4")) == ([], set())
+
+
+def test_one_that_triton_ends_while_it_loads_may_be_asked_after_late(
+    tmp_path: Path, stub: int, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    seen = Processes(tmp_path)
+    os.kill(stub, signal.SIGKILL)
+    wait_until(lambda: not runs(stub))
+    assert seen.dead() == []
+    now_s[0] += 1.0
+    assert seen.dead() == []
+    (tmp_path / f"under-way-{stub}").touch()
+    assert [dead.pid for dead in seen.dead()] == [stub], "it had loaded: Triton asks after that at once"
+    (tmp_path / f"under-way-{stub}").unlink()
+    now_s[0] += 3.0
+    assert [dead.pid for dead in seen.dead()] == [stub]
 
 
 def test_one_that_died_before_it_was_seen_is_told_without_its_name(
@@ -64,9 +82,9 @@ def test_one_that_died_before_it_was_seen_is_told_without_its_name(
 ) -> None:
     os.kill(stub, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{stub}/cmdline").read_bytes())
-    processes = Processes(tmp_path)
-    wait_until(processes.dead)
-    assert [dead.model for dead in processes.dead()] == [""]
+    seen = Processes(tmp_path)
+    wait_until(seen.dead)
+    assert [dead.model for dead in seen.dead()] == [""]
 
 
 def test_a_start_whose_model_dies_while_it_loads_ends_by_name(

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from stillhouse.serve.protocol import UNDER_WAY_FILE
 
-# One that Triton has ended itself is a zombie for an instant at most; one that has died stays one.
+# One that Triton has ended itself is a zombie for an instant; one that has died stays one. While a model loads, Triton
+# ends its first process itself (it is asked for its configuration), and on a busy machine comes to ask after it late.
 _DEAD_AFTER_S = 0.15
+_DEAD_LOADING_AFTER_S = 3.0
 _PROC = Path("/proc")
 # Its first argument is MODEL/VERSION/model.py; Triton starts it by way of a shell.
 _STUB = re.compile(r"triton_python_backend_stub\s(.+?)/(\d+)/model\.py\s")
@@ -45,11 +47,8 @@ class Processes:
         self._known = {pid: process for pid, process in known.items() if process is not None}
         self._settled &= set(children)  # a number may come again
         self._zombies = {pid: self._zombies.get(pid, now_s) for pid in children if _state(pid) == "Z"}
-        return [
-            self._known.get(pid) or ModelProcess(pid, "", 0)
-            for pid, since_s in sorted(self._zombies.items())
-            if pid not in self._settled and now_s - since_s >= _DEAD_AFTER_S
-        ]
+        zombies = [self._known.get(pid) or ModelProcess(pid, "", 0) for pid in sorted(self._zombies)]
+        return [process for process in zombies if process.pid not in self._settled and self._is_dead(process, now_s)]
 
     def settle(self, process: ModelProcess) -> None:
         """Nothing more is to be done about this one."""
@@ -66,6 +65,10 @@ class Processes:
             for process in self._known.values()
             if process.model == model and process.pid not in self._settled and self.has_loaded(process)
         }
+
+    def _is_dead(self, process: ModelProcess, now_s: float) -> bool:
+        patience_s = _DEAD_AFTER_S if self.has_loaded(process) else _DEAD_LOADING_AFTER_S
+        return now_s - self._zombies[process.pid] >= patience_s
 
     def _children(self) -> list[int]:
         # By thread, for it is the one that started a process that has it as its child.
