@@ -18,16 +18,24 @@ from stillhouse.serve.processes import ModelProcess
 from stillhouse.serve.supervisor import Backoff, Supervisor
 
 
-def test_the_first_repair_is_at_once_and_those_that_follow_closely_wait_longer_and_longer() -> None:
+def test_a_repair_is_at_once_unless_the_one_before_did_not_help() -> None:
     now_s = [1000.0]
     backoff = Backoff(lambda: now_s[0])
-    waits = []
-    for _ in range(8):
-        waits.append(backoff.next_s())
-        now_s[0] += waits[-1] + 3.0  # the repair, and a moment of life
-    assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
-    now_s[0] += 300.0
-    assert [backoff.next_s(), backoff.next_s()] == [0, 1]
+
+    def waits(count: int, life_s: float, *, over: bool = True) -> list[float]:
+        said = []
+        for _ in range(count):
+            said.append(backoff.next_s())
+            now_s[0] += said[-1] + 60.0  # a large model
+            if over:
+                backoff.over()
+            now_s[0] += life_s
+        return said
+
+    assert waits(8, life_s=3) == [0, 1, 2, 4, 8, 16, 30, 30]
+    now_s[0] += 10
+    assert waits(3, life_s=11) == [0, 0, 0]
+    assert waits(3, life_s=3600, over=False) == [0, 1, 2], "it never came back"
 
 
 class World:
@@ -67,7 +75,7 @@ class World:
             exit_status=lambda: self.status,
             stop=lambda **_: self.done.append("stop"),
         )
-        backoff: Any = SimpleNamespace(next_s=lambda: 0.0)
+        backoff: Any = SimpleNamespace(next_s=lambda: 0.0, over=lambda: None)
         self.supervisor = Supervisor(self.server, ServeOptions(self.repository), self, self.stop, backoff)
         self.run("a", 1)
         self.run("b", 1)
@@ -220,7 +228,7 @@ def test_a_kept_version_that_dies_is_loaded_again_alone_or_left_out(
 
 
 def test_while_a_repair_is_put_off_another_models_death_is_seen(world: World) -> None:
-    never: Any = SimpleNamespace(next_s=lambda: 3600.0)
+    never: Any = SimpleNamespace(next_s=lambda: 3600.0, over=lambda: None)
     world.supervisor._backoff = never
     world.kill("a", 1)
     world.look(3)
@@ -239,7 +247,7 @@ def test_requests_that_have_no_end_want_another_server(world: World) -> None:
 
 
 def test_a_server_that_ends_by_itself_is_started_again_with_every_model_when_that_is_due(world: World) -> None:
-    waits: Any = SimpleNamespace(next_s=lambda: 4.0)
+    waits: Any = SimpleNamespace(next_s=lambda: 4.0, over=lambda: None)
     world.supervisor._backoff = waits
     world.status = 134
     world.processes.clear()

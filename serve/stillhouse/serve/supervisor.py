@@ -31,7 +31,7 @@ from stillhouse.serve.under_way import told_under_way
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 30.0
-_SOUND_AFTER_S = 120.0
+_SOUND_AFTER_S = 10.0
 _QUIET_S = 10.0
 
 
@@ -44,22 +44,25 @@ class Told(Protocol):
 
 
 class Backoff:
-    """How long to wait before a repair: not at all, unless the one before was a moment ago; then longer each time."""
+    """How long to wait before a repair: not at all, unless the one before did not help; then longer each time."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
-        self._last_s = -math.inf
+        self._sound_at_s = -math.inf
         self._wait_s = 0.0
 
     def next_s(self) -> float:
-        """0, then 1, 2, 4 … at most 30 s; 0 again after two minutes without a repair."""
-        now_s = self._clock_s()
-        again = now_s - self._last_s < _SOUND_AFTER_S
+        """0; 1, 2, 4 … at most 30 s where the repair before is not over, or has been for less than 10 s."""
+        again = self._clock_s() < self._sound_at_s
         self._wait_s = min(_LONGEST_WAIT_S, max(1.0, 2 * self._wait_s)) if again else 0.0
-        self._last_s = now_s + self._wait_s
+        self._sound_at_s = math.inf
         if self._wait_s:
             log.warning("it is not long since the last repair: the next is in %g s", self._wait_s)
         return self._wait_s
+
+    def over(self) -> None:
+        """All answers again."""
+        self._sound_at_s = self._clock_s() + _SOUND_AFTER_S
 
 
 class Supervisor:
@@ -170,6 +173,8 @@ class Supervisor:
             log.warning("%s: the server is started again", what)
             self._restart()
         self._due_s = None
+        if not self._down:
+            self._backoff.over()
         for model in sorted(before - self._down):
             log.warning("%s answers again after %.1f s", model, time.monotonic() - begun_s)
             self._have_asked(model)
