@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client import ClientError, RequestRejected, StreamBroken, TimedOut, Token, Unavailable
+from stillhouse.client import (
+    ClientError,
+    ConnectionFailed,
+    RequestRejected,
+    StreamBroken,
+    TimedOut,
+    Token,
+    Unavailable,
+)
 from stillhouse.client.assembly import Assembly
 from stillhouse.client.errors import from_server
 from stillhouse.client.request import Limits
@@ -133,7 +141,8 @@ def test_parameters_arrive_as_they_were_sent() -> None:
     [
         (RequestRejected("m: unexpected inference input"), StillhouseError),
         (Unavailable("m: Stub process is not healthy"), errors.Unavailable),
-        (StreamBroken("m: the connection broke off"), errors.Unavailable),
+        (ConnectionFailed("cannot reach 10.0.0.7:8001: Connection refused"), errors.Unavailable),
+        (StreamBroken("the stream broke after 3 tokens: cannot reach 10.0.0.7:8001"), errors.Unavailable),
         (TimedOut("m: no answer in time"), DeadlineExceeded),
     ],
 )
@@ -143,6 +152,7 @@ def test_what_triton_or_the_way_to_it_says_is_no_fault_of_the_request(
     error = engine_error(met, "m")
     assert type(error) is meant
     assert not str(error).startswith("m: ")
+    assert "10.0.0.7" not in str(error), "Triton's address"
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -162,6 +162,7 @@ class TritonGenerator:
             except ClientError as error:
                 successor = None if begun else await self._successor(asked, error)
                 if successor is None:
+                    log.debug("%s: %s", asked.name, error)
                     meant = engine_error(error, asked.name)
                     if isinstance(meant, (EngineClosed, Unavailable)):
                         self.suspect(model.name)
@@ -224,7 +225,7 @@ class TritonGenerator:
         except TimedOut:
             log.debug("%s is busy", name)
         except ClientError as error:
-            pulse.end(name, str(error), live.version)
+            pulse.end(name, str(engine_error(error, name)), live.version)
 
 
 class _Pulse:

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from stillhouse.client import ClientError, InvalidCall, ModelNotFound, RequestRejected, TimedOut, Token
+from stillhouse.client import (
+    ClientError,
+    ConnectionFailed,
+    InvalidCall,
+    ModelNotFound,
+    RequestRejected,
+    StreamBroken,
+    TimedOut,
+    Token,
+)
 from stillhouse.engine.answer import Chunk
 from stillhouse.engine.errors import DeadlineExceeded, InvalidRequest, StillhouseError
 from stillhouse.engine.request import PromptLogprob
@@ -76,4 +85,9 @@ def engine_error(error: ClientError, model: str) -> StillhouseError:
         return DeadlineExceeded(message)
     if isinstance(error, InvalidCall):
         return InvalidRequest(message)
+    # Triton's address is nobody's business who asked the gateway.
+    if isinstance(error, ConnectionFailed):
+        return Unavailable("Triton cannot be reached")
+    if isinstance(error, StreamBroken):
+        return Unavailable(f"{model} went down while it answered")
     return Unavailable(message)
