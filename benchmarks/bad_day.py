@@ -112,9 +112,9 @@ def markdown(report: dict[str, Any]) -> str:
             ("p95 time to first token of the admitted, against that at full load", f"{of['ttft_ratio']:.2f}"),
             ("failed otherwise", str(len(of["failed"]))),
         ]
-    for of, (who, _) in ((figures[part], victim) for part, victim in VICTIMS.items() if part in figures):
-        rows += [(f"{who} killed: {title}", _spread(of[name])) for name, title in TITLES.items()]
-        rows.append((f"{who} killed: what should not have been", str(len(of["failed"]))))
+    for of, (what, _) in ((figures[part], victim) for part, victim in VICTIMS.items() if part in figures):
+        rows += [(f"{what}: {title}", _spread(of[name])) for name, title in TITLES.items()]
+        rows.append((f"{what}: what should not have been", str(len(of["failed"]))))
     return two_columns(rows, report, f"{report['model']}; p95, and the longest of so many tries")
 
 

@@ -25,8 +25,13 @@ from served import free_port
 from stillhouse.client import AsyncClient, ClientError
 
 STREAMS = 2  # of each kind
-# Part: who is killed, by how the processes' names begin.
-VICTIMS = {"killed": ("model", "triton_python_"), "killed_triton": ("Triton", "tritonserver")}
+# Part: what its rows are called, and who is killed by turns, by how the processes' names begin.
+VICTIMS = {
+    "killed": ("model killed", ["triton_python_"]),
+    "killed_triton": ("Triton killed", ["tritonserver"]),
+    "killed_again": ("one server, both killed by turns", ["triton_python_", "tritonserver"]),
+}
+_SOUND_AFTER_S = 11.0  # a death that follows a repair sooner is repaired later
 TITLES = {
     "grpc_error_s": "the error of a gRPC stream",
     "gateway_error_s": "the error of a gateway's stream",
@@ -52,12 +57,19 @@ class Tries:
 
 
 def killed(repository: Path, model: str, part: str, tries: int) -> Tries:
-    """Each try has a server of its own, for a death that follows another is repaired later and later."""
-    seen, (who, name) = Tries(), VICTIMS[part]
-    for number in range(tries):
+    """Each try has a server of its own, but for those by turns, with some seconds between them."""
+    seen, (what, names) = Tries(), VICTIMS[part]
+    if len(names) == 1:
+        for number in range(tries):
+            with served(repository, model) as (command, urls):
+                asyncio.run(_one_try(command, names[0], urls, model, seen))
+            print(f"{what}: try {number + 1} of {tries}", file=sys.stderr, flush=True)
+    else:
         with served(repository, model) as (command, urls):
-            asyncio.run(_one_try(command, name, urls, model, seen))
-        print(f"{who} killed: try {number + 1} of {tries}", file=sys.stderr, flush=True)
+            for number in range(tries):
+                asyncio.run(_one_try(command, names[number % len(names)], urls, model, seen))
+                print(f"{what}: try {number + 1} of {tries}", file=sys.stderr, flush=True)
+                time.sleep(_SOUND_AFTER_S)
     return seen
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from stillhouse.serve import processes, startup
 from stillhouse.serve.control import TritonControl
-from stillhouse.serve.errors import LoadDied, LoadHopeless
+from stillhouse.serve.errors import LoadHopeless, ServerFailed
 from stillhouse.serve.processes import Processes, runs
 
 # A server that starts the process of m-int4/2, and does not ask after it when it has died.
@@ -106,7 +106,7 @@ def test_a_start_whose_model_dies_while_it_loads_ends_by_name(
 
     asked = list[int]()
     monkeypatch.setattr(startup, "_says_ready", says_ready)
-    with pytest.raises(LoadDied, match="m-int4/2 cannot be loaded: its process died, or was killed") as told:
+    with pytest.raises(ServerFailed, match="m-int4/2 cannot be loaded: its process died, or was killed") as told:
         startup.wait_until_ready(server, 60, threading.Event())
     assert told.value.model == "m-int4"
 

@@ -6,12 +6,13 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stillhouse.gateway.gateway import Access
-from stillhouse.serve import serving, supervisor
+from stillhouse.serve import restart, serving
 from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions
 from stillhouse.serve.processes import Processes
@@ -22,7 +23,7 @@ class Triton:
 
     log_file = Path("triton.log")
     ports = None
-    models: tuple[()] = ()
+    models = (SimpleNamespace(name="m"),)
 
     def __init__(self, run_directory: Path) -> None:
         self.run_directory = run_directory
@@ -44,6 +45,8 @@ class Gateway:
 class Generator:
     def rest(self) -> None: ...
 
+    def suspect(self, name: str) -> None: ...
+
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], None]:
@@ -63,9 +66,9 @@ def test_a_server_that_has_ended_and_does_not_come_up_again_is_an_error(
         raise ServeError("port 8000 is in use")
 
     stand_ins(Triton(tmp_path), Gateway())
-    monkeypatch.setattr(supervisor, "start_server", start_server)
+    monkeypatch.setattr(restart, "start_server", start_server)
     with pytest.raises(ServeError, match="port 8000 is in use"):
-        serving.serve(ServeOptions(Path("nowhere"), access=Access()), lambda _: None)
+        serving.serve(ServeOptions(tmp_path, access=Access()), lambda _: None)
 
 
 class Draining(Triton):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from stillhouse.engine.policy import live_versions, set_live_versions
-from stillhouse.serve import supervisor
-from stillhouse.serve.errors import LoadDied, LoadHopeless, ServeError
+from stillhouse.serve import restart, supervisor
+from stillhouse.serve.backoff import Backoff
+from stillhouse.serve.errors import LoadHopeless, ServeError, ServerFailed
 from stillhouse.serve.launcher import ServeOptions
 from stillhouse.serve.processes import ModelProcess
-from stillhouse.serve.supervisor import Backoff, Supervisor
+from stillhouse.serve.supervisor import Supervisor
 
 
 def test_a_repair_is_at_once_unless_the_one_before_did_not_help() -> None:
@@ -38,10 +39,21 @@ def test_a_repair_is_at_once_unless_the_one_before_did_not_help() -> None:
     assert waits(3, life_s=3600, over=False) == [0, 1, 2], "it never came back"
 
 
+class Waits(Backoff):
+    def __init__(self, world: World) -> None:
+        super().__init__(lambda: world.now_s)
+        self.world = world
+
+    def next_s(self) -> float:
+        wait_s = super().next_s()
+        return wait_s if self.world.waits_s is None else self.world.waits_s
+
+
 class World:
     """A server of the models a and b, with a process for each loaded version, and all that was done to it.
 
-    `loads` is what happens at the next loads of a model, by turns: "ok", "dies" (the load never ends) or "fails".
+    `loads` is what happens at the next loads of a model, by turns: "ok", "dies" (the load never ends), "fails", or
+    "ends" (so does the server).
     """
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +63,7 @@ class World:
         self.told: list[str] = []
         self.done: list[str] = []
         self.loads: list[str] = []
-        self.starts: list[str] = []  # models whose process dies in the next starts, "" for none
+        self.starts: list[str] = []  # whose fault it is that the next starts fail, "" for none
         self.busy = self.unended = False
         self.status: int | None = None  # what the server has ended with
         for model in "ab":
@@ -60,7 +72,7 @@ class World:
             (self.repository / model / "config.pbtxt").write_text('backend: "stillhouse"\n')
             set_live_versions(self.repository / model, [1])
         monkeypatch.setattr(supervisor, "TritonControl", lambda _: self)
-        monkeypatch.setattr(supervisor, "start_server", self.start)
+        monkeypatch.setattr(restart, "start_server", self.start)
         monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         monkeypatch.setattr(supervisor, "_left_unended", lambda _: self.unended)
         monkeypatch.setattr(Supervisor, "_is_busy", lambda _: self.busy)
@@ -74,9 +86,11 @@ class World:
             grpc_url="grpc://127.0.0.1:9",
             exit_status=lambda: self.status,
             stop=lambda **_: self.done.append("stop"),
+            wait=lambda _: self.status is not None,
         )
-        backoff: Any = SimpleNamespace(next_s=lambda: 0.0, over=lambda: None)
-        self.supervisor = Supervisor(self.server, ServeOptions(self.repository), self, self.stop, backoff)
+        self.waits_s: float | None = 0.0  # before every repair; None: as a Backoff says
+        options = ServeOptions(self.repository)
+        self.supervisor = Supervisor(self.server, options, self, self.stop, lambda: Waits(self))
         self.run("a", 1)
         self.run("b", 1)
 
@@ -131,7 +145,9 @@ class World:
     def load(self, model: str, hopeless: Callable[[], str | None]) -> None:
         self.done.append(f"load {model} {self.live(model)}")
         how = self.loads.pop(0) if self.loads else "ok"
-        if how == "fails":
+        if how == "ends":
+            self.status = 134
+        if how in ("fails", "ends"):
             raise ServeError("no")
         if how == "dies":
             self.run(model, max(self.live(model)), "dead loading")
@@ -146,7 +162,7 @@ class World:
         assert not stop.is_set()
         self.done.append(f"start {''.join(options.models or ())}")
         if self.starts and (dying := self.starts.pop(0)):
-            raise LoadDied(f"{dying} died", model=dying)
+            raise ServerFailed(f"{dying} died", model=dying)
         self.processes.clear()
         self.status = None
         for model in options.models or ():
@@ -228,8 +244,7 @@ def test_a_kept_version_that_dies_is_loaded_again_alone_or_left_out(
 
 
 def test_while_a_repair_is_put_off_another_models_death_is_seen(world: World) -> None:
-    never: Any = SimpleNamespace(next_s=lambda: 3600.0, over=lambda: None)
-    world.supervisor._backoff = never
+    world.waits_s = 3600.0
     world.kill("a", 1)
     world.look(3)
     world.kill("b", 1)
@@ -247,8 +262,7 @@ def test_requests_that_have_no_end_want_another_server(world: World) -> None:
 
 
 def test_a_server_that_ends_by_itself_is_started_again_with_every_model_when_that_is_due(world: World) -> None:
-    waits: Any = SimpleNamespace(next_s=lambda: 4.0, over=lambda: None)
-    world.supervisor._backoff = waits
+    world.waits_s = 4.0
     world.status = 134
     world.processes.clear()
     world.look(10)
@@ -256,6 +270,58 @@ def test_a_server_that_ends_by_itself_is_started_again_with_every_model_when_tha
     world.look(20)
     assert world.told == ["a is back", "b is back"] * 2
     assert world.done == ["stop", "start ab"]
+
+
+def test_the_models_of_other_backends_are_there_again_after_a_restart(world: World) -> None:
+    (world.repository / "c" / "1").mkdir(parents=True)
+    (world.repository / "c" / "config.pbtxt").write_text('backend: "python"\n')
+    world.status = 134
+    world.look()
+    assert world.done == ["stop", "start abc"]
+
+
+def test_a_restart_that_fails_is_tried_again_and_blames_none_for_anothers_fault(world: World) -> None:
+    """The first fails by itself; then a dies for the memory that b takes, and b alone does not come up either."""
+    world.status = 134
+    world.starts = ["nobody", "a", "b"]
+    world.look()
+    assert world.done == ["stop", "start ab", "start ab", "start b", "start ab"]
+    assert world.told[2:] == ["a is back", "b is back"]
+
+
+def test_a_model_that_never_comes_back_does_not_delay_the_others_repair(world: World) -> None:
+    world.waits_s = None
+    world.loads = ["fails"] * 5
+    world.kill("a", 1)
+    world.look(130)
+    assert world.done == ["unload a", "load a [1]"] * 5, "at once, after 1, 2, 4 and 8 s"
+    world.kill("b", 1)
+    world.look()
+    assert world.done[10:] == ["unload b", "load b [1]"]
+
+
+def test_a_kept_version_that_dies_with_the_server_stays_in_the_policy(world: World) -> None:
+    world.policy("a", 1, 2)
+    world.run("a", 2)
+    world.kill("a", 1)
+    world.loads = ["ends"]
+    world.look(2)
+    assert (world.live("a"), world.done[1:]) == ([1, 2], ["stop", "start ab"])
+
+
+def test_a_server_that_ends_while_a_model_is_loaded_again_is_started_at_the_next_look(world: World) -> None:
+    world.waits_s = None
+    world.loads = ["ends"]
+    world.kill("a", 1)
+    world.look(2)
+    assert world.done == ["unload a", "load a [1]", "stop", "start ab"]
+
+
+def test_a_server_is_started_again_less_and_less_often_for_a_model_that_never_loads(world: World) -> None:
+    world.kill("a", 1)
+    world.loads, world.starts = ["dies"] * 50_000, ["a", ""] * 50_000
+    world.look(3000)  # ten minutes
+    assert 3 <= world.done.count("start ab") <= 8
 
 
 def test_a_load_is_not_waited_for_once_the_server_is_to_end(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -9,7 +10,7 @@ from concurrent.futures import Future, wait
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from stillhouse.client import Client, ConnectionFailed
+from stillhouse.client import Client, ConnectionFailed, Overloaded
 from stillhouse.client.address import parse_url
 from stillhouse.engine.errors import UsageError
 from stillhouse.serve.errors import LoadHopeless, ServeError
@@ -70,8 +71,9 @@ class TritonControl:
         self._wait_for(self._triton.unload_model, model, hopeless)
 
     def ask(self, model: str, version: int) -> None:
-        """One greedy token. Raises ClientError, with what the server said, if none comes."""
-        self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0, probe=True)
+        """One greedy token; a full queue is an answer too. Raises ClientError, with what the server said, for none."""
+        with contextlib.suppress(Overloaded):
+            self._client.generate(model, "Hello", version=version, max_tokens=1, temperature=0, probe=True)
 
     def loading(self) -> list[tuple[str, int]]:
         """The models and versions that are being loaded. Raises ClientError."""

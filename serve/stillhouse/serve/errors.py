@@ -5,7 +5,6 @@ StillhouseError
     ├── PortInUse           somebody else listens there
     ├── TritonNotFound      no tritonserver, or a part of it is missing
     ├── ServerFailed        the server ended, or a model did not load
-    │   └── LoadDied        a model's process died while it was loading
     ├── LoadHopeless        there is no use in waiting for a load
     └── PromotionFailed     a version did not come up; what was live before is live
 """
@@ -63,13 +62,9 @@ class TritonNotFound(ServeError):
 
 
 class ServerFailed(ServeError):
-    """The server ended by itself, or a model did not load."""
+    """The server ended by itself, or did not come up; `model` is whose fault it was, "" where that is not known."""
 
-
-class LoadDied(ServerFailed):
-    """A model's process died while it was loading; `model` is "" where it is not known whose."""
-
-    def __init__(self, message: str, *, model: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, model: str = "", hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.model = model
 

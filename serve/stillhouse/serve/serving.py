@@ -13,7 +13,7 @@ from stillhouse.serve.errors import ServeError
 from stillhouse.serve.launcher import ServeOptions, Server, start_server
 from stillhouse.serve.openai import plug_triton, start_gateway
 from stillhouse.serve.ports import is_loopback
-from stillhouse.serve.supervisor import Backoff, Supervisor
+from stillhouse.serve.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from stillhouse.gateway.server import GatewayServer
@@ -50,7 +50,7 @@ def serve(options: ServeOptions, announce: Callable[[Server], None]) -> int:
         if gateway is not None:
             generator = plug_triton(gateway, server, options.repository, options.engine)
             server.openai_url = gateway.url
-        supervisor = Supervisor(server, options, generator, asked, Backoff())
+        supervisor = Supervisor(server, options, generator, asked)
         announce(server)
         while not asked.wait(_LOOK_S):
             supervisor.look()

@@ -12,8 +12,10 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillhouse.serve.errors import LoadDied, ServeError, ServerFailed
+from stillhouse.engine.errors import QueueFull
+from stillhouse.serve.errors import KINDS, ServeError, ServerFailed
 from stillhouse.serve.protocol import LOAD_ERROR_MARK
+from stillhouse.serve.under_way import told_under_way
 
 if TYPE_CHECKING:
     from stillhouse.serve.launcher import Server
@@ -29,15 +31,15 @@ _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def wait_until_ready(server: Server, timeout_s: float, stop: threading.Event) -> None:
     """Returns once Triton says ready and every live version has answered a question of one token.
 
-    Raises ServerFailed with the reason where the server ends before that, or is not there after `timeout_s`; LoadDied
-    where a model's process dies, for which Triton would wait for ever.
+    Raises ServerFailed with the reason where the server ends before that, or is not there after `timeout_s`, or where a
+    model's process dies, for which Triton would wait for ever.
     """
     deadline = time.monotonic() + timeout_s
     while not _says_ready(server.http_url):
         if (status := server.exit_status()) is not None:
             raise reason_of_failure(server.log_file, status)
         if dead := server.processes.dead():
-            raise LoadDied(
+            raise ServerFailed(
                 f"{dead[0]} cannot be loaded: its process died, or was killed",
                 model=dead[0].model,
                 hint=f"is there memory enough? The server's log: {server.log_file}",
@@ -48,22 +50,36 @@ def wait_until_ready(server: Server, timeout_s: float, stop: threading.Event) ->
             raise ServeError("stopped before the server was ready")
     for model in server.models:
         for version in model.versions:
-            ask(server.http_url, model.name, version)
+            _ask(server, model.name, version)
 
 
-def ask(http_url: str, model: str, version: int) -> None:
-    """One greedy token from the model. Raises ServerFailed, with what the server said, if none comes."""
-    url = f"{http_url}/v2/models/{model}/versions/{version}/generate"
+def _ask(server: Server, model: str, version: int) -> None:
+    """One greedy token from the model. Raises ServerFailed, with what the server said, if none comes.
+
+    Where a server is started again its clients are there before this question, and one that they fill up answers.
+    """
+    url = f"{server.http_url}/v2/models/{model}/versions/{version}/generate"
     request = urllib.request.Request(url, json.dumps(_QUESTION).encode(), {"Content-Type": "application/json"})
     try:
         with _LOCAL.open(request, timeout=_PROBE_TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
-        raise ServerFailed(f"{model}/{version} does not answer: {error.read().decode(errors='replace')}") from error
+        said = error.read().decode(errors="replace")
+        if KINDS[QueueFull] in said:
+            return
+        raise _no_answer(model, version, said) from error
+    except TimeoutError as error:
+        if sum(told_under_way(server.run_directory).values()) > 1:  # not this one alone
+            return
+        raise _no_answer(model, version, error) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ServerFailed(f"{model}/{version} does not answer: {error}") from error
+        raise _no_answer(model, version, error) from error
     if "text_output" not in answer:
-        raise ServerFailed(f"{model}/{version} does not answer: {answer.get('error', answer)}")
+        raise _no_answer(model, version, answer.get("error", answer))
+
+
+def _no_answer(model: str, version: int, said: object) -> ServerFailed:
+    return ServerFailed(f"{model}/{version} does not answer: {said}", model=model)
 
 
 def reason_of_failure(log_file: Path, status: int) -> ServerFailed:
@@ -74,6 +90,7 @@ def reason_of_failure(log_file: Path, status: int) -> ServerFailed:
             report = json.loads(line.removeprefix(LOAD_ERROR_MARK))
             return ServerFailed(
                 f"{report['model']}/{report['version']} cannot be loaded: {report['message']}",
+                model=report["model"],
                 hint=report["hint"] or f"the server's log: {log_file}",
             )
     lines = [line for line in lines if not _HARMLESS.search(line)]

@@ -14,25 +14,29 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from stillhouse.client import ClientError
+from stillhouse.client import ClientError, TimedOut
 from stillhouse.engine.directory import held
 from stillhouse.engine.errors import StillhouseError, VersionError
 from stillhouse.engine.policy import live_versions, set_live_versions
+from stillhouse.serve.backoff import Backoff
 from stillhouse.serve.control import TritonControl
-from stillhouse.serve.errors import LoadDied, ServeError
-from stillhouse.serve.launcher import ServeOptions, Server, start_server
+from stillhouse.serve.errors import ServeError
+from stillhouse.serve.launcher import ServeOptions, Server
 from stillhouse.serve.processes import ModelProcess, runs
+from stillhouse.serve.restart import restart
 from stillhouse.serve.under_way import told_under_way
 
 log = logging.getLogger(__name__)
 
-_LONGEST_WAIT_S = 30.0
-_SOUND_AFTER_S = 10.0
 _QUIET_S = 10.0
+_LONGEST_QUIET_S = 600.0
+_LAST_WORDS_S = 1.0
+_SERVER = ""  # beside the models' names
 
 
 class Told(Protocol):
@@ -41,28 +45,6 @@ class Told(Protocol):
     def fail(self, name: str, version: int, reason: str) -> None: ...
 
     def suspect(self, name: str) -> None: ...
-
-
-class Backoff:
-    """How long to wait before a repair: not at all, unless the one before did not help; then longer each time."""
-
-    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._clock_s = clock_s
-        self._sound_at_s = -math.inf
-        self._wait_s = 0.0
-
-    def next_s(self) -> float:
-        """0; 1, 2, 4 … at most 30 s where the repair before is not over, or has been for less than 10 s."""
-        again = self._clock_s() < self._sound_at_s
-        self._wait_s = min(_LONGEST_WAIT_S, max(1.0, 2 * self._wait_s)) if again else 0.0
-        self._sound_at_s = math.inf
-        if self._wait_s:
-            log.warning("it is not long since the last repair: the next is in %g s", self._wait_s)
-        return self._wait_s
-
-    def over(self) -> None:
-        """All answers again."""
-        self._sound_at_s = self._clock_s() + _SOUND_AFTER_S
 
 
 class Supervisor:
@@ -75,23 +57,29 @@ class Supervisor:
     """
 
     def __init__(
-        self, server: Server, options: ServeOptions, told: Told | None, stop: threading.Event, backoff: Backoff
+        self,
+        server: Server,
+        options: ServeOptions,
+        told: Told | None,
+        stop: threading.Event,
+        backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.server = server
-        self._options, self._told, self._stop, self._backoff = options, told, stop, backoff
+        self._options, self._told, self._stop = options, told, stop
         self._names = [model.name for model in server.models]
-        self._due_s: float | None = None  # when those that are down are repaired
-        self._quiet_since_s = time.monotonic()
-        self._left_out = set[str]()  # died while the present server was started
-        self._attend(server)
+        self._backoffs = defaultdict[str, Backoff](backoff)  # by model
+        self._quiet_since_s, self._quiet_s = time.monotonic(), _QUIET_S
+        self._attend(server, set())
 
-    def _attend(self, server: Server) -> None:
+    def _attend(self, server: Server, left_out: set[str]) -> None:
         self.server = server
         self._processes = server.processes
-        self._seen = set[int]()
-        self._down = set(self._left_out)
         self._ended = False
-        self._stuck = set[str]()  # models with a load that never ends
+        self._left_out = left_out  # could not be loaded while it was started
+        self._seen = set[int]()
+        self._stuck = set[str]()  # models with a load that never ends; of other backends, too
+        self._due_s = dict[str, float]()  # when those that are down are repaired
+        self._put_off(left_out)
 
     @property
     def is_stuck(self) -> bool:
@@ -99,7 +87,7 @@ class Supervisor:
         return bool(self._stuck)
 
     def look(self) -> None:
-        """Sees what has died, and does what can be done. Raises ServeError where a new server does not come up."""
+        """Sees what has died, and does what can be done. Raises ServeError where no new server can be started."""
         if not self._ended and (status := self.server.exit_status()) is not None:
             self._take_in_end(status)
         dead = self._processes.dead()
@@ -108,18 +96,24 @@ class Supervisor:
             self._take_in(process)
         if self._is_busy():
             self._quiet_since_s = time.monotonic()
-        for model in self._stuck - self._down:
+        stuck = self._stuck.intersection(self._names) - self._due_s.keys()
+        for model in stuck:
             self._put_policy_back(model)
-        if self._ended or self._down:
-            self._repair_when_due()
-        elif self._stuck and self._is_quiet():
-            log.warning("the server is started again, for it cannot load %s", ", ".join(sorted(self._stuck)))
+        if due := sorted(model for model, due_s in self._due_s.items() if due_s <= time.monotonic()):
+            self._repair(due)
+        elif stuck and self._is_quiet():
+            log.warning("the server is started again, for it cannot load %s", ", ".join(sorted(stuck)))
             self._restart()
+
+    def _put_off(self, models: Iterable[str]) -> None:
+        """Has the next repair of `models`, which are down, come when each of them may be repaired again."""
+        for model in models:
+            self._due_s[model] = time.monotonic() + self._backoffs[model].next_s()
 
     def _take_in_end(self, status: int) -> None:
         log.warning("the Triton server ended by itself with status %d", status)
         self._ended = True
-        self._down = set(self._names)
+        self._due_s = dict.fromkeys(self._names, time.monotonic() + self._backoffs[_SERVER].next_s())
         for model in self._names:
             self._have_asked(model)
 
@@ -129,13 +123,11 @@ class Supervisor:
             self._seen.add(process.pid)
             if loaded and self._told is not None:
                 self._told.fail(process.model, process.version, "its process has died")
-        if process.model not in self._names:
-            return
         if not loaded:
             self._set_stuck(process.model)
-        if process.model not in self._down:
+        if process.model in self._names and process.model not in self._due_s:
             if self._is_live(process, loaded):
-                self._down.add(process.model)
+                self._put_off([process.model])
             elif loaded:
                 self._load_again_beside(process)
             else:
@@ -157,38 +149,33 @@ class Supervisor:
                     return replace(process, model=model, version=version)
         return process
 
-    def _repair_when_due(self) -> None:
-        if self._due_s is None:
-            self._due_s = time.monotonic() + self._backoff.next_s()
-        # Until then the other models and Triton itself are looked after as before.
-        if time.monotonic() < self._due_s:
-            return
-        begun_s, before, names = time.monotonic(), set(self._down), ", ".join(sorted(self._down))
-        if not self._must_restart():
-            for model in sorted(self._down - self._stuck):
-                log.warning("the process of %s has died: it is loaded again", model)
-                self._load_again(model)
-        if self._must_restart():
-            what = "the Triton server has ended" if self._ended else f"the process of {names} has died"
+    def _repair(self, due: list[str]) -> None:
+        begun_s, before = time.monotonic(), set(self._due_s)
+        if not self._must_restart(due):
+            for model in due:
+                if model not in self._stuck:
+                    log.warning("the process of %s has died: it is loaded again", model)
+                    self._load_again(model)
+        if self._must_restart(due):
+            what = "the Triton server has ended" if self._ended else f"the process of {', '.join(due)} has died"
             log.warning("%s: the server is started again", what)
             self._restart()
-        self._due_s = None
-        if not self._down:
-            self._backoff.over()
-        for model in sorted(before - self._down):
+        self._put_off(model for model in due if self._due_s.get(model, math.inf) <= begun_s)
+        for model in sorted(before - self._due_s.keys()):
             log.warning("%s answers again after %.1f s", model, time.monotonic() - begun_s)
+            self._backoffs[model].over()
             self._have_asked(model)
 
     def _have_asked(self, model: str) -> None:
         if self._told is not None:
             self._told.suspect(model)
 
-    def _must_restart(self) -> bool:
+    def _must_restart(self, due: list[str]) -> bool:
         if self._stop.is_set():
             return False
         if self._ended or _left_unended(self.server):
             return True
-        stuck = self._stuck & self._down
+        stuck = self._stuck.intersection(due)
         # Not again and again, at the cost of the other models' streams, for one that has died in the last start, too.
         return bool(stuck - self._left_out) or (bool(stuck) and self._is_quiet())
 
@@ -200,13 +187,14 @@ class Supervisor:
                     triton.unload(model, lambda: self._hopeless(model))
                 triton.load(model, lambda: self._hopeless(model))
                 for version in live_versions(self._options.repository / model):
-                    triton.ask(model, version)
+                    with contextlib.suppress(TimedOut):  # busy: it would not be loaded if it did not answer
+                        triton.ask(model, version)
         except (StillhouseError, ClientError) as error:
             log.warning("%s could not be loaded again: %s", model, error)
             return
         for process in dead:  # Triton may still be about to let go of them
             self._processes.settle(process)
-        self._down.discard(model)
+        self._due_s.pop(model, None)
         self._left_out.discard(model)
 
     def _load_again_beside(self, process: ModelProcess) -> None:
@@ -226,6 +214,9 @@ class Supervisor:
                         triton.load(process.model, lambda: self._hopeless(process.model))
                     triton.ask(process.model, process.version)
             except (StillhouseError, ClientError) as error:
+                if self.server.wait(_LAST_WORDS_S):  # it died with Triton, which was no fault of its own
+                    set_live_versions(directory, policy)
+                    return
                 set_live_versions(directory, others)
                 log.warning("%s could not be loaded again, and is left out: %s", process, error)
             else:
@@ -256,31 +247,16 @@ class Supervisor:
                 set_live_versions(directory, possible)
 
     def _restart(self) -> None:
-        before = self.server
-        before.stop(at_once=True)
-        if before.log_file.is_file():  # it says what happened
-            before.log_file.replace(f"{before.log_file}.1")
-        self._left_out = set()
-        while True:
-            models = [name for name in self._names if name not in self._left_out]
-            options = replace(self._options, ports=before.ports, log_file=before.log_file, models=models)
-            try:
-                started = start_server(options, stop=self._stop)
-                break
-            except LoadDied as error:
-                log.warning("%s", error)
-                if error.model in models and len(models) > 1:
-                    self._left_out.add(error.model)
-                elif self._stop.wait(self._backoff.next_s()):
-                    raise ServeError("stopped before the server was ready") from error
-        started.openai_url = before.openai_url
-        self._attend(started)
+        started, left_out = restart(self.server, self._options, self._names, self._stop, self._backoffs[_SERVER])
+        # The others' streams are not cut again and again for one that never loads.
+        self._quiet_s = min(_LONGEST_QUIET_S, 2 * self._quiet_s) if left_out else _QUIET_S
+        self._attend(started, left_out)
 
     def _is_busy(self) -> bool:
         return any(count for pid, count in told_under_way(self.server.run_directory).items() if runs(pid))
 
     def _is_quiet(self) -> bool:
-        return time.monotonic() - self._quiet_since_s > _QUIET_S
+        return time.monotonic() - self._quiet_since_s > self._quiet_s
 
 
 def _left_unended(server: Server) -> bool:
