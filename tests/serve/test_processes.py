@@ -59,6 +59,20 @@ def test_a_process_that_dies_is_known_by_its_version_and_whether_it_had_loaded_i
     assert (seen.dead(), seen.loaded_versions("m-int4")) == ([], set())
 
 
+def test_one_that_the_kernels_list_lacks_for_a_moment_is_not_forgotten(
+    tmp_path: Path, stub: int, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
+) -> None:
+    seen = Processes(tmp_path)
+    assert seen.dead() == []
+    (tmp_path / f"under-way-{stub}").touch()
+    os.kill(stub, signal.SIGKILL)
+    with monkeypatch.context() as lacking:
+        whole = Path.read_text
+        lacking.setattr(Path, "read_text", lambda path, **_: "" if path.name == "children" else whole(path))
+        wait_until(seen.dead)
+    assert [(dead.model, dead.version) for dead in seen.dead()] == [("m-int4", 2)]
+
+
 def test_one_that_triton_ends_while_it_loads_may_be_asked_after_late(
     tmp_path: Path, stub: int, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
 ) -> None:

@@ -78,6 +78,8 @@ class Processes:
             for task in (_PROC / str(server) / "task").iterdir():
                 with contextlib.suppress(OSError):
                     children += map(int, (task / "children").read_text().split())
+            # The kernel's list may lack some while others end: proc(5).
+            children += [pid for pid in self._known if pid not in children and _parent(pid) == server]
         return children
 
 
@@ -97,6 +99,13 @@ def runs(pid: int) -> bool:
 def stat_of(pid: int) -> list[str]:
     """What /proc/PID/stat says behind the name: the state (Z for a zombie), the parent, …: proc(5). Raises OSError."""
     return (_PROC / str(pid) / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+
+
+def _parent(pid: int) -> int | None:
+    """None for one that is gone."""
+    with contextlib.suppress(OSError):
+        return int(stat_of(pid)[1])
+    return None
 
 
 def _state(pid: int) -> str | None:
