@@ -59,17 +59,14 @@ class Tries:
 def killed(repository: Path, model: str, part: str, tries: int) -> Tries:
     """Each try has a server of its own, but for those by turns, with some seconds between them."""
     seen, (what, names) = Tries(), VICTIMS[part]
-    if len(names) == 1:
-        for number in range(tries):
-            with served(repository, model) as (command, urls):
-                asyncio.run(_one_try(command, names[0], urls, model, seen))
-            print(f"{what}: try {number + 1} of {tries}", file=sys.stderr, flush=True)
-    else:
+    a_server = 1 if len(names) == 1 else tries
+    for first in range(0, tries, a_server):
         with served(repository, model) as (command, urls):
-            for number in range(tries):
+            for number in range(first, first + a_server):
+                if number > first:
+                    time.sleep(_SOUND_AFTER_S)
                 asyncio.run(_one_try(command, names[number % len(names)], urls, model, seen))
                 print(f"{what}: try {number + 1} of {tries}", file=sys.stderr, flush=True)
-                time.sleep(_SOUND_AFTER_S)
     return seen
 
 
