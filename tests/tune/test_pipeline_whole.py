@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -113,8 +112,11 @@ def test_from_a_csv_to_a_version_in_one_command(recipe: Path, tmp_path: Path) ->
     assert set(statuses(pipeline()).values()) == {"unchanged"}
     assert [folder.name for folder in (tmp_path / "repository" / "tiny-fp16").glob("[0-9]*")] == ["1"]
 
-    chance = random.Random(1)
-    odd = [{"instruction": "?", "output": "".join(chance.choices("qzxjkvw ", k=60))} for _ in range(12)]
+    # Asked as in the training, and answered with what no answer of it has: what was learnt is surely no help.
+    odd = [
+        {"instruction": f"Explain {word}?", "output": sign}
+        for word, sign in zip(WORDS, "龘靐齉麤黸爨灪麷鸞籲驫鱻", strict=True)
+    ]
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd), "utf-8")
     recipe.write_text(recipe.read_text("utf-8") + 'records = "odd.jsonl"\n', "utf-8")
     stopped = pipeline()
